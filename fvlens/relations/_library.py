@@ -227,9 +227,7 @@ def load_relation(name: str) -> Relation:
     return library[name]
 
 
-def list_relations(
-    category: str | None = None, *, family: str | None = None, domain: str | None = None
-) -> list[str]:
+def list_relations(category: str | None = None, *, family: str | None = None, domain: str | None = None) -> list[str]:
     """Names of the library's relations, sorted, optionally of one category, family or domain.
 
     Raises:

@@ -1,0 +1,474 @@
+"""Prompts: templates as data; clean, corrupted and zero-shot in-context prompts as tokens.
+
+A prompt is BOS, then one demonstration per shot, then the query with its answer missing. Words carry a leading space,
+so that the answer is the continuation `` y`` and its first token decides top-1.
+"""
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from fvlens.models import bos_token_id
+from fvlens.relations import Pair, Relation, list_relations, load_relation
+
+Labels = Literal["true", "permuted", "deranged", "random"]
+LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
+PAD_ANSWER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a prompt is written.
+
+    Attributes:
+        name: the template's name.
+        demonstration: one demonstration; ``{input}`` and ``{output}`` stand for `` x`` and `` y`` with their leading
+            space.
+        query: the query; ends where the answer begins.
+        prefix: text before the first demonstration.
+    """
+
+    name: str
+    demonstration: str
+    query: str
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        for field_name, text, needed in (
+            ("demonstration", self.demonstration, ("{input}", "{output}")),
+            ("query", self.query, ("{input}",)),
+        ):
+            for placeholder in needed:
+                if text.count(placeholder) != 1:
+                    raise ValueError(
+                        f"template {self.name!r}: expected {placeholder} exactly once in {field_name}, got {text!r}."
+                    )
+        if "{output}" in self.query:
+            raise ValueError(f"template {self.name!r}: the query must end before the answer, got {self.query!r}.")
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("qa", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:"),
+        Template("arrow", "{input} ->{output}\n", "{input} ->"),
+        Template("colon", "{input}:{output}\n", "{input}:"),
+    )
+}
+"""The built-in templates: ``qa`` (Todd et al. 2024, the default), ``arrow`` and ``colon``."""
+
+
+class TokenClass(IntEnum):
+    """What a token of a prompt is for (names after the reference implementation of Todd et al. 2024)."""
+
+    PADDING = -1
+    BOS = 0
+    PREFIX = 1
+    DEMONSTRATION_INPUT = 2
+    DEMONSTRATION_LABEL = 3
+    SEPARATOR = 4
+    """Template text around the words of a demonstration, and around the query's word."""
+    QUERY = 5
+    PREDICTIVE = 6
+    """The last token of the prompt, whose next-token distribution is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A set of tokenised prompts, left-padded: the last token of each is at index -1.
+
+    Attributes:
+        tokens: token ids.
+        attention_mask: 1 for real tokens, 0 for padding.
+        answer_tokens: ids of the answer's tokens, padded on the right with :data:`PAD_ANSWER`.
+        token_classes: a :class:`TokenClass` for every token.
+        queries: the query pair of each prompt (with its true output).
+        demonstrations: the pairs shown in each prompt, with the labels as shown.
+        labels: how the labels were chosen.
+        n_shots: demonstrations in each prompt.
+        template: how the prompts are written.
+        relation: name of the relation, if known.
+        texts: the prompts as text, without BOS.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    attention_mask: Int[Tensor, "prompt pos"]
+    answer_tokens: Int[Tensor, "prompt answer_pos"]
+    token_classes: Int[Tensor, "prompt pos"]
+    queries: tuple[Pair, ...]
+    demonstrations: tuple[tuple[Pair, ...], ...]
+    labels: Labels
+    n_shots: int
+    template: Template
+    relation: str
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @property
+    def first_answer_token(self) -> Int[Tensor, " prompt"]:
+        """Id of the first token of each answer, which decides top-1."""
+        return self.answer_tokens[:, 0]
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "prompt answer_pos"]:
+        """True where :attr:`answer_tokens` holds a token."""
+        return self.answer_tokens != PAD_ANSWER
+
+    @property
+    def data_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the prompt texts and their answers."""
+        text = "\x1f".join(f"{text}\x1e{query.output}" for text, query in zip(self.texts, self.queries, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def select(self, keep: Bool[Tensor, " prompt"] | Sequence[int]) -> "Prompts":
+        """The prompts marked True (or with these indices), in order."""
+        if isinstance(keep, Tensor):
+            if keep.shape != (len(self),):
+                raise ValueError(f"select: expected {len(self)} flags, one a prompt, got shape {tuple(keep.shape)}.")
+            index = keep.nonzero().flatten().tolist()
+        else:
+            index = [int(i) for i in keep]
+        if not index:
+            raise ValueError("select: expected at least one prompt to keep, got none.")
+        rows = torch.tensor(index)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[rows],
+            attention_mask=self.attention_mask[rows],
+            answer_tokens=self.answer_tokens[rows],
+            token_classes=self.token_classes[rows],
+            queries=tuple(self.queries[i] for i in index),
+            demonstrations=tuple(self.demonstrations[i] for i in index),
+            texts=tuple(self.texts[i] for i in index),
+        )
+
+
+def get_template(template: str | Template) -> Template:
+    """A built-in template by name, or the template itself.
+
+    Raises:
+        ValueError: no built-in template has that name.
+    """
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise ValueError(f"no template named {template!r}; expected one of {', '.join(TEMPLATES)}, or a Template.")
+    return TEMPLATES[template]
+
+
+def build_prompts(
+    model: Any,
+    pairs: Relation | Sequence[Pair | tuple[str, str]],
+    *,
+    queries: Relation | Sequence[Pair | tuple[str, str]] | None = None,
+    n_prompts: int | None = None,
+    n_shots: int = 10,
+    labels: Labels = "true",
+    template: str | Template = "qa",
+    pool: Sequence[str] | None = None,
+    relation: str | None = None,
+    generator: torch.Generator,
+) -> Prompts:
+    """In-context prompts over word pairs, clean or with corrupted labels.
+
+    Prompt: BOS, ``n_shots`` demonstrations, the query without its answer (Todd et al. 2024, section 2). With
+    ``labels="permuted"`` the demonstrations' labels are permuted freely, so that a label may stay in place [paper];
+    ``"deranged"`` lets none stay, and ``"random"`` draws each label from ``pool`` [our choices].
+
+    Args:
+        model: the model whose tokenizer is used.
+        pairs: pairs that the demonstrations are drawn from, without replacement and never the query's own input.
+        queries: pairs that the queries are drawn from; ``pairs`` if not given.
+        n_prompts: number of prompts. Queries are visited in random order and again from the start when there are fewer
+            of them; by default each query is asked once, in the given order.
+        n_shots: demonstrations per prompt; 0 gives zero-shot prompts.
+        labels: ``"true"``, ``"permuted"``, ``"deranged"`` or ``"random"``.
+        template: name of a built-in template, or a :class:`Template`.
+        pool: answers that random labels are drawn from; by default the answers of the other library relations.
+        relation: name recorded in the result; taken from ``pairs`` if that is a :class:`Relation`.
+        generator: source of randomness.
+
+    Returns:
+        :class:`Prompts`, left-padded.
+
+    Raises:
+        ValueError: unknown labels or template; too few pairs for the demonstrations; no derangement exists; empty pool;
+            the model has no tokenizer; or a prompt is longer than the model's context.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small")
+        >>> pairs = fvlens.load_relation("country-capital").pairs
+        >>> g = torch.Generator().manual_seed(0)
+        >>> prompts = fvlens.build_prompts(model, pairs, n_prompts=2, n_shots=1, generator=g)
+        >>> tuple(prompts.tokens.shape)
+        (2, 15)
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 2.
+    """
+    template = get_template(template)
+    if labels not in LABELS:
+        raise ValueError(f"build_prompts: labels={labels!r}; expected one of {', '.join(LABELS)}.")
+    if n_shots < 0 or (n_prompts is not None and n_prompts < 1):
+        raise ValueError(f"build_prompts: expected n_shots >= 0 and n_prompts >= 1, got {n_shots} and {n_prompts}.")
+    if relation is None:
+        relation = next((p.name for p in (pairs, queries) if isinstance(p, Relation)), "")
+    demo_pairs = [Pair(*pair) for pair in pairs]
+    query_pairs = demo_pairs if queries is None else [Pair(*pair) for pair in queries]
+    if not query_pairs:
+        raise ValueError("build_prompts: expected at least one query pair, got none.")
+    if labels == "random" and n_shots:
+        pool = _default_pool(relation, [*demo_pairs, *query_pairs]) if pool is None else list(pool)
+        if not pool:
+            raise ValueError("build_prompts: labels='random' needs a pool of answers, got an empty one.")
+
+    chosen = _choose_queries(query_pairs, n_prompts, generator)
+    demonstrations: list[tuple[Pair, ...]] = []
+    for query in chosen:
+        candidates = [pair for pair in demo_pairs if pair.input != query.input]
+        if len(candidates) < n_shots:
+            raise ValueError(
+                f"build_prompts: {n_shots} demonstrations wanted for query {query.input!r}, but only {len(candidates)} "
+                "pairs have another input; give more pairs or fewer shots."
+            )
+        order = torch.randperm(len(candidates), generator=generator)[:n_shots].tolist()
+        shown = [candidates[i] for i in order]
+        demonstrations.append(_corrupt(shown, labels, pool, generator))
+    return render_prompts(
+        model, chosen, demonstrations, template=template, labels=labels, n_shots=n_shots, relation=relation
+    )
+
+
+def _default_pool(relation: str, pairs: Sequence[Pair]) -> list[str]:
+    """Answers of the library's other relations, without the answers of these pairs."""
+    own = {pair.output for pair in pairs}
+    names = [name for name in list_relations() if name != relation]
+    return sorted({output for name in names for output in load_relation(name).outputs} - own)
+
+
+def _choose_queries(pairs: list[Pair], n_prompts: int | None, generator: torch.Generator) -> list[Pair]:
+    if n_prompts is None:
+        return pairs
+    order: list[int] = []
+    while len(order) < n_prompts:
+        order += torch.randperm(len(pairs), generator=generator).tolist()
+    return [pairs[i] for i in order[:n_prompts]]
+
+
+def _corrupt(
+    shown: list[Pair], labels: Labels, pool: Sequence[str] | None, generator: torch.Generator
+) -> tuple[Pair, ...]:
+    """The demonstrations with labels as asked for."""
+    n = len(shown)
+    outputs = [pair.output for pair in shown]
+    if labels == "true" or n == 0:
+        return tuple(shown)
+    if labels == "random":
+        assert pool is not None
+        picks = torch.randint(len(pool), (n,), generator=generator).tolist()
+        new = [pool[i] for i in picks]
+    elif labels == "permuted":
+        new = [outputs[i] for i in torch.randperm(n, generator=generator).tolist()]
+    else:
+        new = _derange(outputs, generator)
+    return tuple(Pair(pair.input, label) for pair, label in zip(shown, new, strict=True))
+
+
+def _derange(outputs: list[str], generator: torch.Generator) -> list[str]:
+    """A random order of the labels in which no place keeps its label (as a word, so equal labels are swapped too)."""
+    n = len(outputs)
+    most = max(outputs.count(label) for label in outputs)
+    if 2 * most > n:
+        raise ValueError(
+            f"build_prompts: labels='deranged' is impossible: one label stands in {most} of {n} demonstrations; "
+            "use labels='permuted' or 'random'."
+        )
+    for _ in range(1000):
+        new = [outputs[i] for i in torch.randperm(n, generator=generator).tolist()]
+        if all(a != b for a, b in zip(new, outputs, strict=True)):
+            return new
+    # rare: sort equal labels together and rotate by the largest group, which moves every label off its own block
+    order = sorted(range(n), key=lambda i: outputs[i])
+    new = [""] * n
+    for place, i in enumerate(order):
+        new[i] = outputs[order[(place + most) % n]]
+    return new
+
+
+def _pieces(template: Template, demonstrations: Sequence[Pair], query: Pair) -> list[tuple[str, TokenClass]]:
+    """The prompt's text in labelled pieces."""
+    pieces: list[tuple[str, TokenClass]] = [(template.prefix, TokenClass.PREFIX)]
+
+    def add(text: str, words: dict[str, tuple[str, TokenClass]]) -> None:
+        places = sorted((text.index(key), key) for key in words)
+        start = 0
+        for place, key in places:
+            pieces.append((text[start:place], TokenClass.SEPARATOR))
+            pieces.append(words[key])
+            start = place + len(key)
+        pieces.append((text[start:], TokenClass.SEPARATOR))
+
+    for pair in demonstrations:
+        add(
+            template.demonstration,
+            {
+                "{input}": (" " + pair.input, TokenClass.DEMONSTRATION_INPUT),
+                "{output}": (" " + pair.output, TokenClass.DEMONSTRATION_LABEL),
+            },
+        )
+    add(template.query, {"{input}": (" " + query.input, TokenClass.QUERY)})
+    return [(text, kind) for text, kind in pieces if text]
+
+
+def render_prompts(
+    model: Any,
+    queries: Sequence[Pair],
+    demonstrations: Sequence[Sequence[Pair]],
+    *,
+    template: str | Template = "qa",
+    labels: Labels = "true",
+    n_shots: int,
+    relation: str = "",
+) -> Prompts:
+    """Tokenise prompts whose demonstrations are already chosen.
+
+    The whole text is tokenised at once and every token is classed by the characters it covers, so the tokens are those
+    that the tokenizer gives for the plain text, with exactly one BOS in front where the tokenizer has one.
+
+    Raises:
+        ValueError: the model has no (fast) tokenizer, or a prompt does not fit the model's context.
+    """
+    template = get_template(template)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer; load it with fvlens.load_model or model.set_tokenizer(...).")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"expected a fast tokenizer (with character offsets), got {type(tokenizer).__name__}.")
+    bos = bos_token_id(model)
+    pieces = [_pieces(template, d, q) for d, q in zip(demonstrations, queries, strict=True)]
+    texts = ["".join(text for text, _ in row) for row in pieces]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    full = tokenizer(
+        [text + " " + query.output for text, query in zip(texts, queries, strict=True)], add_special_tokens=False
+    )
+    rows: list[list[int]] = []
+    classes: list[list[int]] = []
+    answers: list[list[int]] = []
+    for i, text in enumerate(texts):
+        ids = list(encoded["input_ids"][i])
+        spans = list(encoded["offset_mapping"][i])
+        kinds = _classes(spans, pieces[i])
+        kinds[-1] = int(TokenClass.PREDICTIVE)
+        if bos is not None:
+            ids, kinds = [bos, *ids], [int(TokenClass.BOS), *kinds]
+        continuation = list(full["input_ids"][i])
+        n_text = len(encoded["input_ids"][i])
+        if continuation[:n_text] == list(encoded["input_ids"][i]) and len(continuation) > n_text:
+            answers.append(continuation[n_text:])
+        else:  # the tokenizer merges across the border: take the answer's own tokens
+            answers.append(list(tokenizer(" " + queries[i].output, add_special_tokens=False)["input_ids"]))
+        rows.append(ids)
+        classes.append(kinds)
+        longest = len(ids) + len(answers[-1])
+        if longest > model.cfg.n_ctx:
+            raise ValueError(
+                f"a prompt with its answer is {longest} tokens long, but the model's context holds {model.cfg.n_ctx}; "
+                f"use fewer shots (got {n_shots}) or a shorter template (got {template.name!r}): {text[:60]!r}..."
+            )
+    width = max(map(len, rows))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos) if i is not None), 0)
+    return Prompts(
+        tokens=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        answer_tokens=_right_pad(answers),
+        token_classes=torch.tensor([[int(TokenClass.PADDING)] * (width - len(row)) + row for row in classes]),
+        queries=tuple(queries),
+        demonstrations=tuple(tuple(d) for d in demonstrations),
+        labels=labels,
+        n_shots=n_shots,
+        template=template,
+        relation=relation,
+        texts=tuple(texts),
+    )
+
+
+def _right_pad(rows: list[list[int]]) -> Int[Tensor, "prompt answer_pos"]:
+    width = max(map(len, rows))
+    return torch.tensor([row + [PAD_ANSWER] * (width - len(row)) for row in rows])
+
+
+def _classes(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[str, TokenClass]]) -> list[int]:
+    """Class of each token by the piece that holds its last character."""
+    ends: list[tuple[int, int]] = []
+    position = 0
+    for text, kind in pieces:
+        position += len(text)
+        ends.append((position, int(kind)))
+    result: list[int] = []
+    piece = 0
+    for start, end in spans:
+        last = max(start, end - 1)
+        while piece < len(ends) - 1 and last >= ends[piece][0]:
+            piece += 1
+        result.append(ends[piece][1])
+    return result
+
+
+def filter_correct(
+    model: Any,
+    pairs: Relation | Sequence[Pair | tuple[str, str]],
+    *,
+    demonstrations: Sequence[Pair | tuple[str, str]] | None = None,
+    n_shots: int = 10,
+    template: str | Template = "qa",
+    batch_size: int = 64,
+    generator: torch.Generator,
+) -> tuple[Pair, ...]:
+    """The filter set: pairs whose query the model answers correctly (top-1) with clean demonstrations.
+
+    Args:
+        model: the model to ask.
+        pairs: the pairs to filter.
+        demonstrations: pairs that the demonstrations are drawn from; ``pairs`` if not given.
+        n_shots, template: shape of the prompts.
+        batch_size: prompts run together.
+        generator: source of randomness for the demonstrations.
+
+    Returns:
+        The pairs answered correctly, in order; may be empty (a warning says so).
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 2.3 (queries answered correctly in the 10-shot setting).
+    """
+    wanted = [Pair(*pair) for pair in pairs]
+    prompts = build_prompts(
+        model,
+        wanted if demonstrations is None else demonstrations,
+        queries=wanted,
+        n_shots=n_shots,
+        template=template,
+        generator=generator,
+    )
+    kept: list[Pair] = []
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            logits = model(prompts.tokens[rows].to(device), attention_mask=prompts.attention_mask[rows].to(device))
+            best = logits[:, -1].argmax(dim=-1).cpu()
+            right = (best == prompts.first_answer_token[rows]).tolist()
+            kept += [pair for pair, ok in zip(wanted[rows], right, strict=True) if ok]
+    if not kept:
+        warnings.warn("filter_correct: the model answers none of the queries correctly.", stacklevel=2)
+    return tuple(kept)

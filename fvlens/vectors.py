@@ -1,0 +1,395 @@
+"""Function vectors: the task as one vector of the residual stream.
+
+``v_t = sum over the chosen heads of mean z_{l,h} @ W_O[l,h]``, added after one layer at the last token of a prompt.
+Vectors are plain values: they add, scale, compare, decode to words, and travel in one safetensors file whose header
+holds where they come from.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fvlens.activations import HeadMeans
+from fvlens.interventions import resid_hook, z_hook
+from fvlens.models import Fingerprint, fingerprint
+from fvlens.types import Head, HeadLike, as_heads
+
+FORMAT = "fvlens-vector-1"
+
+
+def _check_model(made_on: Fingerprint, model: Any, what: str) -> None:
+    differences = made_on.differences(fingerprint(model))
+    if differences:
+        raise ValueError(
+            f"{what} was made on model {made_on.name!r}, not on this one (vector / model: {'; '.join(differences)}); "
+            "pass check=False to use it all the same."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionVector:
+    """A vector of the residual stream that stands for a task.
+
+    Attributes:
+        vector: the vector, float32 on the CPU.
+        layer: it is added after this layer (``blocks.{layer}.hook_resid_post``).
+        heads: the heads whose mean outputs it sums.
+        relation: the task's name.
+        fingerprint: the model it was made on.
+        kind: ``"function"``, ``"random"``, ``"combined"`` ...
+        template, data_hash: the prompts behind the means.
+        seed: seed of the run that made it, if given.
+    """
+
+    vector: Float[Tensor, " d_model"]
+    layer: int
+    heads: tuple[Head, ...]
+    relation: str
+    fingerprint: Fingerprint
+    kind: str = "function"
+    template: str = ""
+    data_hash: str = ""
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        d_model, n_layers = self.fingerprint.d_model, self.fingerprint.n_layers
+        if self.vector.shape != (d_model,):
+            raise ValueError(
+                f"FunctionVector: expected shape ({d_model},), the model's d_model, got {tuple(self.vector.shape)}."
+            )
+        if not bool(torch.isfinite(self.vector).all()):
+            raise ValueError("FunctionVector: the vector holds NaN or infinite values.")
+        if not 0 <= self.layer < n_layers:
+            raise ValueError(f"FunctionVector: expected a layer in 0..{n_layers - 1}, got {self.layer}.")
+        object.__setattr__(self, "vector", self.vector.detach().float().cpu())
+        object.__setattr__(self, "heads", tuple(Head(*head) for head in self.heads))
+
+    # -- steering -----------------------------------------------------------------------------------------------------
+
+    def additions(self) -> Mapping[str, Float[Tensor, " d_model"]]:
+        """What :func:`fvlens.inject` adds: hook name -> vector."""
+        return {resid_hook(self.layer): self.vector}
+
+    def check(self, model: Any) -> None:
+        """Raise ``ValueError`` if the vector was made on another model."""
+        _check_model(self.fingerprint, model, f"the vector of {self.relation or self.kind!r}")
+
+    # -- arithmetic ---------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: "FunctionVector") -> "FunctionVector":
+        if not isinstance(other, FunctionVector):
+            return NotImplemented
+        differences = self.fingerprint.differences(other.fingerprint)
+        if differences:
+            raise ValueError(f"cannot combine vectors of two models ({'; '.join(differences)}).")
+        if self.layer != other.layer:
+            raise ValueError(
+                f"cannot combine vectors of layers {self.layer} and {other.layer}; bring one over with at_layer()."
+            )
+        names = [name for name in (self.relation, other.relation) if name]
+        return dataclasses.replace(
+            self,
+            vector=self.vector + other.vector,
+            heads=tuple(dict.fromkeys(self.heads + other.heads)),
+            relation=" + ".join(dict.fromkeys(names)),
+            kind="combined",
+            data_hash="",
+        )
+
+    def __mul__(self, factor: float | int) -> "FunctionVector":
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return dataclasses.replace(self, vector=self.vector * float(factor))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "FunctionVector":
+        return self * -1.0
+
+    def __sub__(self, other: "FunctionVector") -> "FunctionVector":
+        if not isinstance(other, FunctionVector):
+            return NotImplemented
+        names = [name for name in (self.relation, other.relation) if name]
+        return dataclasses.replace(self + (-other), relation=" - ".join(dict.fromkeys(names)))
+
+    def at_layer(self, layer: int) -> "FunctionVector":
+        """The same vector, to be added after another layer."""
+        return dataclasses.replace(self, layer=layer)
+
+    def norm(self) -> float:
+        """Euclidean norm."""
+        return float(self.vector.norm())
+
+    def cosine(self, other: "FunctionVector") -> float:
+        """Cosine similarity with another vector, in [-1, 1].
+
+        Raises:
+            ValueError: the vectors differ in width, or one of them is zero.
+        """
+        if self.vector.shape != other.vector.shape:
+            raise ValueError(f"cosine: the vectors have {len(self.vector)} and {len(other.vector)} numbers.")
+        product = self.norm() * other.norm()
+        if product == 0:
+            raise ValueError("cosine: undefined for a zero vector.")
+        return max(-1.0, min(1.0, float(self.vector @ other.vector) / product))
+
+    def decode(self, model: Any, k: int = 10, *, final_norm: bool = True) -> list[tuple[str, float]]:
+        """The k tokens whose unembedding the vector points to most.
+
+        ``v @ W_U``, by default after the model's final norm. Descriptive only: a vector can steer without decoding to
+        anything readable.
+
+        Args:
+            model: the model the vector was made on.
+            k: number of tokens.
+            final_norm: pass the vector through the final norm first.
+
+        Returns:
+            Pairs (token text, logit), best first.
+
+        Raises:
+            ValueError: the vector is of another model, or k is out of range.
+        """
+        self.check(model)
+        if not 1 <= k <= model.cfg.d_vocab:
+            raise ValueError(f"decode: expected k between 1 and {model.cfg.d_vocab}, got {k}.")
+        with torch.inference_mode():
+            resid = self.vector.to(model.W_U.device, model.W_U.dtype)[None, None]
+            logits = ((model.ln_final(resid) if final_norm else resid) @ model.W_U)[0, 0].float()
+            values, tokens = logits.topk(k)
+        return [(model.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the vector to one safetensors file, its metadata in the header. Replaces an existing file at once."""
+        header = {
+            "layer": self.layer,
+            "heads": [list(head) for head in self.heads],
+            "relation": self.relation,
+            "kind": self.kind,
+            "template": self.template,
+            "data_hash": self.data_hash,
+            "seed": self.seed,
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+        }
+        return _write(Path(path), {"vector": self.vector}, header)
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: Any = None) -> "FunctionVector":
+        """Read a vector that :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+            model: if given, the vector must have been made on this model.
+
+        Raises:
+            ValueError: no such file; not a safetensors file, or a truncated one; not written by fvlens; damaged
+                metadata; wrong shape, NaN or infinite values; or a vector of another model than ``model``.
+        """
+        path = Path(path)
+        tensors, header = _read(path)
+        if set(tensors) != {"vector"}:
+            raise ValueError(f"{path.name}: expected one tensor named 'vector', got {sorted(tensors)}.")
+        try:
+            loaded = cls(
+                vector=tensors["vector"],
+                layer=int(header["layer"]),
+                heads=tuple(Head(int(layer), int(head)) for layer, head in header["heads"]),
+                relation=str(header["relation"]),
+                fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])),
+                kind=str(header["kind"]),
+                template=str(header["template"]),
+                data_hash=str(header["data_hash"]),
+                seed=None if header["seed"] is None else int(header["seed"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        if model is not None:
+            loaded.check(model)
+        return loaded
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+    """Write tensors with a JSON header to a temporary name, then rename."""
+    if not path.parent.is_dir():
+        raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            part,
+            metadata={"format": FORMAT, "fvlens": json.dumps(header, sort_keys=True)},
+        )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON header of a file that :func:`_write` wrote."""
+    if not path.is_file():
+        raise ValueError(f"no vector file at {path}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path.name}: not written by fvlens (format {metadata.get('format')!r}, expected {FORMAT!r})."
+        )
+    try:
+        header = json.loads(metadata["fvlens"])
+        if not isinstance(header, dict):
+            raise TypeError(f"expected an object, got {type(header).__name__}")
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
+    return tensors, header
+
+
+def function_vector(
+    model: Any, means: HeadMeans, *, heads: Iterable[HeadLike], layer: int, seed: int | None = None
+) -> FunctionVector:
+    """The function vector of a task: the sum of its heads' mean outputs.
+
+    ``v_t = sum over heads of mean z_{l,h} @ W_O[l,h]`` [paper]. The reference adds the output bias once per head on
+    models that have one; we leave it out, because it carries nothing of the task [our choice].
+
+    Args:
+        model: the model.
+        means: task means at the last token, from :func:`~fvlens.mean_head_activations`.
+        heads: the chosen heads, ``Head``s or ``(layer, head)`` pairs, usually ``effects.top(10)``.
+        layer: the vector is added after this layer; the best one is found by a sweep.
+        seed: seed recorded with the vector.
+
+    Returns:
+        :class:`FunctionVector`, ``.vector [d_model]`` in float32 on the CPU.
+
+    Raises:
+        ValueError: no heads, a head that does not exist or is listed twice, a layer outside the model, means that are
+            not of the last token, or means of another model.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small")
+        >>> g = torch.Generator().manual_seed(0)
+        >>> clean = fvlens.build_prompts(model, fvlens.load_relation("antonym"), n_prompts=4, generator=g)
+        >>> means = fvlens.mean_head_activations(model, clean, progress=False)
+        >>> vec = fvlens.function_vector(model, means, heads=[(1, 0), (1, 3)], layer=1)
+        >>> (2 * vec - vec).cosine(vec) > 0.999
+        True
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 2.3, equation 6.
+    """
+    chosen, means_z = _chosen(model, means, heads)
+    vector = torch.zeros(model.cfg.d_model)
+    for head in chosen:
+        weight = model.blocks[head.layer].attn.W_O[head.head].detach().float().cpu()
+        vector += means_z[head.layer, head.head] @ weight
+    return FunctionVector(
+        vector=vector,
+        layer=layer,
+        heads=tuple(chosen),
+        relation=means.relation,
+        fingerprint=means.fingerprint,
+        template=means.template,
+        data_hash=means.data_hash,
+        seed=seed,
+    )
+
+
+def _chosen(model: Any, means: HeadMeans, heads: Iterable[HeadLike]) -> tuple[list[Head], Tensor]:
+    chosen = as_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
+    if not chosen:
+        raise ValueError("heads: expected at least one head, got none.")
+    if means.positions != "last":
+        raise ValueError(f"expected means of the last token, got means at {means.positions!r}.")
+    _check_model(means.fingerprint, model, "the means of the heads")
+    return chosen, means.z
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedVector:
+    """A task injected where it arises: each chosen head's mean output is added to that head's own z.
+
+    Attributes:
+        values: what is added, zero for heads that were not chosen.
+        heads: the chosen heads.
+        relation: the task's name.
+        fingerprint: the model it was made on.
+    """
+
+    values: Float[Tensor, "layer head d_head"]
+    heads: tuple[Head, ...]
+    relation: str
+    fingerprint: Fingerprint
+    kind: str = "distributed"
+
+    def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
+        """What :func:`fvlens.inject` adds: hook name of each layer's z -> values of its heads."""
+        return {z_hook(layer): self.values[layer] for layer in sorted({head.layer for head in self.heads})}
+
+    def check(self, model: Any) -> None:
+        """Raise ``ValueError`` if the vector was made on another model."""
+        _check_model(self.fingerprint, model, f"the distributed vector of {self.relation!r}")
+
+
+def distributed_vector(
+    model: Any, means: HeadMeans, *, heads: Iterable[HeadLike], alpha: float = 1.0
+) -> DistributedVector:
+    """A function vector kept apart by head: add ``alpha * mean z_{l,h}`` to each chosen head's own z.
+
+    Args:
+        model: the model.
+        means: task means at the last token.
+        heads: the chosen heads.
+        alpha: strength; 1 in the source.
+
+    Returns:
+        :class:`DistributedVector`, which :func:`fvlens.inject` takes like any vector.
+
+    Raises:
+        ValueError: as for :func:`function_vector`.
+
+    References:
+        arXiv:2606.05079 (from its code).
+    """
+    chosen, means_z = _chosen(model, means, heads)
+    values = torch.zeros_like(means_z)
+    for head in chosen:
+        values[head.layer, head.head] = alpha * means_z[head.layer, head.head]
+    return DistributedVector(values=values, heads=tuple(chosen), relation=means.relation, fingerprint=means.fingerprint)
+
+
+def random_vector_like(vector: FunctionVector, generator: torch.Generator) -> FunctionVector:
+    """A vector of random direction with the same norm, layer and model: the control for "any push will do".
+
+    Args:
+        vector: the vector to imitate.
+        generator: source of randomness.
+    """
+    direction = torch.randn(vector.vector.shape, generator=generator)
+    return dataclasses.replace(
+        vector,
+        vector=direction * (vector.norm() / direction.norm()),
+        heads=(),
+        relation=f"random like {vector.relation}",
+        kind="random",
+        data_hash="",
+    )

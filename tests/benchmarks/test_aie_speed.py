@@ -1,0 +1,150 @@
+"""Exact AIE: the fast path against the naive loop over hooks, side by side in one process.
+
+Naive: plain TransformerLens, one ``model.run_with_hooks(tokens, attention_mask=...)`` a head with all prompts in one
+batch, logits at every position, as anyone would write it. It is measured on a few (layer, head) cells spread over the
+layers and extrapolated to all cells; every pass costs the same, since the whole model runs whatever is patched. Fast:
+one call of ``fvlens.indirect_effects``, everything in it counted.
+
+Run with ``pytest -m benchmark -s tests/benchmarks``. Threads are left as they are; both sides use the same.
+"""
+
+import dataclasses
+import platform
+import resource
+import statistics
+import time
+
+import pytest
+import torch
+from conftest import random_model
+
+import fvlens
+from fvlens.interventions import z_hook
+from fvlens.models import fingerprint
+from fvlens.suffix import counted_gain
+from fvlens.types import Head
+
+N_FAST = 3
+"""Runs of the fast path; the median counts."""
+
+
+def peak_memory():
+    """Most memory this process has held so far, in MiB (the kernel counts KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if platform.system() == "Darwin" else 1024)
+
+
+def seconds(function):
+    """Time of one call, and what it gives."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def spread_cells(n_layers, n_heads, n):
+    """``n`` heads spread evenly over the layers, the first and the last layer among them."""
+    layers = [round(i * (n_layers - 1) / (n - 1)) for i in range(n)]
+    return [Head(layer, (5 * i + 1) % n_heads) for i, layer in enumerate(layers)]
+
+
+def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n_cells=6):
+    """Both sides on one random-weight model: times, largest difference, memory."""
+    model = random_model(
+        n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_head=d_model // n_heads, d_mlp=4 * d_model,
+        initializer_range=0.05,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.ln_final.w.mul_(6)  # peaked predictions, so that patches move probabilities
+    g = torch.Generator().manual_seed(0)
+    relation = fvlens.load_relation("antonym")
+    clean = fvlens.build_prompts(model, relation, n_prompts=8, n_shots=n_shots, generator=g)
+    shape = dict(n_prompts=n_prompts, n_shots=n_shots)
+    prompts = fvlens.build_prompts(model, relation, **shape, labels="permuted", generator=g)
+    tokens, mask = prompts.tokens, prompts.attention_mask
+    with torch.inference_mode():
+        likely = model(tokens, attention_mask=mask)[:, -1].argmax(dim=-1)  # warms up the naive side, too
+    prompts = dataclasses.replace(prompts, answer_tokens=likely.clone()[:, None])
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    means = dataclasses.replace(means, z=8 * means.z)  # far from what the heads say
+    fingerprint(model)
+    rows = torch.arange(n_prompts)
+
+    def fast():
+        return fvlens.indirect_effects(model, prompts, means, progress=False)
+
+    def naive(head=None):
+        def replace(z, hook):
+            z[:, -1, head.head] = means.z[head.layer, head.head]
+            return z
+
+        hooks = [] if head is None else [(z_hook(head.layer), replace)]
+        with torch.inference_mode():
+            logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+            return logits[rows, -1].softmax(dim=-1)[rows, likely].clone()
+
+    cells = spread_cells(n_layers, n_heads, n_cells)
+    before = peak_memory()  # holds the model, and the one plain pass above
+    fast_times, naive_times, found = [], [], {}
+    effects = None
+    fast()  # warm-up
+    after_fast = peak_memory()
+    baseline_time, baseline = seconds(naive)
+    # interleaved, so that a busy machine slows both sides
+    for i, head in enumerate(cells):
+        if i % max(1, n_cells // N_FAST) == 0 and len(fast_times) < N_FAST:
+            spent, effects = seconds(fast)
+            fast_times.append(spent)
+        spent, found[head] = seconds(lambda head=head: naive(head))
+        naive_times.append(spent)
+    n_all = n_layers * n_heads
+    naive_total = baseline_time + n_all * statistics.mean(naive_times)
+    difference = max(
+        float((effects.baseline + effects.cie[:, head.layer, head.head] - found[head]).abs().max()) for head in cells
+    )
+    n_pos = float(mask.sum(dim=1).float().mean())
+    return dict(
+        path=effects.path,
+        n_pos=n_pos,
+        n_prompts=n_prompts,
+        cells=f"{len(cells)} of {n_all}",
+        threads=torch.get_num_threads(),
+        fast=statistics.median(fast_times),
+        naive=naive_total,
+        naive_cell=statistics.mean(naive_times),
+        ratio=naive_total / statistics.median(fast_times),
+        limit=counted_gain(n_layers, n_heads, round(n_pos)),
+        difference=max(difference, float((effects.baseline - baseline).abs().max())),
+        largest_effect=max(float((found[head] - baseline).abs().max()) for head in cells),
+        peak_fast=after_fast,
+        peak_fast_more=after_fast - before,
+        peak_both=peak_memory(),
+    )
+
+
+def report(m):
+    """The measurement in words."""
+    share = m["ratio"] / m["limit"]
+    return "\n".join(
+        (
+            f"\nexact AIE, {m['n_prompts']} prompts of {m['n_pos']:.1f} tokens on average, path {m['path']}, "
+            f"{m['threads']} threads",
+            f"  naive hook loop {m['naive']:9.1f} s  ({m['naive_cell']:.2f} s a head, from {m['cells']} heads)",
+            f"  fast path       {m['fast']:9.2f} s  (median of {N_FAST})",
+            f"  ratio           {m['ratio']:9.1f}    counted limit {m['limit']:.1f}, share reached {share:.0%}",
+            f"  largest difference {m['difference']:.1e} in probability; largest effect {m['largest_effect']:.2f}",
+            f"  peak memory of the process {m['peak_fast']:.0f} MiB after the fast path, {m['peak_fast_more']:.0f} MiB "
+            f"more than with the model and one plain pass; {m['peak_both']:.0f} MiB after both",
+        )
+    )
+
+
+@pytest.mark.benchmark
+def test_exact_aie_is_fifty_times_faster_than_the_hook_loop(capsys):
+    m = measure()
+    with capsys.disabled():
+        print(report(m))
+    assert m["path"] == "weights"
+    assert 90 <= m["n_pos"] <= 104
+    assert m["largest_effect"] > 0.05
+    assert m["difference"] < 1e-6
+    assert m["ratio"] >= 50

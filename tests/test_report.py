@@ -1,0 +1,655 @@
+"""The whole chain: its numbers recomputed from their parts, no look at the test pairs, its files and its page."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from html.parser import HTMLParser
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, small_run
+
+import fvlens
+from fvlens import FunctionVector, Relation, report
+from fvlens.report import RunOptions, find_heads, other_relations, results_json, run_relation, write_report, write_run
+from fvlens.types import Head
+
+TINY = RunOptions(n_shots=2, n_prompts=4, n_corrupted=3, n_heads=3, n_random=2, n_others=0)
+
+
+@pytest.fixture(scope="session")
+def result(model):
+    return small_run(model)
+
+
+@pytest.fixture(scope="session")
+def numbers(result):
+    return results_json(result)
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of build_prompts: from which module, and what it made."""
+
+    module: str
+    prompts: fvlens.Prompts
+
+
+@pytest.fixture(scope="session")
+def watched(model):
+    """The same run again, with every prompt that was built, and the seconds it took."""
+    calls = []
+
+    def spy(module, original):
+        def build(*args, **kwargs):
+            prompts = original(*args, **kwargs)
+            calls.append(Call(module, prompts))
+            return prompts
+
+        return build
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("report", "evaluation"):
+            target = f"fvlens.{module}.build_prompts"
+            patch.setattr(target, spy(module, fvlens.build_prompts))
+        began = time.monotonic()
+        again = run_relation(model, fvlens.load_relation("antonym"), options=SMALL, progress=False)
+    return again, calls, time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def tiny_result(tiny):
+    return run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
+
+
+@pytest.fixture
+def unchecked():
+    """Runtime type checking off, as for a user: our own messages must then speak."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def right(evaluation):
+    """1 where the predicted word is the answer, 0 elsewhere. All answers of the library are one token here."""
+    pairs = zip(evaluation.predictions, evaluation.queries, strict=True)
+    return np.array([float(prediction == pair.output) for prediction, pair in pairs])
+
+
+def of_kind(result, kind):
+    """Score of each query, averaged over all single vectors of one kind of control."""
+    rows = [row for row in result.controls.rows if row.kind == kind]
+    return np.mean([right(one) for row in rows for one in row.evaluations], axis=0)
+
+
+def bootstrap(scores):
+    """95% interval of the mean, by another generator and more resamples."""
+    rng = np.random.default_rng(1)
+    means = rng.choice(scores, (20_000, len(scores))).mean(axis=1)
+    return np.quantile(means, [0.025, 0.975])
+
+
+def ranked(effects, n):
+    """The first n heads with their mean effects and standard errors."""
+    cie = effects.cie.double().numpy()
+    mean, error = cie.mean(axis=0), cie.std(axis=0, ddof=1) / len(cie) ** 0.5
+    order = np.argsort(-mean.ravel(), kind="stable")[:n]
+    cells = [divmod(int(i), mean.shape[1]) for i in order]
+    return [[layer, head, mean[layer, head], error[layer, head]] for layer, head in cells]
+
+
+def best(sweep):
+    """Layer of the most right answers; ties by probability, then the lower layer."""
+    keys = [(right(one).sum(), one.probabilities.double().mean().item()) for one in sweep.evaluations]
+    return sweep.layers[keys.index(max(keys))]
+
+
+def same(got, expected):
+    """Equal, floats up to rounding, at any depth."""
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(same(got[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(got) == len(expected) and all(map(same, got, expected))
+    if isinstance(expected, float):
+        return got == pytest.approx(expected, abs=1e-6)
+    return type(got) is type(expected) and got == expected
+
+
+# --- the numbers ---
+
+
+def test_every_number_follows_from_the_parts(model, result, numbers):
+    cfg, vector = model.cfg, result.vectors["permuted"]
+    relation = fvlens.load_relation("antonym")
+    with torch.no_grad():
+        centred = vector.vector - vector.vector.mean()
+        normed = centred / (centred.square().mean() + cfg.eps).sqrt() * model.ln_final.w + model.ln_final.b
+        logits, tokens = (normed @ model.W_U).topk(10)
+    parts = [result.split.train, result.split.valid, result.split.test]
+    words = [{word for pair in part for word in pair} for part in parts]
+    inputs = [{pair.input for pair in part} for part in parts]
+    apart = lambda sets: not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])  # noqa: E731
+    assert apart(inputs)
+    assert sorted(pair for part in parts for pair in part) == sorted(relation.pairs)
+    scores = {
+        "icl_top1": right(result.icl),
+        "zero_shot_top1": right(result.zero_shot),
+        "shuffled_top1": right(result.shuffled),
+        "fv_top1": right(result.steered["permuted"]),
+        "fv_random_labels_top1": right(result.steered["random"]),
+        "random_vector_top1": of_kind(result, "random_vector"),
+        "other_relation_top1": of_kind(result, "other_relation"),
+        "random_heads_top1": of_kind(result, "random_heads"),
+    }
+    intervals = numbers["intervals"]
+    assert set(intervals) == {"level", *scores} - {"random_heads_top1"}
+    assert intervals["level"] == 0.95
+    for name, value in scores.items():
+        assert len(value) == len(result.split.test)
+        if name in intervals:
+            np.testing.assert_allclose(intervals[name], bootstrap(value), atol=1.5 / len(value), err_msg=name)
+    expected = {
+        "relation": "antonym",
+        "model": "rel-small",
+        "seed": 0,
+        **{name: float(value.mean()) for name, value in scores.items()},
+        "layer": best(result.sweeps["permuted"]),
+        "layer_random_labels": best(result.sweeps["random"]),
+        "heads": ranked(result.effects["permuted"], 10),
+        "heads_random_labels": ranked(result.effects["random"], 10),
+        "n_test": len(result.split.test),
+        "intervals": intervals,
+        "icl_probability": float(np.mean(result.icl.probabilities.tolist())),
+        "shuffled_probability": float(np.mean(result.shuffled.probabilities.tolist())),
+        "other_relations": list(result.others),
+        "path": "weights",
+        "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
+        "options": {
+            "seed": 0, "n_shots": 10, "n_prompts": 10, "n_corrupted": 4, "n_heads": 10, "labels": "permuted",
+            "layer": None, "template": "qa", "n_random": 2, "n_others": 1,
+        },
+        "fingerprint": dataclasses.asdict(fvlens.fingerprint(model)),
+        "data_hash": relation.data_hash,
+        "split_disjoint": "both" if apart(words) else "input",
+        "versions": result.versions,
+        "seconds": result.seconds,
+    }  # fmt: skip
+    assert set(numbers) == set(expected)
+    for name, value in expected.items():
+        if name == "decoded":  # logits are tens, in float32
+            assert [word for word, _ in numbers[name]] == [word for word, _ in value]
+            np.testing.assert_allclose([v for _, v in numbers[name]], [v for _, v in value], rtol=1e-4)
+        else:
+            assert same(numbers[name], value), (name, numbers[name], value)
+
+
+def test_scores_are_those_of_a_plain_forward_pass(model, result, numbers):
+    """Bare queries as text, the vector added by a hook of our own."""
+
+    def top1(vector=None):
+        hooks = []
+        if vector is not None:
+
+            def add(resid, hook):
+                resid = resid.clone()
+                resid[:, -1] += vector.vector
+                return resid
+
+            hooks = [(f"blocks.{vector.layer}.hook_resid_post", add)]
+        found = []
+        for word, answer in result.split.test:
+            ids = model.tokenizer(f"Q: {word}\nA:", add_special_tokens=False)["input_ids"]
+            with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+                logits = model(torch.tensor([[model.tokenizer.bos_token_id, *ids]]))[0, -1]
+            found.append(model.tokenizer.decode([int(logits.argmax())]) == f" {answer}")
+        return float(np.mean(found))
+
+    assert numbers["zero_shot_top1"] == pytest.approx(top1())
+    assert numbers["fv_top1"] == pytest.approx(top1(result.vectors["permuted"]))
+    assert numbers["fv_random_labels_top1"] == pytest.approx(top1(result.vectors["random"]))
+
+
+def test_in_context_scores_are_those_of_the_prompts_that_were_built(model, numbers, watched):
+    """The watched run's prompts through the plain model."""
+    _, calls, _ = watched
+    shown = [call.prompts for call in calls if call.module == "evaluation" and call.prompts.n_shots]
+    for prompts in shown:
+        name = {"true": "icl", "permuted": "shuffled"}[prompts.labels]
+        with torch.no_grad():
+            logits = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
+        best = logits.argmax(dim=-1)
+        words = [f" {pair.output}" for pair in prompts.queries]
+        tokens = torch.tensor([model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words])
+        if prompts is next(one for one in shown if one.labels == prompts.labels):  # the later ones are the controls'
+            assert numbers[f"{name}_top1"] == pytest.approx((best == tokens).double().mean().item())
+            chances = logits.softmax(dim=-1)[range(len(tokens)), tokens]
+            assert numbers[f"{name}_probability"] == pytest.approx(chances.double().mean().item(), abs=1e-5)
+    assert {prompts.labels for prompts in shown} == {"true", "permuted"}
+
+
+def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
+    write_run(result, tmp_path)
+
+    def refuse(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert same(read, results_json(result))
+    assert isinstance(read["relation"], str)
+    assert isinstance(read["model"], str)
+    for name in ("seed", "layer", "n_test"):
+        assert type(read[name]) is int, name
+    for name in (
+        "icl_top1", "zero_shot_top1", "shuffled_top1", "fv_top1", "fv_random_labels_top1", "random_vector_top1",
+        "other_relation_top1",
+    ):  # fmt: skip
+        assert type(read[name]) is float, name
+        assert 0 <= read[name] <= 1, name
+    for entry in read["heads"]:
+        assert [type(item) for item in entry] == [int, int, float, float]
+    assert len(read["heads"]) == 10
+    assert read["n_test"] >= 60
+    assert type(read["seconds"]) is float
+    for name in ("fvlens", "torch", "transformer-lens"):
+        assert read["versions"][name] == importlib.metadata.version(name)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", read["versions"]["python"])
+
+
+def test_summary_shows_the_same_numbers(result, numbers):
+    rows = {name: (value, interval) for name, value, interval in result.summary()}
+    expected = {
+        "10 clean demonstrations": "icl_top1",
+        "10 demonstrations, labels permuted": "shuffled_top1",
+        "bare query": "zero_shot_top1",
+        f"function vector, 10 heads by permuted labels, after layer {numbers['layer']}": "fv_top1",
+        f"function vector, 10 heads by random labels, after layer {numbers['layer_random_labels']}": (
+            "fv_random_labels_top1"
+        ),
+        "2 random vectors of the same norm": "random_vector_top1",
+        f"vectors of other relations ({numbers['other_relations'][0]})": "other_relation_top1",
+        "2 sets of random heads": "random_heads_top1",
+    }
+    assert list(rows) == list(expected)
+    for name, key in expected.items():
+        assert rows[name][0] == numbers[key]
+        if key in numbers["intervals"]:
+            assert list(rows[name][1]) == [*numbers["intervals"][key], 0.95]
+
+
+# --- how the run goes ---
+
+
+def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
+    result, calls, _ = watched
+    split = result.split
+    test = {word for pair in split.test for word in pair}
+    scored = [i for i, call in enumerate(calls) if call.prompts.queries == split.test]
+    found = [(i, call) for i, call in enumerate(calls) if i not in scored]
+    assert scored
+    assert max(i for i, _ in found) < min(scored)  # everything is settled before the first test query is asked
+    own = [call.prompts for _, call in found if call.prompts.relation == "antonym"]
+    assert sorted(prompts.labels for prompts in own) == ["permuted", "random", "true", "true", "true"]
+    assert split.disjoint == "both"
+    for prompts in own:
+        assert not test & {word for pair in prompts.queries for word in pair}
+        shown = [pair for row in prompts.demonstrations for pair in row]
+        assert not test & {pair.input for pair in shown}
+        if prompts.labels != "random":  # random labels are answers of other relations
+            assert not test & {pair.output for pair in shown}
+        assert set(prompts.queries) <= set(split.valid)
+    others = {call.prompts.relation for _, call in found} - {"antonym"}
+    assert others == set(result.others)
+    for i in scored:  # the demonstrations of the scores are train pairs
+        shown = {pair.input for row in calls[i].prompts.demonstrations for pair in row}
+        assert shown <= {pair.input for pair in split.train}
+
+
+def test_options_reach_the_prompts(watched):
+    _, calls, _ = watched
+    built = [call.prompts for call in calls if call.module == "report"]
+    by_labels = defaultdict(set)
+    for prompts in built:
+        by_labels[prompts.labels].add((len(prompts), prompts.n_shots, prompts.template.name))
+    assert dict(by_labels) == {"true": {(10, 10, "qa")}, "permuted": {(4, 10, "qa")}, "random": {(4, 10, "qa")}}
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(tiny, tiny_result, numbers, watched):
+    again, _, wall = watched
+    assert 0 < again.seconds <= wall
+    assert {**results_json(again), "seconds": 0} == {**numbers, "seconds": 0}
+    antonym = fvlens.load_relation("antonym")
+    torch.randn(3)  # the global generator plays no part
+    twice = run_relation(tiny, antonym, options=TINY, progress=False)
+    assert torch.equal(twice.vector.vector, tiny_result.vector.vector)
+    other = run_relation(tiny, antonym, options=dataclasses.replace(TINY, seed=1), progress=False)
+    assert other.split.test != tiny_result.split.test
+    assert not torch.equal(other.effects["permuted"].cie, tiny_result.effects["permuted"].cie)
+
+
+def test_run_leaves_the_global_generator_and_the_model_alone(tiny):
+    before, weights = torch.get_rng_state(), [p.clone() for p in tiny.parameters()]
+    run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(weights, tiny.parameters(), strict=True))
+    assert not any(hook.fwd_hooks or hook.bwd_hooks for hook in tiny.hook_dict.values())
+
+
+def test_vectors_are_made_of_the_heads_that_were_found(model, result):
+    g = torch.Generator().manual_seed(0)
+    split = fvlens.load_relation("antonym").split(g)
+    means, effects = find_heads(model, split, SMALL, "antonym", g, progress=False)
+    for ranking in ("permuted", "random"):
+        torch.testing.assert_close(effects[ranking].cie, result.effects[ranking].cie, rtol=0, atol=0)
+        heads = [Head(layer, head) for layer, head, *_ in ranked(effects[ranking], 10)]
+        vector = sum(means.z[layer, head] @ model.W_O[layer, head].detach() for layer, head in heads)
+        torch.testing.assert_close(result.vectors[ranking].vector, vector, rtol=1e-4, atol=1e-5)
+        assert result.vectors[ranking].seed == 0
+    assert result.vector is result.vectors["permuted"]
+
+
+def test_one_ranking_alone_is_the_first_part_of_both(model):
+    """`fvlens heads` and the other relations ask for one ranking; it must be the one that a run finds."""
+    one, both = (torch.Generator().manual_seed(3) for _ in range(2))
+    relation = fvlens.load_relation("plural")
+    _, alone = find_heads(
+        model, relation.split(one), SMALL, "plural", one, rankings=("permuted",), progress=False
+    )  # fmt: skip
+    _, pair = find_heads(model, relation.split(both), SMALL, "plural", both, progress=False)
+    assert list(alone) == ["permuted"]
+    assert torch.equal(alone["permuted"].cie, pair["permuted"].cie)
+
+
+def test_without_other_relations_the_number_is_null(tiny_result):
+    numbers = results_json(tiny_result)
+    assert numbers["other_relation_top1"] is None
+    assert numbers["intervals"]["other_relation_top1"] is None
+    assert numbers["other_relations"] == []
+    assert not any("other relations" in name for name, *_ in tiny_result.summary())
+    assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
+
+
+def test_layer_and_labels_can_be_chosen(tiny):
+    options = dataclasses.replace(TINY, layer=1, labels="random", template="arrow", seed=5)
+    found = run_relation(
+        tiny, fvlens.load_relation("antonym"), options=options, model_name="my model", progress=False
+    )  # fmt: skip
+    assert {vector.layer for vector in found.vectors.values()} == {1}
+    assert found.vector is found.vectors["random"]
+    assert (found.vector.template, found.vector.seed, found.model_name) == ("arrow", 5, "my model")
+    control = next(row for row in found.controls.rows if row.kind == "vector").evaluations[0]
+    assert torch.equal(control.probabilities, found.steered["random"].probabilities)
+    assert results_json(found)["options"]["labels"] == "random"
+
+
+@pytest.mark.parametrize("part", ["indirect_effects", "layer_sweep", "controls"])
+def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
+    """Its partial result would pass for the whole."""
+    original = getattr(report, part)
+
+    def interrupted(*args, **kwargs):
+        return dataclasses.replace(original(*args, **kwargs), complete=False)
+
+    monkeypatch.setattr(report, part, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
+
+
+@pytest.mark.parametrize("name", ["antonym", "country-capital", "plural", "word-length", "first-letter"])
+def test_other_relations_share_no_output_and_no_family(name):
+    relation = fvlens.load_relation(name)
+    library = [fvlens.load_relation(other) for other in fvlens.list_relations()]
+    allowed = {
+        other.name
+        for other in library
+        if other.family != relation.family and not {y for _, y in other.pairs} & {y for _, y in relation.pairs}
+    }
+    assert len(allowed) >= 3
+    g = torch.Generator().manual_seed(0)
+    everything = other_relations(relation, 10_000, g)
+    assert set(everything) == allowed
+    assert len(everything) == len(allowed)
+    drawn = [other_relations(relation, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(names) for names in drawn}) > 1
+    assert all(len(names) == 3 and set(names) <= allowed for names in drawn)
+    assert other_relations(relation, 0, g) == []
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": "true"}, "labels='true'; expected one of permuted, random."),
+        ({"n_shots": 0}, "n_shots: expected at least 1, got 0."),
+        ({"n_prompts": 0}, "n_prompts: expected at least 1, got 0."),
+        ({"n_corrupted": 1}, "n_corrupted: expected at least 2, got 1; a standard error needs two prompts."),
+        ({"n_heads": 0}, "n_heads: expected at least 1, got 0."),
+        ({"n_random": -3}, "n_random: expected at least 1, got -3."),
+        ({"n_others": -1}, "n_others: expected 0 or more, got -1."),
+        ({"template": "nosuch"}, "no template named 'nosuch'; expected one of qa, arrow, colon"),
+    ],
+)
+def test_bad_options_are_refused(unchecked, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RunOptions(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_heads": 13}, "n_heads=13: expected at most 6, half of the model's 12 heads"),
+        ({"n_heads": 7}, "n_heads=7: expected at most 6, half of the model's 12 heads"),
+        ({"layer": 3}, "layer=3: expected 0..2."),
+        ({"layer": -1}, "layer=-1: expected 0..2."),
+        ({"n_shots": 100}, "100 demonstrations wanted for query"),
+    ],
+)
+def test_what_the_model_or_relation_cannot_do_is_refused(tiny, settings, message):
+    options = dataclasses.replace(TINY, **settings)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_relation(tiny, fvlens.load_relation("antonym"), options=options, progress=False)
+
+
+def test_half_of_the_heads_is_the_most(tiny):
+    found = run_relation(
+        tiny, fvlens.load_relation("antonym"), options=dataclasses.replace(TINY, n_heads=6), progress=False
+    )  # fmt: skip
+    assert len(found.vector.heads) == 6
+
+
+def test_small_relations_are_refused(tiny):
+    five = Relation(name="five", pairs=tuple((f"a{i}", f"b{i}") for i in range(5)))
+    with pytest.raises(ValueError, match=re.escape("split: expected a relation of at least 6 pairs, got 5 in 'five'.")):
+        run_relation(tiny, five, options=TINY, progress=False)
+    eight = Relation(name="eight", pairs=tuple((f"a{i}", f"b{i}") for i in range(8)))
+    with pytest.raises(ValueError, match=r"10 demonstrations wanted for query 'a\d', but only 4 pairs"):
+        run_relation(tiny, eight, options=dataclasses.replace(TINY, n_shots=10), progress=False)
+
+
+def test_a_control_that_was_not_run_is_refused(tiny_result):
+    with pytest.raises(ValueError, match="summary: no row of kind 'other_relation'"):
+        tiny_result.control("other_relation")
+
+
+# --- files ---
+
+
+def test_files_are_written_beside_what_is_there(result, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "results.json").write_text("old")
+    (folder / "sub").mkdir()
+    files = write_run(result, folder)
+    assert [file.name for file in files] == ["vector.safetensors", "results.json", "report.html"]
+    assert {file.name for file in folder.iterdir()} == {"notes.txt", "sub", *(file.name for file in files)}
+    assert (folder / "notes.txt").read_text() == "mine"
+    loaded = FunctionVector.load(folder / "vector.safetensors")
+    assert torch.equal(loaded.vector, result.vector.vector)
+    assert (loaded.layer, loaded.heads, loaded.relation) == (result.vector.layer, result.vector.heads, "antonym")
+
+
+def test_missing_folders_are_made(tiny_result, tmp_path):
+    files = write_run(tiny_result, str(tmp_path / "a" / "b"))
+    assert all(file.is_file() and file.parent == tmp_path / "a" / "b" for file in files)
+
+
+def test_files_are_replaced_at_once(tiny_result, tmp_path, monkeypatch):
+    for name in ("results.json", "report.html", "vector.safetensors"):
+        (tmp_path / name).write_text(f"old {name}")
+    readers = {name: (tmp_path / name).open() for name in ("results.json", "report.html")}
+    try:
+        write_run(tiny_result, tmp_path)
+        for name, reader in readers.items():  # whoever had the old file open still reads all of it
+            assert reader.read() == f"old {name}"
+    finally:
+        for reader in readers.values():
+            reader.close()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_run(tiny_result, tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path / "report.html", tiny_result)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+# --- the page ---
+
+FETCHING = ("src", "href", "srcset", "xlink:href", "action", "formaction", "poster", "background", "data", "ping")
+
+
+class Page(HTMLParser):
+    """A page's tags, its texts by tag, and its tables by id."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.tables, self.styles = [], defaultdict(list), {}, []
+        self._open, self._rows = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.styles.append(attrs.get("style") or "")
+        if tag == "table":
+            self._rows = self.tables.setdefault(attrs.get("id"), [])
+        elif tag == "tr":
+            self._rows.append([])
+        if tag in ("title", "h1", "h2", "p", "td", "th", "script", "style"):
+            self._open.append((tag, []))
+
+    def handle_data(self, data):
+        for _, parts in self._open:
+            parts.append(data)
+
+    def handle_endtag(self, tag):
+        if self._open and self._open[-1][0] == tag:
+            text = "".join(self._open.pop()[1]).strip()
+            self.texts[tag].append(text)
+            if tag in ("td", "th"):
+                self._rows[-1].append(text)
+
+
+def page_of(result, tmp_path):
+    return Page(write_report(tmp_path / "page.html", result).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def page(result, tmp_path_factory):
+    return page_of(result, tmp_path_factory.mktemp("page"))
+
+
+def test_page_needs_nothing_from_elsewhere(page):
+    for tag, attrs in page.tags:
+        assert tag not in ("base", "iframe", "object", "embed", "img", "form"), tag
+        assert attrs.get("http-equiv") is None
+        for name in FETCHING:
+            assert (attrs.get(name) or "data:").startswith(("data:", "#")), (tag, name, attrs[name])
+    for style in (*page.styles, *page.texts["style"]):
+        assert "url(" not in style
+        assert "@import" not in style
+    libraries = [script for script in page.texts["script"] if "plotly.js v" in script[:200]]
+    assert len(libraries) == 1
+    for script in page.texts["script"]:  # the library names servers, for maps that are not drawn; our part names none
+        assert script in libraries or not re.search(r"https?:|fetch\(|import\(", script)
+    assert sum("Plotly.newPlot" in script for script in page.texts["script"] if script not in libraries) == 6
+
+
+def test_page_shows_the_numbers(page, result, numbers):
+    assert page.texts["title"] == ["antonym: function vector on rel-small"]
+    assert page.texts["h1"] == ["antonym"]
+    assert page.tables["summary"][1:] == [
+        [name, f"{value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
+        for name, value, interval in result.summary()
+    ]
+    text = dict(page.tables["provenance"])
+    assert numbers["fingerprint"]["weights"] in text["model"]
+    assert numbers["data_hash"] in text["relation"]
+    assert text["pairs"].endswith(f"{numbers['n_test']} test")
+    assert json.loads(text["options"]) == numbers["options"]
+    assert text["attribution path"] == "weights"
+    assert f"torch {torch.__version__.split('+')[0]}" in text["versions"]
+    lead = page.texts["p"][0]
+    assert f"layer\n{numbers['layer']};" in lead
+    assert f"{numbers['n_test']} test pairs" in lead
+
+
+def test_samples_tick_the_right_answers_only(page, result):
+    columns = (result.zero_shot, result.steered["permuted"], result.icl)
+    expected = []
+    for i, pair in enumerate(result.split.test[:15]):
+        cells = [one.predictions[i] + (" ✓" if one.predictions[i] == pair.output else "") for one in columns]
+        expected.append([pair.input, pair.output, *cells])
+    assert page.tables["samples"][1:] == expected
+    ticks = sum("✓" in cell for row in expected for cell in row)
+    assert 0 < ticks < 45
+
+
+def test_the_beginning_of_an_answer_is_not_the_answer(result, tmp_path):
+    """A wrong token that the answer begins with gets no tick, a right first token of a longer answer gets one."""
+    (pair, *_), n = result.zero_shot.queries, result.zero_shot.n
+    prefix = (pair.output[:1], *result.zero_shot.predictions[1:])
+    wrong = dataclasses.replace(result.zero_shot, predictions=prefix, ranks=torch.full((n,), 7))
+    first = dataclasses.replace(result.icl, predictions=prefix, ranks=torch.zeros(n, dtype=torch.long))
+    row = page_of(dataclasses.replace(result, zero_shot=wrong, icl=first), tmp_path).tables["samples"][1]
+    assert row[2] == pair.output[:1]
+    assert row[4] == f"{pair.output[:1]} ✓"
+
+
+def test_figures_name_the_relation(page):
+    ours = "\n".join(script for script in page.texts["script"] if "plotly.js v" not in script[:200])
+    assert "custom pairs" not in ours
+    assert ours.count("antonym") >= 5
+
+
+def test_odd_names_and_words_are_text(tiny, tiny_result, tmp_path):
+    name = '</title></script><script>alert("1")</script> & <b>'
+    odd = ["<script>x</script>", "a&amp;b", '"q"', "</td>", "x'y", "<!--", "{{ 7 * 7 }}", "${y}", "<img src=x>"]
+    pairs = tuple((f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
+    relation = Relation(name=name, pairs=pairs)
+    found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
+    found = dataclasses.replace(found, decoded=(("</script><b>", 2.0), (" <i>", 1.0)))
+    page = page_of(found, tmp_path)
+    assert page.texts["h1"] == [name]
+    assert page.texts["title"] == [f"{name}: function vector on <i>m</i>"]
+    shown = [row[:2] for row in page.tables["samples"][1:]]
+    assert shown == [list(pair) for pair in found.split.test[:15]]
+    plain = page_of(tiny_result, tmp_path)
+    count = lambda page, tag: sum(name == tag for name, _ in page.tags)  # noqa: E731
+    for tag in ("script", "b", "i", "img", "h2", "table", "title"):
+        assert count(page, tag) == count(plain, tag), tag

@@ -1,0 +1,375 @@
+"""The fast path against whole forward passes with hooks, on every kind of architecture."""
+
+import re
+
+import jaxtyping
+import pytest
+import torch
+from architectures import ARCHITECTURES, FASTEST, build, word_prompts
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fvlens
+from fvlens import suffix
+from fvlens.interventions import inject, resid_hook, z_hook
+from fvlens.suffix import Slices, choose_path, counted_gain, has_hooks, plan_slices, run_prefix, steered_resid
+from fvlens.types import Head
+
+PATHS = ("weights", "kv")
+BOTH = [(name, path) for name in ARCHITECTURES for path in PATHS if path in ("kv", FASTEST[name])]
+BOTH = [(name, path) for name, path in BOTH if FASTEST[name] != "naive"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Each architecture in double precision, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = build(name, dtype=torch.float64)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_left(models):
+    yield
+    for name in ARCHITECTURES:
+        assert not has_hooks(models(name))
+
+
+def forward(model, prompts, hooks=()):
+    """Logits of a whole forward pass under hooks."""
+    with model.hooks(fwd_hooks=list(hooks)):
+        return model(prompts.tokens, attention_mask=prompts.attention_mask)
+
+
+def real(prompts, n_suffix):
+    """Which suffix positions hold a token and no padding."""
+    return prompts.attention_mask[:, -n_suffix:].bool()
+
+
+# --- against whole forward passes ---
+
+
+@pytest.mark.parametrize(("name", "path"), BOTH)
+def test_prefix_keeps_what_a_whole_pass_computes(models, generator, name, path):
+    model = models(name)
+    prompts = word_prompts(model, generator)
+    n = 3
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(prompts.tokens, attention_mask=prompts.attention_mask)
+    for layer in range(model.cfg.n_layers):
+        torch.testing.assert_close(run.resid_pre[layer], cache["resid_pre", layer][:, -n:])
+        torch.testing.assert_close(run.z[layer], cache["z", layer][:, -n:])
+    torch.testing.assert_close(run.resid_final, cache["resid_post", model.cfg.n_layers - 1][:, -n:])
+    torch.testing.assert_close(run.logits(run.resid_final), logits[:, -n:])
+    assert (run.n_prompts, run.n_suffix) == (len(prompts), n)
+
+
+@pytest.mark.parametrize(("name", "path"), BOTH)
+@pytest.mark.parametrize("n_suffix", [1, 4, None], ids=["one", "four", "all"])
+def test_patched_heads_equal_hooked_passes(models, generator, name, path, n_suffix):
+    """Also where the suffix is so long that it holds padding of the shorter prompts."""
+    model = models(name)
+    prompts = word_prompts(model, generator, n_shots=1)
+    n = prompts.tokens.shape[1] if n_suffix is None else n_suffix
+    assert n_suffix is not None or not real(prompts, n).all()
+    heads = [Head(0, 3), Head(0, 1), Head(1, 0), Head(2, 2)]
+    heads.sort()
+    values = torch.randn(len(heads), model.cfg.d_head, generator=generator, dtype=torch.float64)
+    where = real(prompts, n) & (torch.rand(len(prompts), n, generator=generator) < 0.6)
+    where[:, 0] |= real(prompts, n)[:, 0]
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+    with torch.no_grad():
+        got = run.logits(run.patched(heads, values, where))
+        plain = forward(model, prompts)[:, -n:]
+        for i, head in enumerate(heads):
+
+            def replace(z, hook, i=i, head=head):
+                z = z.clone()
+                z[:, -n:, head.head] = torch.where(where[..., None], values[i], z[:, -n:, head.head])
+                return z
+
+            expected = forward(model, prompts, [(z_hook(head.layer), replace)])[:, -n:]
+            keep = real(prompts, n)
+            torch.testing.assert_close(got[:, i][keep], expected[keep], rtol=1e-8, atol=1e-8)
+            assert (expected - plain)[where].abs().max() > 1e-2  # the patch is not a trifle
+
+
+@pytest.mark.parametrize(("name", "path"), BOTH)
+def test_continue_from_equals_a_pass_with_that_residual(models, generator, name, path):
+    model = models(name)
+    prompts = word_prompts(model, generator)
+    n, n_variants = 2, 3
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+    shape = (len(prompts), n_variants, n, model.cfg.d_model)
+    given_resid = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for layer in range(model.cfg.n_layers + 1):
+        with torch.no_grad():
+            got = run.logits(run.continue_from(layer, given_resid))
+            for i in range(n_variants):
+
+                def replace(resid, hook, i=i):
+                    return torch.cat([resid[:, :-n], given_resid[:, i]], dim=1)
+
+                last = layer == model.cfg.n_layers
+                name_of_hook = resid_hook(layer - 1) if last else f"blocks.{layer}.hook_resid_pre"
+                expected = forward(model, prompts, [(name_of_hook, replace)])[:, -n:]
+                torch.testing.assert_close(got[:, i], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "path"), BOTH)
+@pytest.mark.parametrize("batched", [False, True])
+def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator, name, path, batched):
+    model = models(name)
+    prompts = word_prompts(model, generator)
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, path=path)
+    shape = (len(prompts), model.cfg.d_model) if batched else (model.cfg.d_model,)
+    vector = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    wanted = prompts.first_answer_token
+
+    class Add:
+        def __init__(self, layer):
+            self.layer = layer
+
+        def additions(self):
+            return {resid_hook(self.layer): vector}
+
+        def check(self, model):
+            pass
+
+    def gradient(logits):
+        loss = -logits.log_softmax(dim=-1)[torch.arange(len(prompts)), wanted].mean()
+        return torch.autograd.grad(loss, vector)[0]
+
+    for layer in range(model.cfg.n_layers):
+        fast = run.logits(steered_resid(run, layer, vector))[:, 0, 0]
+        with inject(model, Add(layer)):
+            slow = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
+        torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-8)
+        expected = gradient(slow)
+        assert expected.norm() > 1e-3
+        assert (gradient(fast) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_steered_resid_starts_at_the_first_suffix_position(models, generator, path):
+    """With an answer appended, the vector goes to the prompt's end, not to the answer's."""
+    model = models("grouped-query")
+    prompts = word_prompts(model, generator)
+    n = 3
+    vector = torch.randn(model.cfg.d_model, generator=generator, dtype=torch.float64)
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+
+    def add(resid, hook):
+        resid = resid.clone()
+        resid[:, -n] += vector
+        return resid
+
+    with torch.no_grad():
+        for layer in range(model.cfg.n_layers):
+            expected = forward(model, prompts, [(resid_hook(layer), add)])[:, -n:]
+            torch.testing.assert_close(run.logits(steered_resid(run, layer, vector))[:, 0], expected)
+
+
+def test_log_probs_equal_log_softmax_in_any_slices(models, generator, monkeypatch):
+    model = models("soft-caps")
+    prompts = word_prompts(model, generator)
+    n = 3
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n)
+    resid = run.resid_final[:, None] + torch.randn(len(prompts), 2, n, model.cfg.d_model, generator=generator)
+    targets = torch.randint(model.cfg.d_vocab, (len(prompts), n), generator=generator)
+    targets[0, 1] = targets[3, 0] = -1
+    with torch.no_grad():
+        wanted = targets.clamp(min=0)[:, None, :, None].expand(-1, 2, -1, -1)
+        expected = run.logits(resid).log_softmax(dim=-1).gather(-1, wanted)[..., 0].float()
+        expected[0, :, 1] = expected[3, :, 0] = 0
+        torch.testing.assert_close(run.log_probs(resid, targets), expected, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(suffix, "_LOGIT_SLICE", 5 * model.cfg.d_vocab)
+        torch.testing.assert_close(run.log_probs(resid, targets), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- what it costs ---
+
+
+def test_counted_gain_equals_a_count_by_hand():
+    # L = 2 layers, H = 1 head, T = 3 tokens, in units of one token through one block.
+    # naive: 3 runs (plain, head of layer 0, head of layer 1) of 3 tokens through 2 blocks = 18.
+    # fast: one run = 6; layer 0's patch: half of block 0 and block 1 = 1.5; layer 1's: half of block 1 = 0.5.
+    assert counted_gain(2, 1, 3) == pytest.approx(18 / (6 + 1.5 + 0.5))
+    # shapes of GPT-J and Llama-2-7B, as counted in the methods
+    assert [round(counted_gain(*shape)) for shape in ((28, 16, 97), (32, 32, 97))] == [136, 163]
+
+
+def test_counted_gain_equals_the_tokens_that_really_go_through_the_blocks(generator, monkeypatch):
+    """Counted on the model: tokens whose queries, keys and values are made, and tokens through an MLP, half each."""
+    model = random_model()
+    prompts = word_prompts(model, generator, n_prompts=2, n_shots=2)
+    n_layers, n_heads, n_pos = model.cfg.n_layers, model.cfg.n_heads, prompts.tokens.shape[1]
+    rows = 0.0
+
+    def counted(function):
+        def call(x, *args):
+            nonlocal rows
+            rows += 0.5 * x.shape[:-1].numel()
+            return function(x, *args)
+
+        return call
+
+    for block in model.blocks:
+        monkeypatch.setattr(block.attn, "calculate_qkv_matrices", counted(block.attn.calculate_qkv_matrices))
+        monkeypatch.setattr(block.mlp, "forward", counted(block.mlp.forward))
+    means = fvlens.mean_head_activations(model, prompts, progress=False)
+    one_run, rows = rows, 0.0
+    assert one_run == len(prompts) * n_pos * n_layers
+    fvlens.indirect_effects(model, prompts, means, path="weights", progress=False)
+    assert (1 + n_layers * n_heads) * one_run / rows == pytest.approx(counted_gain(n_layers, n_heads, n_pos))
+
+
+@given(st.integers(1, 60), st.integers(1, 50), st.integers(1, 200))
+def test_slices_cover_everything_once_and_in_order(prompts, variants, n):
+    plan = Slices(prompts=prompts, variants=variants)
+    for parts, size in ((plan.over_prompts(n), prompts), (plan.over_variants(n), variants)):
+        covered = [list(range(n))[part] for part in parts]
+        assert [i for part in covered for i in part] == list(range(n))
+        assert max(map(len, covered)) <= size
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_plan_needs_what_it_says_and_uses_what_it_gets(tiny, data):
+    n_pos = data.draw(st.integers(1, 100))
+    shape = dict(
+        n_pos=n_pos,
+        n_suffix=data.draw(st.integers(1, n_pos)),
+        n_variants=data.draw(st.integers(1, 40)),
+        path=data.draw(st.sampled_from(PATHS)),
+    )
+    with pytest.raises(ValueError, match="max_memory=1 bytes is too small: one prompt of") as error:
+        plan_slices(tiny, **shape, max_memory=1)
+    needed = int(re.search(r"needs about (\d+) bytes", str(error.value))[1])
+    with pytest.raises(ValueError, match=f"needs about {needed} bytes; give more memory or shorter prompts"):
+        plan_slices(tiny, **shape, max_memory=needed - 1)
+    assert plan_slices(tiny, **shape, max_memory=needed) == Slices(prompts=1, variants=1)
+    # more memory never means less at once, and k times the need is enough for k prompts or k variants
+    previous = 1
+    for k in (2, 5, 40, 1000):
+        plan = plan_slices(tiny, **shape, max_memory=k * needed)
+        assert plan.variants <= shape["n_variants"]
+        assert plan.prompts == 1 or plan.variants == shape["n_variants"]
+        assert previous <= plan.prompts * plan.variants
+        assert plan.variants >= min(k, shape["n_variants"])
+        previous = plan.prompts * plan.variants
+
+
+def test_default_plan_is_bounded_by_what_is_free(tiny, monkeypatch):
+    shape = dict(n_pos=50, n_suffix=1, n_variants=12, path="weights")
+    monkeypatch.setattr(suffix, "free_memory", lambda device: 4 * 10**7)
+    assert plan_slices(tiny, **shape, max_memory=None) == plan_slices(tiny, **shape, max_memory=10**7)
+    monkeypatch.setattr(suffix, "free_memory", lambda device: 10**15)
+    assert plan_slices(tiny, **shape, max_memory=None) == plan_slices(tiny, **shape, max_memory=1024**3)
+
+
+def test_free_memory_is_counted_or_assumed(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 0 < suffix.free_memory(cpu) < 2**50
+
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(suffix.os, "sysconf", unknown)
+    assert suffix.free_memory(cpu) == 4 * 1024**3
+
+
+# --- which path ---
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_fastest_exact_path_is_chosen(models, name):
+    path, reason = choose_path(models(name))
+    assert path == FASTEST[name]
+    assert reason == {"alibi": "positions alibi", "shortformer": "positions shortformer"}.get(name, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "reason"),
+    [
+        (dict(attention_dir="bidirectional"), "naive", "attention is not causal"),
+        (dict(use_attention_sinks=True), "kv", "attention sinks"),
+        (dict(use_logn_attn=True), "kv", "log-n attention"),
+        (dict(use_dynamic_ntk_rope=True), "naive", "dynamic NTK rotary"),
+        (dict(clip_qkv=8.0), "kv", "clipped queries and keys"),
+        (dict(load_in_4bit=True), "kv", "4-bit weights"),
+        (dict(original_architecture="Olmo2ForCausalLM"), "kv", "norm places of Olmo2ForCausalLM"),
+        (dict(use_split_qkv_input=True), "kv", "split attention inputs"),
+        (dict(use_attn_in=True), "kv", "split attention inputs"),
+        (dict(ungroup_grouped_query_attention=True), "kv", "ungrouped query groups"),
+        (dict(n_devices=2), "kv", "a model on several devices"),
+        (dict(positional_embedding_type="relative_positional_bias"), "kv", "positions relative_positional_bias"),
+    ],
+)
+def test_a_slower_path_says_why(monkeypatch, changes, path, reason):
+    model = random_model()
+    for key, value in changes.items():
+        monkeypatch.setattr(model.cfg, key, value, raising=False)
+    assert choose_path(model) == (path, reason)
+    with pytest.raises(ValueError, match=re.escape(f"path='weights' is not exact for this model ({reason}); use path")):
+        choose_path(model, "weights")
+    if path == "naive":
+        with pytest.raises(ValueError, match=re.escape(f"path='kv' is not exact for this model ({reason}); use path")):
+            choose_path(model, "kv")
+
+
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_hooks_of_the_user_mean_naive(kind):
+    model = random_model()
+    assert not has_hooks(model)
+    model.add_hook(z_hook(1), lambda x, hook: None, dir=kind)
+    assert has_hooks(model)
+    assert choose_path(model) == ("naive", "hooks on the model")
+    for path in PATHS:
+        with pytest.raises(ValueError, match=re.escape(f"path='{path}' is not exact for this model (hooks on the")):
+            choose_path(model, path)
+    model.reset_hooks()
+    assert choose_path(model) == ("weights", "")
+
+
+@pytest.fixture
+def unchecked():
+    """Without beartype, as in ordinary use: our own messages must do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_a_path_can_be_insisted_on(tiny, unchecked):
+    assert choose_path(tiny, "naive") == ("naive", "asked for")
+    assert choose_path(tiny, "kv") == ("kv", "asked for")
+    assert choose_path(tiny, "weights") == ("weights", "")
+    with pytest.raises(ValueError, match="path='quick'; expected one of weights, kv, naive, or None for the fastest"):
+        choose_path(tiny, "quick")
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("n_suffix", [0, -1, 1000])
+def test_suffix_length_is_checked(tiny, generator, n_suffix):
+    prompts = word_prompts(tiny, generator, n_shots=0)
+    n_pos = prompts.tokens.shape[1]
+    expected = f"expected n_suffix between 1 and {n_pos} .the prompt length., got {n_suffix}"
+    with pytest.raises(ValueError, match=expected):
+        run_prefix(tiny, prompts.tokens, prompts.attention_mask, n_suffix=n_suffix)
+
+
+def test_patched_wants_heads_in_order(tiny, generator):
+    prompts = word_prompts(tiny, generator, n_shots=0)
+    run = run_prefix(tiny, prompts.tokens, prompts.attention_mask)
+    with pytest.raises(ValueError, match=re.escape("expected heads sorted by layer, got ['L1H0', 'L0H2']")):
+        run.patched([Head(1, 0), Head(0, 2)], torch.zeros(2, tiny.cfg.d_head), torch.ones(len(prompts), 1).bool())
