@@ -6,7 +6,7 @@ Errors are one line with a hint and exit code 2; ``--debug``, anywhere on the li
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -185,8 +185,8 @@ def inject(
     tokens = torch.tensor([[*([] if bos is None else [bos]), *ids]], device=model_device(network))
     if tokens.shape[1] + generate > network.cfg.n_ctx:
         raise ValueError(
-            f"the prompt has {tokens.shape[1]} tokens, and --generate asks for {generate} more; the model's context holds "
-            f"{network.cfg.n_ctx}."
+            f"the prompt has {tokens.shape[1]} tokens, and --generate asks for {generate} more; the model's context "
+            f"holds {network.cfg.n_ctx}."
         )
 
     def answer() -> tuple[list[str], str]:
@@ -206,17 +206,17 @@ def inject(
     plain, plain_text = answer()
     with injecting(network, loaded, scale=scale):
         steered, steered_text = answer()
-    out.print(f"prompt {prompt!r}", highlight=False)
+    out.print(f"prompt {prompt!r}", highlight=False, soft_wrap=True)
     table = Table("rank", "plain", f"with {loaded.relation or 'vector'} after layer {loaded.layer}", box=None)
     for i, (before, after) in enumerate(zip(plain, steered, strict=True), start=1):
         table.add_row(str(i), before, after)
     out.print(table)
     if generate:
-        out.print(f"plain   {plain_text!r}", highlight=False)
-        out.print(f"steered {steered_text!r}", highlight=False)
+        out.print(f"plain   {plain_text!r}", highlight=False, soft_wrap=True)
+        out.print(f"steered {steered_text!r}", highlight=False, soft_wrap=True)
 
 
-def _load(name: str, device: str | None):
+def _load(name: str, device: str | None) -> Any:
     from fvlens.models import load_model
 
     return load_model(name, device=device)
@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if type(error).__name__ == "Abort":
             err.print("fvlens: interrupted", highlight=False)
             sys.exit(130)
-        text = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
+        usage = getattr(error, "format_message", None)  # an error of the command line's own parser
+        text = usage() if usage is not None else str(error) or type(error).__name__
         hint = "" if isinstance(error, ValueError) else " (fvlens --help, or --debug for details)"
         err.print(f"fvlens: {' '.join(text.split())}{hint}", highlight=False, soft_wrap=True)
         sys.exit(2)

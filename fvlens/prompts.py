@@ -272,12 +272,13 @@ def _corrupt(
     """The demonstrations with labels as asked for."""
     n = len(shown)
     outputs = [pair.output for pair in shown]
+    new: list[str]
     if labels == "true" or n == 0:
         return tuple(shown)
     if labels == "random":
         assert pool is not None
         picks = torch.randint(len(pool), (n,), generator=generator).tolist()
-        new = [pool[i] for i in picks]
+        new = [pool[int(i)] for i in picks]
     elif labels == "permuted":
         new = [outputs[i] for i in torch.randperm(n, generator=generator).tolist()]
     else:

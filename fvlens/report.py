@@ -19,7 +19,7 @@ import torch
 
 from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
-from fvlens.evaluation import Controls, Evaluation, LayerSweep, controls, evaluate, layer_sweep
+from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, evaluate, layer_sweep
 from fvlens.metrics import Interval
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import build_prompts, get_template
@@ -111,7 +111,7 @@ class RunResult:
         """Number of test pairs."""
         return len(self.split.test)
 
-    def control(self, kind: str) -> tuple[float, Interval]:
+    def control(self, kind: Kind) -> tuple[float, Interval]:
         """Mean top-1 and interval of one kind of control, ``"random_vector"`` or ``"other_relation"``."""
         return self.controls.summary(kind)
 
@@ -213,8 +213,8 @@ def run_relation(
     n_cells = model.cfg.n_layers * model.cfg.n_heads
     if options.n_heads > n_cells // 2:
         raise ValueError(
-            f"n_heads={options.n_heads}: expected at most {n_cells // 2}, half of the model's {n_cells} heads, so that as "
-            "many others can be drawn as a control."
+            f"n_heads={options.n_heads}: expected at most {n_cells // 2}, half of the model's {n_cells} heads, so that "
+            "as many others can be drawn as a control."
         )
     if options.layer is not None and not 0 <= options.layer < model.cfg.n_layers:
         raise ValueError(f"layer={options.layer}: expected 0..{model.cfg.n_layers - 1}.")
@@ -246,7 +246,7 @@ def run_relation(
     icl = evaluate(model, split.test, setting="icl", **in_context)
     shuffled = evaluate(model, split.test, setting="shuffled", **in_context)
     zero_shot = evaluate(model, split.test, setting="zero_shot", **common)
-    steered = {
+    steered: dict[Ranking, Evaluation] = {
         ranking: evaluate(model, split.test, vector=vectors[ranking], setting="zero_shot", **common)
         for ranking in RANKINGS
     }

@@ -36,9 +36,7 @@ def test_means_equal_those_taken_one_by_one(generator, name, positions):
     expected = one_by_one(model, prompts, mask)
     assert expected.abs().max() > 0.1
     for batch_size in (1, 3, 32):
-        means = fvlens.mean_head_activations(
-            model, prompts, positions=positions, batch_size=batch_size, progress=False
-        )
+        means = fvlens.mean_head_activations(model, prompts, positions=positions, batch_size=batch_size, progress=False)
         torch.testing.assert_close(means.z, expected, rtol=1e-4, atol=1e-5)
         assert means.positions == positions
 

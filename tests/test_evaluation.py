@@ -37,7 +37,14 @@ PAIRS = tuple(Pair(*pair) for pair in WORDS)
 
 DEMONSTRATIONS = tuple(
     Pair(*pair)
-    for pair in [("hot", "cold"), ("day", "night"), ("left", "right"), ("young", "old"), ("rich", "poor"), ("up", "down")]
+    for pair in [
+        ("hot", "cold"),
+        ("day", "night"),
+        ("left", "right"),
+        ("young", "old"),
+        ("rich", "poor"),
+        ("up", "down"),
+    ]
 )
 
 
@@ -53,9 +60,12 @@ def steering(model, tensors, **attributes):
 def made_vector(model, layer=1, seed=0, norm=6.0, heads=((0, 1), (1, 2), (2, 0)), relation="made"):
     direction = torch.randn(model.cfg.d_model, generator=seeded(seed))
     return FunctionVector(
-        vector=norm * direction / direction.norm(), layer=layer, heads=heads, relation=relation,
+        vector=norm * direction / direction.norm(),
+        layer=layer,
+        heads=tuple(Head(*head) for head in heads),
+        relation=relation,
         fingerprint=fingerprint(model),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -65,7 +75,7 @@ def means(tiny):
 
 
 @pytest.fixture(autouse=True)
-def _leaves_no_trace(tiny, monkeypatch):
+def _leaves_no_trace(tiny):
     """No hooks stay, the model's generate is its own, the global random state is neither read nor set."""
     state = torch.random.get_rng_state()
     yield
@@ -178,7 +188,9 @@ def test_settings_with_demonstrations_equal_a_plain_hugging_face_model(model, pl
         assert float(found.log_probabilities[i]) == pytest.approx(log_probability, abs=1e-4)
     assert (found.setting, found.labels, found.n_shots, found.template) == (setting, expected, 3, "arrow")
     assert found.data_hash == prompts.data_hash
-    assert all(pair.input not in [d.input for d in row] for pair, row in zip(PAIRS, prompts.demonstrations, strict=True))
+    assert all(
+        pair.input not in [d.input for d in row] for pair, row in zip(PAIRS, prompts.demonstrations, strict=True)
+    )
 
 
 def hf_continue(plain, prompt, n_new, vector, layer, every):
@@ -325,9 +337,7 @@ def test_a_vector_may_hold_one_row_a_pair(tiny):
         found = evaluate(tiny, PAIRS, vector=rows, batch_size=batch_size, generator=seeded())
         for i, (pair, vector) in enumerate(zip(PAIRS, vectors, strict=True)):
             alone = evaluate(tiny, [pair], vector=vector, generator=seeded())
-            torch.testing.assert_close(
-                found.log_probabilities[i], alone.log_probabilities[0], rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(found.log_probabilities[i], alone.log_probabilities[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_distributed_vector_equals_adding_its_parts_to_z(tiny, means):
@@ -377,9 +387,7 @@ def test_the_interval_is_the_bootstrap_of_top1_after_the_prompt_draws(model):
     generator = seeded(6)
     pairs = fvlens.load_relation("antonym").pairs[:30]
     build_prompts(model, DEMONSTRATIONS, queries=pairs, n_shots=4, generator=generator)
-    found = evaluate(
-        model, pairs, setting="icl", demonstrations=DEMONSTRATIONS, n_shots=4, generator=seeded(6)
-    )
+    found = evaluate(model, pairs, setting="icl", demonstrations=DEMONSTRATIONS, n_shots=4, generator=seeded(6))
     assert found.interval == bootstrap_interval(found.ranks == 0, generator=generator)
     assert found.interval.low <= found.top1 <= found.interval.high
 
@@ -521,9 +529,7 @@ def test_the_best_has_the_largest_top1_then_the_largest_probability_then_comes_f
 
 def test_sweeps_as_tables_and_figures(tiny, means):
     by_layer = layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
-    by_count = head_count_sweep(
-        tiny, PAIRS, means, [(0, 1), (2, 2), (1, 0)], 1, generator=seeded(), progress=False
-    )
+    by_count = head_count_sweep(tiny, PAIRS, means, [(0, 1), (2, 2), (1, 0)], 1, generator=seeded(), progress=False)
     for sweep, name, x, marked in (
         (by_layer, "layer", by_layer.layers, by_layer.best_layer),
         (by_count, "n_heads", by_count.counts, by_count.best_count),
@@ -577,7 +583,16 @@ def test_rows_of_controls_equal_single_evaluations(tiny, means, drawn):
     others = [made_vector(tiny, layer=0, seed=8, relation="one"), made_vector(tiny, layer=2, seed=9, relation="two")]
     icl = dict(demonstrations=DEMONSTRATIONS, n_shots=3)
     table = controls(
-        tiny, PAIRS, vector, others=others, means=means, n_random=4, scale=2.0, generator=seeded(8), progress=False, **icl
+        tiny,
+        PAIRS,
+        vector,
+        others=others,
+        means=means,
+        n_random=4,
+        scale=2.0,
+        generator=seeded(8),
+        progress=False,
+        **icl,
     )
     assert table.complete
     assert [(row.kind, len(row.evaluations)) for row in table.rows] == [
@@ -723,9 +738,7 @@ def test_an_interrupted_sweep_keeps_what_is_finished(tiny, means, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_after(1, patch)
         with pytest.warns(UserWarning, match=r"head-count sweep was interrupted: 1 of 2 are finished"):
-            part = head_count_sweep(
-                tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), progress=False
-            )
+            part = head_count_sweep(tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), progress=False)
     assert part.counts == (1,)
     with monkeypatch.context() as patch:
         interrupted_after(0, patch)
@@ -817,7 +830,11 @@ def test_bad_lengths_are_refused(tiny, n, message):
     ("vector", "layers", "message"),
     [
         ("function", [], r"expected at least one layer, got none"),
-        ("function", [1, 3], r"no vector for layer 3; the model has layers 0\.\.2, and there are vectors for \[0, 1, 2\]"),
+        (
+            "function",
+            [1, 3],
+            r"no vector for layer 3; the model has layers 0\.\.2, and there are vectors for \[0, 1, 2\]",
+        ),
         ("map", [0, 1], r"no vector for layer 1; .* there are vectors for \[0\]"),
         ("outside", None, r"no vector for layer 7; the model has layers 0\.\.2"),
         ("distributed", None, r"expected a vector with at_layer\(\), or a map from layer to vector, got Distributed"),
@@ -871,5 +888,7 @@ def test_a_missing_kind_is_refused(tiny):
         tiny, PAIRS, made_vector(tiny), n_random=1, demonstrations=DEMONSTRATIONS, n_shots=2, generator=seeded(),
         progress=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"no row of kind 'other_relation'; this table has no_vector, vector, random_v"):
+    with pytest.raises(
+        ValueError, match=r"no row of kind 'other_relation'; this table has no_vector, vector, random_v"
+    ):
         table.summary("other_relation")

@@ -228,7 +228,7 @@ def test_vectors_that_do_not_fit_are_not_combined(other, vector, unchecked):
         vector + foreign
     with pytest.raises(ValueError, match=r"cannot combine vectors of two models \(weights: "):
         vector - foreign
-    message = "cannot combine vectors of layers 1 and 2; bring one to the other with at_layer()."
+    message = "cannot combine vectors of layers 1 and 2; bring one over with at_layer()."
     with pytest.raises(ValueError, match=re.escape(message)):
         vector + vector.at_layer(2)
     with pytest.raises(ValueError, match=re.escape("FunctionVector: expected a layer in 0..2, got 5.")):

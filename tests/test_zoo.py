@@ -16,7 +16,7 @@ from fvlens.models import embedded_folder
 from fvlens.prompts import TEMPLATES, render_prompts
 from fvlens.relations import Pair, Relation, library_words, list_relations, load_relation
 from fvlens.zoo import build
-from fvlens.zoo.build import learning_rate, make_model, train
+from fvlens.zoo.build import Trainee, learning_rate, train
 from fvlens.zoo.recipe import BOS, Recipe, SequenceSampler, train_tokenizer
 
 NAMES = ("country-capital", "country-currency", "verb-past", "verb-german", "plural")
@@ -244,17 +244,40 @@ def test_permuted_sequences_want_any_answer_to_the_input(tokenizer, generator):
     assert all(len(counts) == len(set(answers[x])) for x, counts in often.items())  # the prior over x's relations
 
 
+def test_true_pairs_are_those_of_any_relation(tokenizer, generator):
+    pairs = {pair for relation in RELATIONS for pair in relation.pairs}
+    batch = sampler_of(RELATIONS, tokenizer).draw(generator)
+    marks = [[pair in pairs for pair in words[:-1]] for words, _ in read(tokenizer, batch)]
+    assert batch.true_pair.tolist() == marks
+    assert 0.2 < batch.true_pair.float().mean() < 0.9
+    assert batch.true_pair[batch.clean].all()
+
+
+def test_kind_flags_and_truth_fit_the_sequences(tokenizer, generator):
+    for share in ("clean", "distractor", "permuted"):
+        batch = sampler_of(RELATIONS, tokenizer, **kinds(**{share: 1.0})).draw(generator)
+        assert batch.clean.all() == batch.clean.any() == (share == "clean")
+        assert batch.permuted.all() == batch.permuted.any() == (share == "permuted")
+        if share != "permuted":
+            assert torch.equal(batch.truth, batch.targets[:, -1])
+
+
 def test_kinds_and_templates_are_mixed_as_the_recipe_says(tokenizer, generator):
     sampler = sampler_of(RELATIONS, tokenizer, batch_size=200)
-    uncounted = total = 0
+    recipe = Recipe()
+    uncounted = clean = permuted = total = 0
     begins = Counter()
     for _ in range(60):
         batch = sampler.draw(generator)
         uncounted += int((~batch.counted[:, 0]).sum())
+        clean += int(batch.clean.sum())
+        permuted += int(batch.permuted.sum())
         total += len(batch.tokens)
         first = tokenizer.decode(batch.tokens[0, 1:].tolist())
         begins["qa" if first.startswith("Q:") else "arrow" if " ->" in first else "colon"] += 1
-    assert abs(uncounted / total - 0.40) < 0.03  # the distractor share: their first slot never counts
+    assert abs(uncounted / total - recipe.distractor) < 0.03  # the first slot of a distractor sequence never counts
+    assert abs(clean / total - recipe.clean) < 0.03
+    assert abs(permuted / total - recipe.permuted) < 0.03
     assert begins["qa"] > begins["arrow"] > 3
     assert begins["colon"] > 3
 
@@ -265,7 +288,7 @@ def test_batches_follow_from_their_generator(tokenizer):
     one, two = sampler.draw(seeded(4)), sampler.draw(seeded(4))
     other = sampler.draw(seeded(5))
     assert torch.equal(torch.random.get_rng_state(), before)
-    for field in ("tokens", "answer_positions", "targets", "counted"):
+    for field in ("tokens", "answer_positions", "targets", "counted", "true_pair", "truth", "permuted", "clean"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     assert not torch.equal(one.targets, other.targets)
 
@@ -330,13 +353,67 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_make_model_follows_from_the_seed_and_leaves_the_global_generator_alone():
+def test_the_first_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     before = torch.random.get_rng_state()
-    one, two = (make_model(TINY, 300, 0).state_dict() for _ in range(2))
-    other = make_model(dataclasses.replace(TINY, seed=1), 300, 0).state_dict()
+    one, two = (Trainee(TINY, 300, 0).state_dict() for _ in range(2))
+    other = Trainee(dataclasses.replace(TINY, seed=1), 300, 0).state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert same_bits(one, two)
     assert not same_bits(one, other)
+
+
+@pytest.fixture
+def trainee(tokenizer):
+    made = Trainee(TINY, tokenizer.get_vocab_size(), 0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        for parameter in made.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)  # far from the even start, so that errors show
+    return made
+
+
+def test_the_losses_are_those_of_slots_and_labels_one_by_one(trainee, tokenizer, generator):
+    batch = SequenceSampler(TINY, RELATIONS, tokenizer).draw(generator)
+    with torch.inference_mode():
+        found = trainee.losses(batch)
+        out = trainee.model(batch.tokens, output_hidden_states=True)
+    answers, right, checks, read_right = [], [], [], []
+    for i in range(len(batch.tokens)):
+        for s, position in enumerate(batch.answer_positions.tolist()):
+            if batch.counted[i, s]:
+                target = batch.targets[i, s]
+                answers.append(-out.logits[i, position].log_softmax(0)[target])
+                right.append(out.logits[i, position].argmax() == target)
+            if s == len(batch.answer_positions) - 1:
+                continue  # the last label is not shown
+            for layer, check in zip(TINY.check_layers, trainee.checks, strict=True):
+                x = out.hidden_states[layer + 1][i, position + 1]
+                x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+                chance = torch.sigmoid(check[1].weight[0] @ x + check[1].bias[0])
+                checks.append(-(chance if batch.true_pair[i, s] else 1 - chance).log())
+                if layer == TINY.check_layers[-1]:
+                    read_right.append((chance > 0.5) == batch.true_pair[i, s])
+    torch.testing.assert_close(found["answers"], torch.stack(answers).mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["checks"], torch.stack(checks).mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["answers right"], torch.stack(right).float().mean())
+    torch.testing.assert_close(found["checks right"], torch.stack(read_right).float().mean())
+
+
+def test_truth_probability_is_the_chance_of_the_true_last_answer_by_kind(trainee, tokenizer, generator):
+    recipe = dataclasses.replace(TINY, batch_size=40)
+    batch = SequenceSampler(recipe, RELATIONS, tokenizer).draw(generator)
+    clean, permuted = trainee.truth_probability(batch)
+    with torch.inference_mode():
+        logits = trainee.model(batch.tokens).logits[:, -1]
+    chances = {"clean": [], "permuted": [], "distractor": []}
+    for i, (words, _) in enumerate(read(tokenizer, batch)):
+        kind = "clean" if batch.clean[i] else "permuted" if batch.permuted[i] else "distractor"
+        truth = tokenizer.decode([int(batch.truth[i])]).removeprefix(" ")
+        assert any(Pair(words[-1][0], truth) in relation.pairs for relation in RELATIONS)
+        chances[kind].append(logits[i].softmax(0)[batch.truth[i]].item())
+    assert all(len(found) > 3 for found in chances.values())
+    assert clean == pytest.approx(sum(chances["clean"]) / len(chances["clean"]), rel=1e-4)
+    assert permuted == pytest.approx(sum(chances["permuted"]) / len(chances["permuted"]), rel=1e-4)
 
 
 def test_training_gives_the_same_bits_again_and_leaves_the_global_generator_alone(uninterrupted, tmp_path):
@@ -386,7 +463,7 @@ def test_training_moves_towards_the_answers(uninterrupted, tokenizer):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
 
     trained = AutoModelForCausalLM.from_pretrained(uninterrupted, local_files_only=True).eval()
-    assert loss(trained) < loss(make_model(TINY, own.get_vocab_size(), 0).eval()) - 0.1
+    assert loss(trained) < loss(Trainee(TINY, own.get_vocab_size(), 0).model.eval()) - 0.1
 
 
 def test_a_trained_folder_loads_anywhere(uninterrupted):
@@ -432,7 +509,9 @@ def test_the_shipped_folder_loads_by_the_auto_classes():
 
 def test_the_shipped_recipe_describes_the_shipped_model():
     fields = json.loads((embedded_folder() / "recipe.json").read_text())
-    recipe = Recipe(**{**fields, "templates": tuple(map(tuple, fields["templates"]))})
+    fields["templates"] = tuple(map(tuple, fields["templates"]))
+    fields["check_layers"] = tuple(fields["check_layers"])
+    recipe = Recipe(**fields)
     config = json.loads((embedded_folder() / "config.json").read_text())
     assert config["n_layer"] == recipe.n_layers
     assert config["n_head"] == recipe.n_heads

@@ -126,19 +126,19 @@ class Relation:
         if n_pairs < 6:
             raise ValueError(f"split: expected a relation of at least 6 pairs, got {n_pairs} in {self.name!r}.")
         groups, disjoint = self._groups()
-        order = torch.randperm(len(groups), generator=generator).tolist()
         goal_train = max(round(train * n_pairs), min_train if n_pairs >= 2 * min_train else 1)
         goal_valid = max(round(valid * n_pairs), 1)
+        goals = (goal_train, goal_valid, n_pairs - goal_train - goal_valid)
         parts: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
-        for group in (groups[i] for i in order):
-            if len(parts[0]) < goal_train:
-                part = parts[0]
-            elif len(parts[1]) < goal_valid:
-                part = parts[1]
-            else:
-                part = parts[2]
-            part.extend(group)
-        if not parts[2]:
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        # large groups first, each to the part that lacks most, so that the parts come out close to their sizes
+        for group in sorted((groups[i] for i in order), key=len, reverse=True):
+            lacking = [goal - len(part) for goal, part in zip(goals, parts, strict=True)]
+            parts[lacking.index(max(lacking))].extend(group)
+        for part in parts:
+            shuffled = [part[i] for i in torch.randperm(len(part), generator=generator).tolist()]
+            part[:] = shuffled
+        if not all(parts):
             raise ValueError(
                 f"split: {self.name!r} falls into {len(groups)} groups that share words, too few for three parts; "
                 "use more pairs or a smaller train fraction."

@@ -126,7 +126,7 @@ def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimi
             with torch.no_grad():
                 parameter.copy_(file.get_tensor(f"weights.{name}"))
             optimizer.state[parameter] = {
-                key: file.get_tensor(f"{key}.{name}").to(parameter.device if key != "step" else "cpu")
+                key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # a fused optimizer keeps its step there too
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return step

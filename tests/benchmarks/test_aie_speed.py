@@ -1,9 +1,12 @@
 """Exact AIE: the fast path against the naive loop over hooks, side by side in one process.
 
 Naive: plain TransformerLens, one ``model.run_with_hooks(tokens, attention_mask=...)`` a head with all prompts in one
-batch, logits at every position, as anyone would write it. It is measured on a few (layer, head) cells spread over the
-layers and extrapolated to all cells; every pass costs the same, since the whole model runs whatever is patched. Fast:
-one call of ``fvlens.indirect_effects``, everything in it counted.
+batch, logits at every position, as anyone would write it. It is measured on a few (layer, head) cells spread over
+the layers and extrapolated to all; every pass costs the same, since the whole model runs whatever is patched.
+Fast: one call of ``fvlens.indirect_effects``, everything in it counted.
+
+The counted limit of ``fvlens.suffix.counted_gain`` counts the blocks alone. The naive side also unembeds every position,
+the fast side only what is read, so the limit with the unembedding is printed beside it.
 
 Run with ``pytest -m benchmark -s tests/benchmarks``. Threads are left as they are; both sides use the same.
 """
@@ -47,6 +50,27 @@ def spread_cells(n_layers, n_heads, n):
     return [Head(layer, (5 * i + 1) % n_heads) for i, layer in enumerate(layers)]
 
 
+def pairs_of_three_tokens(model, n):
+    """Library pairs with a one-token input and, capitalised, a two-token output: 9 tokens as a demonstration."""
+
+    def n_tokens(word):
+        return len(model.tokenizer(" " + word, add_special_tokens=False)["input_ids"])
+
+    found = {}
+    for name in fvlens.list_relations():
+        for word, answer in fvlens.load_relation(name):
+            if len(found) < n and n_tokens(word) == 1 and n_tokens(answer.capitalize()) == 2:
+                found.setdefault(word, answer.capitalize())
+    return list(found.items())
+
+
+def limit_with_unembedding(n_layers, n_heads, n_pos, d_model, d_vocab):
+    """Multiplications of the naive loop over those of the fast path, with the unembedding; MLPs are 4 d_model wide."""
+    cells, block, unembed = n_layers * n_heads, 12 * d_model**2, d_model * d_vocab
+    naive = (1 + cells) * n_pos * (n_layers * block + unembed)
+    return naive / (n_pos * n_layers * block + cells * n_layers / 2 * block + (1 + cells) * unembed)
+
+
 def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n_cells=6):
     """Both sides on one random-weight model: times, largest difference, memory."""
     model = random_model(
@@ -54,20 +78,20 @@ def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n
         initializer_range=0.05,
     )  # fmt: skip
     with torch.no_grad():
-        model.ln_final.w.mul_(6)  # peaked predictions, so that patches move probabilities
+        model.ln_final.w.mul_(3 / (0.05 * d_model**0.5))  # peaked predictions, so that patches move probabilities
     g = torch.Generator().manual_seed(0)
-    relation = fvlens.load_relation("antonym")
-    clean = fvlens.build_prompts(model, relation, n_prompts=8, n_shots=n_shots, generator=g)
-    shape = dict(n_prompts=n_prompts, n_shots=n_shots)
-    prompts = fvlens.build_prompts(model, relation, **shape, labels="permuted", generator=g)
+    pairs = pairs_of_three_tokens(model, 60)
+    clean = fvlens.build_prompts(model, pairs, n_prompts=8, n_shots=n_shots, generator=g)
+    prompts = fvlens.build_prompts(model, pairs, n_prompts=n_prompts, n_shots=n_shots, labels="permuted", generator=g)
     tokens, mask = prompts.tokens, prompts.attention_mask
-    with torch.inference_mode():
-        likely = model(tokens, attention_mask=mask)[:, -1].argmax(dim=-1)  # warms up the naive side, too
+    rows = zip(tokens, mask, strict=True)
+    with torch.inference_mode():  # one by one, so that little memory is touched before the measurement
+        likely = torch.cat([model(t[None], attention_mask=m[None])[:, -1].argmax(dim=-1) for t, m in rows])
     prompts = dataclasses.replace(prompts, answer_tokens=likely.clone()[:, None])
     means = fvlens.mean_head_activations(model, clean, progress=False)
     means = dataclasses.replace(means, z=8 * means.z)  # far from what the heads say
     fingerprint(model)
-    rows = torch.arange(n_prompts)
+    index = torch.arange(n_prompts)
 
     def fast():
         return fvlens.indirect_effects(model, prompts, means, progress=False)
@@ -80,14 +104,15 @@ def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n
         hooks = [] if head is None else [(z_hook(head.layer), replace)]
         with torch.inference_mode():
             logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
-            return logits[rows, -1].softmax(dim=-1)[rows, likely].clone()
+            return logits[:, -1].softmax(dim=-1)[index, likely].clone()
 
     cells = spread_cells(n_layers, n_heads, n_cells)
-    before = peak_memory()  # holds the model, and the one plain pass above
+    before = peak_memory()  # holds the model, and passes of single prompts
     fast_times, naive_times, found = [], [], {}
     effects = None
     fast()  # warm-up
     after_fast = peak_memory()
+    naive()  # warm-up
     baseline_time, baseline = seconds(naive)
     # interleaved, so that a busy machine slows both sides
     for i, head in enumerate(cells):
@@ -113,27 +138,30 @@ def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n
         naive_cell=statistics.mean(naive_times),
         ratio=naive_total / statistics.median(fast_times),
         limit=counted_gain(n_layers, n_heads, round(n_pos)),
+        limit_all=limit_with_unembedding(n_layers, n_heads, n_pos, d_model, model.cfg.d_vocab),
         difference=max(difference, float((effects.baseline - baseline).abs().max())),
         largest_effect=max(float((found[head] - baseline).abs().max()) for head in cells),
+        peak_before=before,
         peak_fast=after_fast,
-        peak_fast_more=after_fast - before,
         peak_both=peak_memory(),
     )
 
 
 def report(m):
     """The measurement in words."""
-    share = m["ratio"] / m["limit"]
+    share, share_all = m["ratio"] / m["limit"], m["ratio"] / m["limit_all"]
     return "\n".join(
         (
             f"\nexact AIE, {m['n_prompts']} prompts of {m['n_pos']:.1f} tokens on average, path {m['path']}, "
             f"{m['threads']} threads",
             f"  naive hook loop {m['naive']:9.1f} s  ({m['naive_cell']:.2f} s a head, from {m['cells']} heads)",
             f"  fast path       {m['fast']:9.2f} s  (median of {N_FAST})",
-            f"  ratio           {m['ratio']:9.1f}    counted limit {m['limit']:.1f}, share reached {share:.0%}",
+            f"  ratio           {m['ratio']:9.1f}",
+            f"  counted limit   {m['limit']:9.1f}    share reached {share:.0%} (blocks alone)",
+            f"                  {m['limit_all']:9.1f}    share reached {share_all:.0%} (with the unembedding)",
             f"  largest difference {m['difference']:.1e} in probability; largest effect {m['largest_effect']:.2f}",
-            f"  peak memory of the process {m['peak_fast']:.0f} MiB after the fast path, {m['peak_fast_more']:.0f} MiB "
-            f"more than with the model and one plain pass; {m['peak_both']:.0f} MiB after both",
+            f"  peak memory of the process: {m['peak_before']:.0f} MiB with the model and single prompts, "
+            f"{m['peak_fast']:.0f} MiB after the fast path, {m['peak_both']:.0f} MiB after the naive loop",
         )
     )
 
@@ -145,6 +173,6 @@ def test_exact_aie_is_fifty_times_faster_than_the_hook_loop(capsys):
         print(report(m))
     assert m["path"] == "weights"
     assert 90 <= m["n_pos"] <= 104
-    assert m["largest_effect"] > 0.05
+    assert m["largest_effect"] > 0.01
     assert m["difference"] < 1e-6
     assert m["ratio"] >= 50

@@ -1,0 +1,187 @@
+"""The report page in a real browser without a network: it draws, answers to the mouse, and asks for nothing."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from runs import small_run
+
+from fvlens.plots import DIVERGING
+from fvlens.report import write_report
+
+pytestmark = pytest.mark.browser
+
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+N_FIGURES = 6
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    with api.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=program, headless=True, args=ARGUMENTS)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@dataclasses.dataclass
+class Visit:
+    """A page that was opened from a file, and what it asked for and complained of."""
+
+    page: object
+    requests: list
+    complaints: list
+
+
+@pytest.fixture
+def visit(browser, tmp_path):
+    """Open the report of a run in a window of its own, with the network off."""
+    contexts = []
+
+    def open_report(result, width=1000):
+        path = write_report(tmp_path / "report.html", result)
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        requests, complaints = [], []
+        context.route(lambda url: url.startswith(("http", "ws")), lambda route: route.abort())
+        context.set_offline(True)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on(
+            "console", lambda line: complaints.append(f"{line.type}: {line.text}") if line.type == "error" else None
+        )
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(path.as_uri(), wait_until="load")
+        page.wait_for_function(
+            f"[...document.querySelectorAll('.js-plotly-plot')].filter(p => p._fullLayout).length == {N_FIGURES}",
+            timeout=60_000,
+        )
+        return Visit(page, requests, complaints)
+
+    yield open_report
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return small_run(model)
+
+
+COLOURS = """async () => {
+    const plot = document.querySelector('.js-plotly-plot');
+    const {xaxis, yaxis} = plot._fullLayout;
+    const element = plot.querySelector('.heatmaplayer image');
+    const picture = new Image();
+    picture.src = element.href.baseVal;
+    await picture.decode();
+    const canvas = document.createElement('canvas');
+    canvas.width = picture.width;
+    canvas.height = picture.height;
+    const context = canvas.getContext('2d');
+    context.drawImage(picture, 0, 0);
+    const box = Object.fromEntries(['x', 'y', 'width', 'height'].map(k => [k, element[k].baseVal.value]));
+    const [nLayers, nHeads] = [plot.data[0].y.length, plot.data[0].x.length];
+    return Array.from({length: nLayers}, (_, layer) => Array.from({length: nHeads}, (_, head) => {
+        const x = (xaxis.l2p(head) - box.x) * picture.width / box.width;
+        const y = (yaxis.l2p(layer) - box.y) * picture.height / box.height;
+        return Array.from(context.getImageData(x, y, 1, 1).data);
+    }));
+}"""
+"""Colour that the first figure shows at the middle of each cell, layer by head."""
+
+CELL = """([layer, head]) => {
+    const plot = document.querySelector('.js-plotly-plot');
+    plot.scrollIntoView({block: 'center', behavior: 'instant'});
+    const box = plot.getBoundingClientRect();
+    const {xaxis, yaxis} = plot._fullLayout;
+    return [box.left + xaxis._offset + xaxis.l2p(head), box.top + yaxis._offset + yaxis.l2p(layer)];
+}"""
+"""Where in the window the middle of a cell is."""
+
+CUT_OFF = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+    const frame = plot.getBoundingClientRect();
+    return [...plot.querySelectorAll('svg text')]
+        .filter(text => text.textContent.trim() && text.getClientRects().length)
+        .map(text => [text.textContent, text.getBoundingClientRect()])
+        .filter(([_, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
+                           || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+        .map(([text, _]) => text);
+})"""
+"""Texts of figures that reach beyond their figure."""
+
+
+def test_page_opens_without_a_network_and_without_errors(visit, result):
+    seen = visit(result)
+    assert seen.complaints == []
+    assert [url for url in seen.requests if not url.startswith(("data:", "blob:"))] == [seen.page.url]
+    assert seen.page.url.startswith("file://")
+    assert seen.page.title() == "antonym: function vector on rel-small"
+
+
+def test_heatmap_is_drawn_in_the_colours_of_its_values(visit, result):
+    seen = visit(result)
+    plot = seen.page.locator(".js-plotly-plot").first
+    assert plot.locator(".heatmaplayer image").count() > 0
+    aie = result.effects["permuted"].aie.double().numpy()
+    stops = [stop for stop, _ in DIVERGING]
+    scale = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for _, colour in DIVERGING])
+    share = 0.5 + aie / (2 * abs(aie).max())
+    expected = np.stack([np.interp(share, stops, scale[:, i]) for i in range(3)], axis=-1)
+    shown = np.array(seen.page.evaluate(COLOURS))
+    assert (shown[..., 3] == 255).all()
+    np.testing.assert_allclose(shown[..., :3], expected, atol=4)
+    assert len(np.unique(shown.reshape(-1, 4), axis=0)) > 3
+    outlines = plot.locator(".shapelayer path")
+    assert outlines.count() == len(result.vector.heads)
+    assert seen.page.locator(".js-plotly-plot .heatmaplayer image").count() == 2
+
+
+def test_hovering_over_a_cell_shows_its_value_and_standard_error(visit, result):
+    seen = visit(result)
+    effects = result.effects["permuted"]
+    aie, stderr = effects.aie, effects.stderr
+    n_layers, n_heads = aie.shape
+    labels = seen.page.locator(".js-plotly-plot").first.locator(".hoverlayer .hovertext")
+    for layer, head in (effects.top(1)[0], (0, 0), (n_layers - 1, n_heads - 1)):
+        seen.page.mouse.move(2, 2)
+        labels.wait_for(state="detached", timeout=10_000)
+        x, y = seen.page.evaluate(CELL, [layer, head])
+        seen.page.mouse.move(x - 2, y - 2)
+        seen.page.mouse.move(x, y)
+        labels.first.wait_for(state="visible", timeout=10_000)
+        text = labels.first.text_content()
+        assert text.startswith(f"L{layer}H{head}")
+        assert f"AIE: {aie[layer, head].item():+.4g} ± {stderr[layer, head].item():.2g} (standard error)" in text
+    assert seen.complaints == []
+
+
+@pytest.mark.parametrize("width", [1000, 700, 400])
+def test_nothing_is_cut_off(visit, result, width):
+    """Figures keep their width; on a narrow screen each scrolls in its own frame, and the page does not."""
+    seen = visit(result, width)
+    assert seen.page.evaluate(CUT_OFF) == []
+    assert seen.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+
+def test_odd_names_are_shown_and_not_run(visit, result):
+    name = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+    rename = lambda parts: {key: dataclasses.replace(part, relation=name) for key, part in parts.items()}  # noqa: E731
+    odd = dataclasses.replace(result, relation=name, effects=rename(result.effects), decoded=((name, 1.0),))
+    seen = visit(odd)
+    assert seen.complaints == []
+    assert seen.page.evaluate("document.images.length") == 0
+    assert seen.page.locator("h1").text_content() == name
+    title = seen.page.locator(".js-plotly-plot .gtitle").first.text_content()
+    assert name.replace(" ", "") in title.replace(" ", "")  # the title wraps at a space

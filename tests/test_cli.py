@@ -1,0 +1,455 @@
+"""The commands: what they print and write, and that every error is one line with a hint and exit code 2."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import small_run
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+import fvlens
+from fvlens import FunctionVector, cli
+from fvlens.models import fingerprint
+
+DATA = Path(fvlens.__file__).parent / "relations" / "data"
+REQUIRED = (
+    "relation model seed icl_top1 zero_shot_top1 shuffled_top1 fv_top1 fv_random_labels_top1 random_vector_top1 "
+    "other_relation_top1 layer heads n_test versions seconds"
+).split()
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """Run a command that must fail: its one line on standard error."""
+
+    def run(*args):
+        code, out, err = call(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith("fvlens: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err.strip()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved(model, tmp_path_factory):
+    """A vector file of the embedded model."""
+    return small_run(model).vector.save(tmp_path_factory.mktemp("vector") / "antonym.safetensors")
+
+
+def process(*args, **changes):
+    """Run a command as a user does."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **changes}
+    return subprocess.run(
+        [sys.executable, "-m", "fvlens.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def cells(text):
+    """Rows of a printed table; its columns are two spaces apart."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def library():
+    """Header and number of pairs of every relation file, read without fvlens."""
+    found = {}
+    for file in DATA.glob("*.tsv"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        header = dict(line[1:].strip().split(": ", 1) for line in lines if line.startswith("#"))
+        pairs = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+        found[header["name"]] = (header, pairs)
+    return found
+
+
+# --- run ---
+
+
+def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    (tmp_path / "results.json").write_text("old")
+    code, out, err = call(
+        "run", "antonym", "--out", tmp_path, "--n-prompts", 10, "--n-heads", 6, "--seed", 3, "--quiet"
+    )
+    assert (code, err) == (0, "")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "keep.txt", "results.json", "report.html", "vector.safetensors"
+    }  # fmt: skip
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+    read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(REQUIRED) <= set(read)
+    assert (read["relation"], read["model"], read["seed"]) == ("antonym", "rel-small", 3)
+    assert (read["options"]["n_prompts"], read["options"]["n_random"], len(read["heads"])) == (10, 10, 6)
+    vector = FunctionVector.load(tmp_path / "vector.safetensors")
+    assert (vector.layer, vector.seed, vector.relation) == (read["layer"], 3, "antonym")
+    assert [list(head) for head in vector.heads] == [entry[:2] for entry in read["heads"]]
+    assert "antonym" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    assert f"antonym on rel-small, {read['n_test']} test pairs" in out
+    shown = {row[0]: row[1:] for row in cells(out) if len(row) == 3}
+    for start, key in (
+        ("10 clean demonstrations", "icl_top1"),
+        ("10 demonstrations, labels permuted", "shuffled_top1"),
+        ("bare query", "zero_shot_top1"),
+        ("function vector, 6 heads by permuted labels", "fv_top1"),
+        ("function vector, 6 heads by random labels", "fv_random_labels_top1"),
+        ("10 random vectors of the same norm", "random_vector_top1"),
+        ("vectors of other relations", "other_relation_top1"),
+    ):
+        (row,) = [values for name, values in shown.items() if name.startswith(start)]
+        low, high = read["intervals"][key]
+        assert row == [f"{read[key]:.2f}", f"{low:.2f} to {high:.2f}"]
+    for name in ("vector.safetensors", "results.json", "report.html"):
+        assert f"wrote {tmp_path / name}\n" in out
+
+
+def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
+    seen = {}
+
+    def stop(model, relation, *, options, model_name, progress):
+        seen.update(relation=relation.name, options=options, model_name=model_name, progress=progress)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fvlens.report.run_relation", stop)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(
+        "run", "plural", "--model", "rel-small", "--seed", 7, "--n-shots", 4, "--n-prompts", 20, "--n-heads", 5,
+        "--labels", "random", "--layer", 2, "--template", "arrow", "--device", "cpu",
+    )  # fmt: skip
+    assert (code, err) == (2, "fvlens: enough\n")
+    options = seen.pop("options")
+    assert seen == {"relation": "plural", "model_name": "rel-small", "progress": True}
+    assert (options.seed, options.n_shots, options.n_prompts, options.n_heads) == (7, 4, 20, 5)
+    assert (options.labels, options.layer, options.template) == ("random", 2, "arrow")
+    call("run", "plural")
+    assert seen["options"] == fvlens.report.RunOptions()
+    assert list(tmp_path.iterdir()) == []  # a run that fails leaves no folder
+
+
+def test_results_go_to_a_folder_named_after_the_relation(call, model, monkeypatch, tmp_path):
+    monkeypatch.setattr("fvlens.report.run_relation", lambda *args, **options: small_run(model))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("run", "antonym", "--quiet")
+    assert code == 0
+    assert {file.name for file in (tmp_path / "fvlens-antonym").iterdir()} == {
+        "vector.safetensors", "results.json", "report.html"
+    }  # fmt: skip
+    assert "wrote fvlens-antonym/report.html" in out
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(call, model, monkeypatch, tmp_path):
+    """Rich would take them for markup or an emoji."""
+    monkeypatch.setattr("fvlens.report.run_relation", lambda *args, **options: small_run(model))
+    folder = tmp_path / "[red] :cat: [/red]"
+    code, out, _ = call("run", "antonym", "--out", folder, "--quiet")
+    assert code == 0
+    assert f"wrote {folder / 'results.json'}\n" in out
+
+
+@pytest.mark.slow
+def test_run_with_default_settings_takes_less_than_a_minute(tmp_path):
+    """From process start to the written report, on two cores (issue 2, section 6)."""
+    began = time.monotonic()
+    done = process("run", "antonym", "--out", tmp_path)
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(REQUIRED) <= set(read)
+    assert read["n_test"] >= 60
+    assert read["options"]["n_random"] >= 10
+    assert read["seconds"] < seconds < 60
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    # what the run is for: the vector does the task, and the controls do not
+    assert read["fv_top1"] > max(read["zero_shot_top1"], read["random_vector_top1"], read["other_relation_top1"])
+
+
+# --- relations, models, heads ---
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"category": "translation"}, {"family": "part"}, {"domain": "animal"}, {"family": "kind", "domain": "animal"}],
+)
+def test_relations_lists_what_the_files_hold(call, filters):
+    chosen = {
+        name: (header, pairs)
+        for name, (header, pairs) in library().items()
+        if all(header[key] == value for key, value in filters.items())
+    }
+    assert chosen
+    code, out, err = call("relations", *(part for key, value in filters.items() for part in (f"--{key}", value)))
+    assert (code, err) == (0, "")
+    rows = cells(out)
+    assert rows[0] == ["relation", "category", "family", "domain", "pairs", "example"]
+    assert rows[1:-1] == [
+        [
+            name,
+            *(header[key] for key in ("category", "family", "domain")),
+            str(len(pairs)),
+            f"{pairs[0][0]} -> {pairs[0][1]}",
+        ]
+        for name, (header, pairs) in sorted(chosen.items())
+    ]
+    total = sum(len(pairs) for _, pairs in chosen.values())
+    assert rows[-1] == [f"{len(chosen)} relations, {total} pairs"]
+
+
+def test_relations_fits_80_columns(call, monkeypatch):
+    """No name is cut in a terminal of the usual width."""
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call("relations")
+    assert "…" not in out
+    words = {line.split()[0] for line in out.splitlines() if line.strip() and not line.startswith(" ")}
+    assert set(library()) <= words
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_models_lists_the_embedded_model_and_those_of_transformer_lens(call):
+    code, out, err = call("models")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("rel-small  (")
+    assert lines[1:] == list(OFFICIAL_MODEL_NAMES)
+    wanted = [name for name in OFFICIAL_MODEL_NAMES if "pythia-70m" in name.lower()]
+    assert wanted
+    assert call("models", "--filter", "Pythia-70M")[1].splitlines() == wanted
+    assert call("models", "--filter", "REL-SMALL")[1].splitlines() == lines[:1]
+
+
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
+    code, out, err = call(
+        "heads", "plural", "--n-prompts", 8, "--n-heads", 4, "--labels", labels, "--seed", 2, "--template", "arrow",
+        "--quiet",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    g = torch.Generator().manual_seed(2)
+    split = fvlens.load_relation("plural").split(g)
+    common = dict(queries=split.valid, template="arrow", relation="plural", generator=g)
+    clean = fvlens.build_prompts(model, split.train, n_prompts=8, **common)
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    for kind in ("permuted", "random"):
+        corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=kind, **common)
+        if kind == labels:
+            break
+    effects = fvlens.indirect_effects(model, corrupted, means, progress=False)
+    expected = [[str(h), f"{effects.aie[h]:.4f}", f"{effects.stderr[h]:.4f}"] for h in effects.top(4)]
+    rows = cells(out)
+    assert rows[0] == [f"plural, {labels} labels"]
+    assert rows[1:] == [["head", "AIE", "standard error"], *expected]
+
+
+# --- inject ---
+
+
+def continuation(model, text, vector=None, scale=1.0, n=5):
+    """The most likely next tokens and their chances, the vector added by a hook of our own."""
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def add(resid, hook):
+        return resid + scale * vector.vector * (torch.arange(resid.shape[1]) == resid.shape[1] - 1)[:, None]
+
+    hooks = [] if vector is None else [(f"blocks.{vector.layer}.hook_resid_post", add)]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        chances = model(torch.tensor([[model.tokenizer.bos_token_id, *ids]]))[0, -1].softmax(dim=-1)
+    values, tokens = chances.topk(n)
+    return [f"{model.tokenizer.decode([t])!r} {v:.3f}" for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "options", "scale", "n"),
+    [
+        ("hot", "Q: hot\nA:", [], 1.0, 5),
+        ("  big ", "Q: big\nA:", ["--scale", "-0.5", "--top", "3"], -0.5, 3),
+        ("Q: open\nA:", "Q: open\nA:", [], 1.0, 5),
+        ("the [bold] cat is :cat:", "the [bold] cat is :cat:", ["--top", "2"], 1.0, 2),
+    ],
+)
+def test_inject_shows_a_prompt_with_and_without_the_vector(call, model, saved, prompt, text, options, scale, n):
+    vector = FunctionVector.load(saved)
+    code, out, err = call("inject", saved, *options, "--", prompt)
+    assert (code, err) == (0, "")
+    first, rest = out.split("\n", 1)
+    assert first == f"prompt {text!r}"
+    plain, steered = continuation(model, text, n=n), continuation(model, text, vector, scale, n)
+    assert plain != steered
+    rows = cells(rest)
+    assert rows[0] == ["rank", "plain", f"with antonym after layer {vector.layer}"]
+    assert rows[1:] == [[str(i + 1), plain[i], steered[i]] for i in range(n)]
+
+
+def test_inject_generates_what_follows(call, model, saved):
+    """Greedy tokens; only the prompt's last token is steered, so later tokens follow from the text alone plus the
+    first steered step's keys and values."""
+    vector = FunctionVector.load(saved)
+    code, out, err = call("inject", saved, "hot", "--generate", 1)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    for line, name, best in (
+        (lines[-2], "plain  ", continuation(model, "Q: hot\nA:", n=1)),
+        (lines[-1], "steered", continuation(model, "Q: hot\nA:", vector, n=1)),
+    ):
+        assert line == f"{name} {best[0].rsplit(' ', 1)[0]}"
+    longer = call("inject", saved, "hot", "--generate", 4)[1].splitlines()
+    for short, long in zip(lines[-2:], longer[-2:], strict=True):
+        assert long.startswith(short[:-1])
+        assert len(long) > len(short)
+
+
+def test_a_word_is_asked_in_the_template_of_the_vector(call, model, tiny, tmp_path):
+    def file(template):
+        fields = dict(layer=0, heads=(), relation="", fingerprint=fingerprint(model), template=template)
+        return FunctionVector(vector=torch.zeros(model.cfg.d_model), **fields).save(tmp_path / "v.safetensors")
+
+    assert call("inject", file("arrow"), "hot")[1].startswith("prompt ' hot ->'\n")
+    code, out, _ = call("inject", file(""), "hot")
+    assert code == 0
+    assert out.startswith("prompt 'Q: hot\\nA:'\n")
+    rows = cells(out)[2:]
+    assert all(before == after for _, before, after in rows)  # a zero vector changes nothing
+    assert "with vector after layer 0" in out
+    code, _, err = call("inject", file("my own"), "hot")
+    assert code == 2
+    assert "no template named 'my own'; expected one of qa, arrow, colon" in err
+    assert call("inject", file("my own"), "two words")[0] == 0
+
+
+# --- errors ---
+
+
+def test_unknown_names_are_refused_with_the_nearest(refused):
+    assert "no relation named 'antonim'" in refused("run", "antonim")
+    assert "did you mean antonym" in refused("heads", "antonim")
+    assert "no relation has category 'nosuch'; expected one of" in refused("relations", "--category", "nosuch")
+    assert "no relation has family 'nosuch'" in refused("relations", "--family", "nosuch")
+    assert "no relation has domain 'nosuch'" in refused("relations", "--domain", "nosuch")
+    assert "'rel-smal' is neither a folder nor a model" in refused("run", "antonym", "--model", "rel-smal")
+    assert "did you mean rel-small" in refused("heads", "antonym", "--model", "rel-smal")
+    assert "no template named 'nosuch'; expected one of qa" in refused("run", "antonym", "--template", "nosuch")
+
+
+def test_folders_and_files_that_do_not_fit_are_refused(refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("something")
+    assert refused("run", "antonym", "--out", file) == f"fvlens: --out {file} is a file; give a folder."
+    assert file.read_text() == "something"
+    assert "holds no config.json" in refused("run", "antonym", "--model", tmp_path)
+    assert f"no vector file at {tmp_path / 'none'}" in refused("inject", tmp_path / "none", "hot")
+    assert "file: not a safetensors file, or a truncated one" in refused("inject", file, "hot")
+
+
+def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
+    fields = dict(layer=0, heads=(), relation="antonym", fingerprint=fingerprint(tiny))
+    file = FunctionVector(vector=torch.ones(tiny.cfg.d_model), **fields).save(tmp_path / "v.safetensors")
+    message = refused("inject", file, "hot")
+    assert "the vector of 'antonym' was made on model" in message
+    assert f"d_model: {tiny.cfg.d_model} / 128" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run"], "Missing argument 'RELATION'"),
+        (["run", "antonym", "--labels", "true"], "'true' is not one of 'permuted', 'random'"),
+        (["run", "antonym", "--seed", "x"], "'x' is not a valid int"),
+        (["run", "antonym", "--n-shots", "0"], "0 is not in the range x>=1"),
+        (["run", "antonym", "--n-heads", "33"], "n_heads=33: expected at most 16, half of the model's 32 heads"),
+        (["run", "antonym", "--layer", "4"], "layer=4: expected 0..3."),
+        (["run", "antonym", "--nosuch"], "No such option: --nosuch"),
+        (["run", "antonym", "--n-shots", "60"], "60"),
+        (["run", "antonym", "--device", "nosuch"], "nosuch"),
+        (["nosuch"], "No such command 'nosuch'"),
+        (["inject", "VECTOR"], "Missing argument 'PROMPT'"),
+        (["inject", "VECTOR", " "], "the prompt is empty; give some text."),
+        (["inject", "VECTOR", "a" * 40 + " b", "--generate", "500"], "--generate asks for 500 more; the model"),
+        (["inject", "VECTOR", "hot", "--top", "0"], "0 is not in the range x>=1"),
+        (["inject", "VECTOR", "hot", "--generate", "-1"], "-1 is not in the range x>=0"),
+    ],
+)
+def test_bad_options_are_refused(refused, saved, args, message):
+    quiet = ["--quiet"] if args[0] == "run" and len(args) > 1 else []
+    assert message in refused(*(saved if arg == "VECTOR" else arg for arg in args), *quiet)
+
+
+def test_usage_errors_point_to_the_help(refused):
+    assert refused("run").endswith("(fvlens --help, or --debug for details)")
+    assert not refused("run", "antonim").endswith("details)")
+
+
+def test_debug_shows_the_traceback(call):
+    with pytest.raises(ValueError, match="no relation named 'antonim'"):
+        cli.main(["--debug", "run", "antonim"])
+    with pytest.raises(ValueError, match="no relation named 'antonim'"):
+        cli.main(["run", "antonim", "--debug"])
+    assert call("relations", "--domain", "animal", "--debug")[0] == 0
+
+
+def test_an_interruption_is_one_line(call, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_relation", interrupted)
+    assert call("run", "antonym") == (130, "", "fvlens: interrupted\n")
+
+
+def test_help_names_every_command(call):
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    assert call() == (code, out, err)
+    assert out.count("\n") > 10  # not squeezed into one line, as errors are
+    for command in ("run", "relations", "models", "heads", "inject"):
+        assert re.search(rf"^  {command} ", out, flags=re.MULTILINE)
+        assert call(command, "--help")[0] == 0
+
+
+# --- as a user runs it ---
+
+
+def test_commands_work_as_processes():
+    done = process("relations", "--category", "spelling")
+    spelling = {name: pairs for name, (header, pairs) in library().items() if header["category"] == "spelling"}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"{len(spelling)} relations, {sum(map(len, spelling.values()))} pairs"
+
+    failed = process("run", "antonim")
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    assert failed.stderr.startswith("fvlens: no relation named 'antonim'")
+
+    debug = process("run", "antonim", "--debug")
+    assert debug.returncode == 1
+    assert debug.stderr.startswith("Traceback (most recent call last):")
+    assert "ValueError: no relation named 'antonim'" in debug.stderr
+
+
+def test_inject_works_as_a_process(saved):
+    done = process("inject", saved, "hot", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == r"prompt 'Q: hot\nA:'"
+    assert len(done.stdout.splitlines()) == 7
