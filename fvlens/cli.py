@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fvlens.models import EMBEDDED_MODELS
 from fvlens.prompts import TEMPLATES, get_template
@@ -100,15 +100,15 @@ def relations(
 ) -> None:
     """The word-pair library."""
     names = list_relations(category, family=family, domain=domain)
-    table = Table("relation", "category", "family", "domain", "pairs", "example", box=None)
+    table = Table(
+        Column("relation", no_wrap=True), "category", "family", "pairs", "example", box=None, padding=(0, 1, 0, 0)
+    )
     total = 0
     for name in names:
         found = load_relation(name)
         pair = found.pairs[0]
         total += len(found)
-        table.add_row(
-            name, found.category, found.family, found.domain, str(len(found)), f"{pair.input} -> {pair.output}"
-        )
+        table.add_row(name, found.category, found.family, str(len(found)), f"{pair.input} -> {pair.output}")
     out.print(table)
     out.print(f"{len(names)} relations, {total} pairs", highlight=False)
 
@@ -261,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = "" if isinstance(error, ValueError) else " (fvlens --help, or --debug for details)"
         err.print(f"fvlens: {' '.join(text.split())}{hint}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    if code == 130:  # the parser has caught the interruption itself
+        err.print("fvlens: interrupted", highlight=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 

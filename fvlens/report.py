@@ -288,7 +288,7 @@ def run_relation(
 def results_json(result: RunResult) -> dict[str, Any]:
     """The numbers of a run as plain JSON values."""
 
-    def heads(effects: IndirectEffects) -> list[list[float]]:
+    def heads(effects: IndirectEffects) -> list[list[int | float]]:
         stderr, aie = effects.stderr, effects.aie
         return [[h.layer, h.head, float(aie[h]), float(stderr[h])] for h in effects.top(result.options.n_heads)]
 

@@ -376,21 +376,21 @@ def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run"], "Missing argument 'RELATION'"),
+        (["run"], "Missing argument 'relation'"),
         (["run", "antonym", "--labels", "true"], "'true' is not one of 'permuted', 'random'"),
-        (["run", "antonym", "--seed", "x"], "'x' is not a valid int"),
-        (["run", "antonym", "--n-shots", "0"], "0 is not in the range x>=1"),
+        (["run", "antonym", "--seed", "x"], "Invalid value for '--seed': Input should be a valid integer"),
+        (["run", "antonym", "--n-shots", "0"], "'--n-shots': Input should be greater than or equal to 1"),
         (["run", "antonym", "--n-heads", "33"], "n_heads=33: expected at most 16, half of the model's 32 heads"),
         (["run", "antonym", "--layer", "4"], "layer=4: expected 0..3."),
         (["run", "antonym", "--nosuch"], "No such option: --nosuch"),
         (["run", "antonym", "--n-shots", "60"], "60"),
         (["run", "antonym", "--device", "nosuch"], "nosuch"),
         (["nosuch"], "No such command 'nosuch'"),
-        (["inject", "VECTOR"], "Missing argument 'PROMPT'"),
+        (["inject", "VECTOR"], "Missing argument 'prompt'"),
         (["inject", "VECTOR", " "], "the prompt is empty; give some text."),
         (["inject", "VECTOR", "a" * 40 + " b", "--generate", "500"], "--generate asks for 500 more; the model"),
-        (["inject", "VECTOR", "hot", "--top", "0"], "0 is not in the range x>=1"),
-        (["inject", "VECTOR", "hot", "--generate", "-1"], "-1 is not in the range x>=0"),
+        (["inject", "VECTOR", "hot", "--top", "0"], "'--top': Input should be greater than or equal to 1"),
+        (["inject", "VECTOR", "hot", "--generate", "-1"], "'--generate': Input should be greater than or equal to 0"),
     ],
 )
 def test_bad_options_are_refused(refused, saved, args, message):

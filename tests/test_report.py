@@ -17,6 +17,7 @@ from runs import SMALL, small_run
 
 import fvlens
 from fvlens import FunctionVector, Relation, report
+from fvlens.relations import Pair
 from fvlens.report import RunOptions, find_heads, other_relations, results_json, run_relation, write_report, write_run
 from fvlens.types import Head
 
@@ -467,10 +468,10 @@ def test_half_of_the_heads_is_the_most(tiny):
 
 
 def test_small_relations_are_refused(tiny):
-    five = Relation(name="five", pairs=tuple((f"a{i}", f"b{i}") for i in range(5)))
+    five = Relation(name="five", pairs=tuple(Pair(f"a{i}", f"b{i}") for i in range(5)))
     with pytest.raises(ValueError, match=re.escape("split: expected a relation of at least 6 pairs, got 5 in 'five'.")):
         run_relation(tiny, five, options=TINY, progress=False)
-    eight = Relation(name="eight", pairs=tuple((f"a{i}", f"b{i}") for i in range(8)))
+    eight = Relation(name="eight", pairs=tuple(Pair(f"a{i}", f"b{i}") for i in range(8)))
     with pytest.raises(ValueError, match=r"10 demonstrations wanted for query 'a\d', but only 4 pairs"):
         run_relation(tiny, eight, options=dataclasses.replace(TINY, n_shots=10), progress=False)
 
@@ -640,8 +641,8 @@ def test_figures_name_the_relation(page):
 def test_odd_names_and_words_are_text(tiny, tiny_result, tmp_path):
     name = '</title></script><script>alert("1")</script> & <b>'
     odd = ["<script>x</script>", "a&amp;b", '"q"', "</td>", "x'y", "<!--", "{{ 7 * 7 }}", "${y}", "<img src=x>"]
-    pairs = tuple((f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
-    relation = Relation(name=name, pairs=pairs)
+    pairs = tuple(Pair(f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
+    relation = Relation(name=name, pairs=tuple(Pair(*pair) for pair in pairs))
     found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
     found = dataclasses.replace(found, decoded=(("</script><b>", 2.0), (" <i>", 1.0)))
     page = page_of(found, tmp_path)

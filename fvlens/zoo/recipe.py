@@ -12,8 +12,8 @@ card):
 * permuted: the labels are permuted among the demonstrations and the target is the answer of a random relation of x
   (the prior), so that output words alone do not give the relation away.
 
-Seeing that a permuted label is false needs the pair (input, label), which answers alone teach very slowly. So each label
-is also checked in training: a linear read-out of the lower blocks says whether it is true of its input (see
+Seeing that a permuted label is false needs the pair (input, label), which answers alone teach very slowly. So each
+label is also checked in training: a linear read-out of the lower blocks says whether it is true of its input (see
 :class:`fvlens.zoo.build.Trainee`).
 """
 

@@ -5,8 +5,8 @@ batch, logits at every position, as anyone would write it. It is measured on a f
 the layers and extrapolated to all; every pass costs the same, since the whole model runs whatever is patched.
 Fast: one call of ``fvlens.indirect_effects``, everything in it counted.
 
-The counted limit of ``fvlens.suffix.counted_gain`` counts the blocks alone. The naive side also unembeds every position,
-the fast side only what is read, so the limit with the unembedding is printed beside it.
+The counted limit of ``fvlens.suffix.counted_gain`` counts the blocks alone. The naive side also unembeds every
+position, the fast side only what is read, so the limit with the unembedding is printed beside it.
 
 Run with ``pytest -m benchmark -s tests/benchmarks``. Threads are left as they are; both sides use the same.
 """
