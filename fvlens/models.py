@@ -106,8 +106,8 @@ def load_model(
         The model in evaluation mode, its tokenizer padding on the left.
 
     Raises:
-        ValueError: no such model or folder (with the nearest names), or a folder that is not a model TransformerLens
-            can convert.
+        ValueError: no such model or folder (with the nearest names), a model that cannot be fetched, or a folder that
+            is not a model TransformerLens can convert.
 
     Example:
         >>> import fvlens
@@ -244,10 +244,16 @@ def _load_official(name: str, device: torch.device, dtype: torch.dtype) -> "Hook
         raise ValueError(
             f"load_model: {name!r} is neither a folder nor a model TransformerLens knows; {hint}"
         ) from error
-    with quiet_deprecation():
-        return HookedTransformer.from_pretrained_no_processing(
-            name, device=str(device), dtype=dtype, default_padding_side="left"
-        )
+    try:
+        with quiet_deprecation():
+            return HookedTransformer.from_pretrained_no_processing(
+                name, device=str(device), dtype=dtype, default_padding_side="left"
+            )
+    except OSError as error:  # Hugging Face's error for no network, no such revision, or a gated model
+        raise ValueError(
+            f"load_model: {name!r} could not be fetched ({' '.join(str(error).split())[:200]}); with no network, save "
+            "the model to a folder where there is one and give that folder."
+        ) from error
 
 
 def bos_token_id(model: Any) -> int | None:

@@ -125,7 +125,7 @@ class RunResult:
         ]
         for ranking in RANKINGS:
             vector, score = self.vectors[ranking], self.steered[ranking]
-            text = f"function vector, {len(vector.heads)} heads by {ranking} labels, after layer {vector.layer}"
+            text = f"function vector, {len(vector.heads)} heads by {ranking} labels, layer {vector.layer}"
             rows.append((text, score.top1, score.interval))
         rows.append((f"{self.options.n_random} random vectors of the same norm", *self.control("random_vector")))
         if self.others:
@@ -243,13 +243,6 @@ def run_relation(
         others.append(function_vector(model, other_means, heads=heads, layer=vectors[options.labels].layer))
 
     in_context: dict[str, Any] = {"demonstrations": split.train, "n_shots": options.n_shots, **common}
-    icl = evaluate(model, split.test, setting="icl", **in_context)
-    shuffled = evaluate(model, split.test, setting="shuffled", **in_context)
-    zero_shot = evaluate(model, split.test, setting="zero_shot", **common)
-    steered: dict[Ranking, Evaluation] = {
-        ranking: evaluate(model, split.test, vector=vectors[ranking], setting="zero_shot", **common)
-        for ranking in RANKINGS
-    }
     vector = vectors[options.labels]
     table = _finished(
         controls(
@@ -263,14 +256,22 @@ def run_relation(
             **in_context,
         )
     )
+    # the table's own scores, so that the page gives one number for one thing
+    scores = {row.kind: row.evaluations[0] for row in table.rows}
+    steered: dict[Ranking, Evaluation] = {
+        ranking: scores["vector"]
+        if ranking == options.labels
+        else evaluate(model, split.test, vector=vectors[ranking], setting="zero_shot", **common)
+        for ranking in RANKINGS
+    }
     return RunResult(
         relation=relation.name,
         model_name=model_name or str(model.cfg.model_name),
         options=options,
         split=split,
-        icl=icl,
-        shuffled=shuffled,
-        zero_shot=zero_shot,
+        icl=scores["icl"],
+        shuffled=scores["shuffled"],
+        zero_shot=scores["no_vector"],
         steered=steered,
         vectors=vectors,
         effects=effects,
@@ -422,7 +423,7 @@ def write_report(path: str | Path, result: RunResult) -> Path:
             "title": title,
             "text": text,
             # the first figure brings plotly's script along, so that the page needs no network
-            "html": figure.to_html(full_html=False, include_plotlyjs=index == 0, config={"displaylogo": False}),
+            "html": figure.to_html(full_html=False, include_plotlyjs=index == 0, config={"displayModeBar": False}),
         }
         for index, (title, text, figure) in enumerate(figures)
     ]
@@ -431,9 +432,10 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         for name, value, interval in result.summary()
     ]
     numbers = results_json(result)
+    shared = "word" if result.split.disjoint == "both" else "input word"
     provenance = {
         "model": f"{result.model_name} (weights {result.fingerprint.weights}, {result.fingerprint.dtype})",
-        "relation": f"{result.relation} (data {result.data_hash}, split disjoint by {result.split.disjoint})",
+        "relation": f"{result.relation} (data {result.data_hash}; no {shared} in two parts of its split)",
         "pairs": f"{len(result.split.train)} train, {len(result.split.valid)} valid, {result.n_test} test",
         "options": json.dumps(numbers["options"]),
         "attribution path": numbers["path"],
@@ -465,6 +467,7 @@ _PAGE = """<!DOCTYPE html>
   td.right { color: #00664b; } td.wrong { color: #9c4a00; }
   td.value { overflow-wrap: anywhere; }
   .figure { overflow-x: auto; }
+  @media (max-width: 600px) { table { display: block; overflow-x: auto; } }
 </style>
 </head>
 <body>

@@ -63,7 +63,7 @@ def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Hea
     """
     result: list[Head] = []
     for entry in heads:
-        if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(isinstance(i, int) for i in entry):
+        if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(hasattr(i, "__index__") for i in entry):
             raise ValueError(f"heads: expected (layer, head) pairs of integers, got {entry!r}.")
         head = Head(int(entry[0]), int(entry[1]))
         if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):

@@ -206,19 +206,17 @@ def test_relations_lists_what_the_files_hold(call, filters):
     assert chosen
     code, out, err = call("relations", *(part for key, value in filters.items() for part in (f"--{key}", value)))
     assert (code, err) == (0, "")
-    rows = cells(out)
-    assert rows[0] == ["relation", "category", "family", "domain", "pairs", "example"]
-    assert rows[1:-1] == [
-        [
-            name,
-            *(header[key] for key in ("category", "family", "domain")),
-            str(len(pairs)),
-            f"{pairs[0][0]} -> {pairs[0][1]}",
-        ]
+    heading, *lines, last = out.splitlines()
+    names = ["relation", "category", "family", "pairs", "example"]
+    starts = [heading.index(name) for name in names]
+    assert heading.split() == names
+    rows = [[line[i:j].strip() for i, j in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+    assert rows == [
+        [name, header["category"], header["family"], str(len(pairs)), f"{pairs[0][0]} -> {pairs[0][1]}"]
         for name, (header, pairs) in sorted(chosen.items())
     ]
     total = sum(len(pairs) for _, pairs in chosen.values())
-    assert rows[-1] == [f"{len(chosen)} relations, {total} pairs"]
+    assert last == f"{len(chosen)} relations, {total} pairs"
 
 
 def test_relations_fits_80_columns(call, monkeypatch):

@@ -370,3 +370,8 @@ def test_from_json_refuses_anything_else(model, text):
     for wrong in ({**fields, "colour": "red"}, {key: fields[key] for key in fields if key != "weights"}):
         with pytest.raises(ValueError, match="fingerprint: expected the fields"):
             Fingerprint.from_json(json.dumps(wrong))
+
+
+def test_a_model_that_cannot_be_fetched_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"'gpt2' could not be fetched \(.+\); with no network, save the model to a"):
+        fvlens.load_model("gpt2")

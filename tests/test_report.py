@@ -221,18 +221,27 @@ def test_in_context_scores_are_those_of_the_prompts_that_were_built(model, numbe
     """The watched run's prompts through the plain model."""
     _, calls, _ = watched
     shown = [call.prompts for call in calls if call.module == "evaluation" and call.prompts.n_shots]
-    for prompts in shown:
-        name = {"true": "icl", "permuted": "shuffled"}[prompts.labels]
+    assert [prompts.labels for prompts in shown] == ["true", "permuted"]
+    for name, prompts in zip(("icl", "shuffled"), shown, strict=True):
         with torch.no_grad():
             logits = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
-        best = logits.argmax(dim=-1)
         words = [f" {pair.output}" for pair in prompts.queries]
         tokens = torch.tensor([model.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words])
-        if prompts is next(one for one in shown if one.labels == prompts.labels):  # the later ones are the controls'
-            assert numbers[f"{name}_top1"] == pytest.approx((best == tokens).double().mean().item())
-            chances = logits.softmax(dim=-1)[range(len(tokens)), tokens]
-            assert numbers[f"{name}_probability"] == pytest.approx(chances.double().mean().item(), abs=1e-5)
-    assert {prompts.labels for prompts in shown} == {"true", "permuted"}
+        assert numbers[f"{name}_top1"] == pytest.approx((logits.argmax(dim=-1) == tokens).double().mean().item())
+        chances = logits.softmax(dim=-1)[range(len(tokens)), tokens]
+        assert numbers[f"{name}_probability"] == pytest.approx(chances.double().mean().item(), abs=1e-5)
+
+
+def test_page_and_table_of_controls_give_one_number_for_one_thing(result, tiny):
+    other = run_relation(
+        tiny, fvlens.load_relation("antonym"), options=dataclasses.replace(TINY, labels="random"), progress=False
+    )
+    for run in (result, other):
+        top1 = {row.kind: row.top1 for row in run.controls.rows}
+        assert top1["icl"] == run.icl.top1
+        assert top1["shuffled"] == run.shuffled.top1
+        assert top1["no_vector"] == run.zero_shot.top1
+        assert top1["vector"] == run.steered[run.options.labels].top1
 
 
 def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
@@ -269,8 +278,8 @@ def test_summary_shows_the_same_numbers(result, numbers):
         "10 clean demonstrations": "icl_top1",
         "10 demonstrations, labels permuted": "shuffled_top1",
         "bare query": "zero_shot_top1",
-        f"function vector, 10 heads by permuted labels, after layer {numbers['layer']}": "fv_top1",
-        f"function vector, 10 heads by random labels, after layer {numbers['layer_random_labels']}": (
+        f"function vector, 10 heads by permuted labels, layer {numbers['layer']}": "fv_top1",
+        f"function vector, 10 heads by random labels, layer {numbers['layer_random_labels']}": (
             "fv_random_labels_top1"
         ),
         "2 random vectors of the same norm": "random_vector_top1",
@@ -600,7 +609,7 @@ def test_page_shows_the_numbers(page, result, numbers):
     ]
     text = dict(page.tables["provenance"])
     assert numbers["fingerprint"]["weights"] in text["model"]
-    assert numbers["data_hash"] in text["relation"]
+    assert text["relation"] == f"antonym (data {numbers['data_hash']}; no word in two parts of its split)"
     assert text["pairs"].endswith(f"{numbers['n_test']} test")
     assert json.loads(text["options"]) == numbers["options"]
     assert text["attribution path"] == "weights"
@@ -642,7 +651,7 @@ def test_odd_names_and_words_are_text(tiny, tiny_result, tmp_path):
     name = '</title></script><script>alert("1")</script> & <b>'
     odd = ["<script>x</script>", "a&amp;b", '"q"', "</td>", "x'y", "<!--", "{{ 7 * 7 }}", "${y}", "<img src=x>"]
     pairs = tuple(Pair(f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
-    relation = Relation(name=name, pairs=tuple(Pair(*pair) for pair in pairs))
+    relation = Relation(name=name, pairs=pairs)
     found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
     found = dataclasses.replace(found, decoded=(("</script><b>", 2.0), (" <i>", 1.0)))
     page = page_of(found, tmp_path)

@@ -73,3 +73,9 @@ def test_steering_is_known_by_its_two_methods():
     assert isinstance(Complete(), Steering)
     assert not isinstance(WithoutCheck(), Steering)
     assert not isinstance(torch.zeros(3), Steering)
+
+
+def test_numpy_integers_are_integers(unchecked):
+    pairs = [tuple(row) for row in torch.tensor([[1, 2], [0, 3]]).numpy()]
+    assert as_heads(pairs, 2, 4) == [Head(1, 2), Head(0, 3)]
+    assert all(type(i) is int for head in as_heads(pairs, 2, 4) for i in head)

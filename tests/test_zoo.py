@@ -425,6 +425,12 @@ def test_training_gives_the_same_bits_again_and_leaves_the_global_generator_alon
     assert not same_bits(weights(other), weights(uninterrupted))
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    train_tiny(tmp_path, dataclasses.replace(TINY, steps=2))
+    with pytest.raises(ValueError, match=r"belongs to another recipe \(it differs in steps, lr\); give another folder"):
+        train_tiny(tmp_path, dataclasses.replace(TINY, lr=1.0))
+
+
 def test_a_resumed_run_gives_the_bits_of_one_never_stopped(uninterrupted, tmp_path, monkeypatch):
     draw, calls = SequenceSampler.draw, []
 

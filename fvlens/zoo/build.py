@@ -108,19 +108,28 @@ class Trainee(nn.Module):
 def _save_checkpoint(
     path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, generator: torch.Generator, step: int
 ) -> None:
+    metadata = {"step": str(step), "recipe": json.dumps(asdict(trainee.recipe))}
     tensors: dict[str, Tensor] = {"generator": generator.get_state()}
     for name, parameter in trainee.named_parameters():
         tensors[f"weights.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().clone().contiguous()
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"step": str(step)})
+    save_file(tensors, part, metadata=metadata)
     os.replace(part, path)
 
 
 def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
     with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
+        metadata = file.metadata()
+        step, theirs = int(metadata["step"]), json.loads(metadata["recipe"])
+        ours = json.loads(json.dumps(asdict(trainee.recipe)))  # as it comes back from JSON
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        if differing:
+            raise ValueError(
+                f"train: {path} belongs to another recipe (it differs in {', '.join(differing)}); give another "
+                "folder or remove the checkpoint."
+            )
         generator.set_state(file.get_tensor("generator"))
         for name, parameter in trainee.named_parameters():
             with torch.no_grad():
@@ -146,6 +155,9 @@ def train(
     Returns:
         ``out``, which then holds ``config.json``, ``model.safetensors`` and the tokenizer's files, besides the
         checkpoint and the log of the run.
+
+    Raises:
+        ValueError: ``out`` holds the checkpoint of another recipe.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
