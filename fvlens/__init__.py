@@ -19,6 +19,7 @@ from fvlens.models import fingerprint, load_model
 from fvlens.prompts import TEMPLATES, Prompts, Template, build_prompts, filter_correct
 from fvlens.relations import Relation, list_relations, load_relation
 from fvlens.types import Head
+from fvlens.universal import universal_heads
 from fvlens.vectors import (
     DistributedVector,
     FunctionVector,
@@ -58,4 +59,5 @@ __all__ = [
     "load_relation",
     "mean_head_activations",
     "random_vector_like",
+    "universal_heads",
 ]

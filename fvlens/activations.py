@@ -1,5 +1,6 @@
 """Task-mean head outputs: what each head writes, on average, over clean in-context prompts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.interventions import z_hook
+from fvlens.interventions import hooked, z_hook
 from fvlens.models import Fingerprint, fingerprint, model_device
 from fvlens.prompts import Prompts, TokenClass
+from fvlens.suffix import in_batches, open_reader, plan_batch
 
 Positions = str
 """``"last"`` or the lower-case name of a :class:`~fvlens.prompts.TokenClass`, such as ``"demonstration_label"``."""
@@ -71,7 +73,7 @@ def mean_head_activations(
     prompts: Prompts,
     *,
     positions: Positions = "last",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> HeadMeans:
     """Mean output of every head over prompts (the task mean of Todd et al.).
@@ -83,7 +85,8 @@ def mean_head_activations(
         model: the model.
         prompts: usually clean prompts (``labels="true"``), about 100 of them.
         positions: ``"last"`` (the paper's choice) or a token class, whose tokens are averaged.
-        batch_size: prompts run together; changes nothing but speed and memory.
+        batch_size: prompts run together; by default chosen from what memory is free. It changes nothing but speed,
+            memory and rounding, and is halved, with a warning, where memory runs out.
         progress: show a progress bar.
 
     Returns:
@@ -91,6 +94,7 @@ def mean_head_activations(
 
     Raises:
         ValueError: unknown ``positions``, or a prompt without such a token; ``batch_size`` below 1.
+        MemoryError: out of memory with a single prompt.
 
     Example:
         >>> import torch, fvlens
@@ -104,33 +108,39 @@ def mean_head_activations(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3, equation 3.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"mean_head_activations: expected batch_size >= 1, got {batch_size}.")
     cfg = model.cfg
     mask = position_mask(prompts, positions)
     device = model_device(model)
     total = torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head)
+    own = torch.zeros_like(total)  # of one batch; counts only when the batch is finished
     chosen = torch.empty(0)
 
-    def add(layer: int) -> Any:
-        def hook(z: Tensor, hook: Any) -> None:
+    def add(layer: int) -> Callable[[Tensor], None]:
+        def see(z: Tensor) -> None:
             picked = z[chosen.to(z.device)]  # [token head d_head]
-            total[layer] += picked.float().sum(dim=0).cpu()
+            own[layer] = picked.float().sum(dim=0).cpu()
 
-        return hook
+        return see
 
-    hooks = [(z_hook(layer), add(layer)) for layer in range(cfg.n_layers)]
-    starts = range(0, len(prompts), batch_size)
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        for start in tqdm(starts, desc="mean head outputs", disable=not progress, leave=False):
-            rows = slice(start, start + batch_size)
-            chosen = mask[rows]
-            model(
-                prompts.tokens[rows].to(device),
-                attention_mask=prompts.attention_mask[rows].to(device),
-                stop_at_layer=cfg.n_layers,
-                return_type=None,
-            )
+    def run(rows: slice) -> int:
+        nonlocal chosen
+        chosen = mask[rows]
+        tokens, attention_mask = prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device)
+        open_reader(model, len(tokens), keep=False).read(tokens, attention_mask, n_read=1)
+        return len(tokens)
+
+    sums = {z_hook(layer): add(layer) for layer in range(cfg.n_layers)}
+    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])
+    with (
+        torch.inference_mode(),
+        hooked(model, sums),
+        tqdm(total=len(prompts), desc="mean head outputs", disable=not progress, leave=False) as bar,
+    ):
+        for n_done in in_batches(run, len(prompts), size, what="mean_head_activations"):
+            total += own
+            bar.update(n_done)
     return HeadMeans(
         z=total / mask.sum(),
         positions=positions,

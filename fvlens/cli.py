@@ -1,10 +1,11 @@
-"""Command line: ``fvlens run``, ``relations``, ``models``, ``heads``, ``inject``.
+"""Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``relations``, ``models``, ``heads``, ``inject``.
 
 Errors are one line with a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
 """
 
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from fvlens.models import EMBEDDED_MODELS
+from fvlens.models import EMBEDDED_MODELS, official_names
 from fvlens.prompts import TEMPLATES, get_template
 from fvlens.relations import list_relations, load_relation
 
@@ -28,6 +29,9 @@ app = typer.Typer(
 out = Console(markup=False, emoji=False)  # names, paths and prompts are shown as they are
 err = Console(stderr=True, markup=False, emoji=False)
 
+_command_line: ContextVar[list[str] | None] = ContextVar("command line", default=None)
+"""What :func:`main` was given, recorded with a run."""
+
 ModelOption = Annotated[str, typer.Option("--model", help="rel-small, a local folder, or a TransformerLens name.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 ShotsOption = Annotated[int, typer.Option("--n-shots", min=1, help="Demonstrations in an in-context prompt.")]
@@ -38,6 +42,15 @@ LabelsOption = Annotated[
 ]
 TemplateOption = Annotated[str, typer.Option("--template", help=f"One of {', '.join(TEMPLATES)}.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda ...; by default CUDA if there is one.")]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
+    typer.Option("--dtype", help="Precision of the model [default: float32]."),
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Revision of the model on the hub.")]
+BackendOption = Annotated[
+    Literal["hooked", "bridge"] | None,
+    typer.Option("--backend", help="HookedTransformer or TransformerBridge [default: as load_model chooses]."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -60,36 +73,229 @@ def run(
     seed: SeedOption = 0,
     n_shots: ShotsOption = 10,
     n_prompts: PromptsOption = 100,
-    n_heads: HeadsOption = 10,
-    labels: LabelsOption = "permuted",
+    n_heads: Annotated[
+        int | None, typer.Option("--n-heads", min=1, help="Heads in the function vector [default: 10].")
+    ] = None,
+    labels: Annotated[
+        Literal["permuted", "random"] | None,
+        typer.Option("--labels", help="Corruption that heads are ranked on [default: permuted]."),
+    ] = None,
+    heads_file: Annotated[
+        Path | None,
+        typer.Option("--heads", help="Take the heads of this file (`fvlens universal`, or a JSON list); rank none."),
+    ] = None,
     layer: Annotated[
         int | None, typer.Option("--layer", help="Inject after this layer [default: best on valid].")
     ] = None,
     template: TemplateOption = "qa",
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    backend: BackendOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """The whole chain on one relation: heads, function vector, controls, report."""
-    from fvlens.report import RunOptions, run_relation, write_run
+    from fvlens.report import Loading, RunOptions, run_relation, write_run
+    from fvlens.universal import read_heads
 
     found = load_relation(relation)
-    options = RunOptions(
-        seed=seed,
+    ranked = {"n_heads": n_heads, "labels": labels}
+    chosen: dict[str, Any] = {name: value for name, value in ranked.items() if value is not None}
+    options = RunOptions(seed=seed, n_shots=n_shots, n_prompts=n_prompts, layer=layer, template=template, **chosen)
+    if heads_file is not None and chosen:
+        option = f"--{next(iter(chosen)).replace('_', '-')}"
+        raise ValueError(
+            f"{option} says how to rank heads, but --heads {heads_file} gives them; leave one of them out."
+        )
+    folder = _folder(folder or Path(f"fvlens-{relation}"))
+    loading = Loading(model, device, dtype, revision, backend)
+    network = loading.load()
+    given = None if heads_file is None else read_heads(heads_file, network)
+    result = run_relation(
+        network,
+        found,
+        options=options,
+        heads=given,
+        loading=loading,
+        command=_command_line.get(),
+        progress=not quiet,
+    )
+    files = write_run(result, folder)
+    if given is not None:
+        out.print(f"{len(given.heads)} heads from {given.path} ({given.note})", highlight=False, soft_wrap=True)
+    out.print(_summary(result))
+    _wrote(files)
+
+
+@app.command()
+def rerun(
+    folder: Annotated[Path, typer.Argument(help="Folder that `fvlens run` wrote.")],
+    again: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the second run's results [default: DIR-rerun].")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Numbers count as the same up to this, relative above 1.")
+    ] = 1e-5,
+    quiet: QuietOption = False,
+) -> None:
+    """Repeat a run from its files and say what differs; exit code 1 if a number does."""
+    from fvlens.report import rerun as run_again
+
+    def announce(changes: Sequence[Any]) -> None:
+        told = ", ".join(f"{one.kind} {one.name}" for one in changes) or "nothing that the numbers depend on"
+        out.print(f"changed since the first run: {told}", highlight=False, soft_wrap=True)
+
+    done = run_again(
+        folder, out=again, tolerance=tolerance, announce=announce, command=_command_line.get(), progress=not quiet
+    )
+    if done.differences:
+        table = Table("what differs", "", "first run", "this run", "difference", title=str(folder), box=None)
+        for one in done.differences:
+            size = "" if one.size is None else f"{one.size:.1e}"
+            table.add_row(one.kind, one.name, str(one.old), str(one.new), size)
+        out.print(table)
+    _wrote(done.files)
+    if done.agrees:
+        most = f"largest difference {done.largest:.1e}" if done.largest else "all equal"
+        out.print(f"the same run: {done.n_numbers} numbers compared, {most}", highlight=False, soft_wrap=True)
+        return
+    n_beyond = sum(one.kind == "result" or (one.size or 0) > tolerance for one in done.differences)
+    out.print(
+        f"not the same run: {n_beyond} results differ beyond {tolerance:g} ({done.n_numbers} numbers compared, largest "
+        f"difference {done.largest:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    raise typer.Exit(1)
+
+
+@app.command()
+def universal(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RELATIONS]...", help="Relations [default: all of the library].")
+    ] = None,
+    model: ModelOption = "rel-small",
+    file: Annotated[Path, typer.Option("--out", help="File for the heads; the figure goes beside it.")] = Path(
+        "heads.json"
+    ),
+    category: Annotated[str | None, typer.Option("--category", help="Only relations of this category.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Only relations of this family.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first ones, by name.")] = None,
+    seed: SeedOption = 0,
+    n_shots: ShotsOption = 10,
+    n_prompts: PromptsOption = 100,
+    n_heads: Annotated[int, typer.Option("--n-heads", min=1, help="Heads in the set.")] = 10,
+    labels: LabelsOption = "permuted",
+    template: TemplateOption = "qa",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    backend: BackendOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The heads with the largest effect on average over relations; `fvlens run --heads` uses them."""
+    from fvlens.report import Loading, write_figure
+    from fvlens.universal import universal_heads
+
+    if names and (category or family):
+        raise ValueError(
+            "relations are named, so --category and --family have nothing to choose; give one or the other."
+        )
+    chosen = list(names or list_relations(category, family=family))[:limit]
+    for name in chosen:
+        load_relation(name)
+    if file.is_dir() or file.suffix == ".html":
+        raise ValueError(f"--out {file}: expected a name for a JSON file, such as heads.json.")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out {file}: folder {file.parent} does not exist; create it first.")
+    found = universal_heads(
+        Loading(model, device, dtype, revision, backend).load(),
+        chosen,
+        n_heads,
         n_shots=n_shots,
         n_prompts=n_prompts,
+        labels=labels,
+        template=template,
+        generator=torch.Generator().manual_seed(seed),
+        progress=not quiet,
+    )
+    n_kept = int(found.kept.sum())
+    table = Table("head", "mean AIE", "standard error", box=None)
+    for head in found.heads:
+        table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
+    out.print(f"mean over {n_kept} relations on {model}, {labels} labels", highlight=False, soft_wrap=True)
+    out.print(table)
+    left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
+    if left_out:
+        out.print(
+            f"left out, {n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    _wrote([found.save(file), write_figure(file.with_suffix(".html"), found.plot())])
+    if not found.complete:
+        out.print(f"{len(found.relations)} of {len(chosen)} relations were finished", highlight=False)
+        raise typer.Exit(130)
+
+
+@app.command()
+def compare(
+    relation: Annotated[str, typer.Argument(help="Name of a library relation; see `fvlens relations`.")],
+    model: ModelOption = "rel-small",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the table [default: fvlens-RELATION].")
+    ] = None,
+    seed: SeedOption = 0,
+    n_train: Annotated[int, typer.Option("--n-train", min=1, help="Training pairs.")] = 20,
+    n_shots: ShotsOption = 10,
+    n_prompts: PromptsOption = 100,
+    n_heads: HeadsOption = 10,
+    labels: LabelsOption = "permuted",
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Inject after this layer [default: best on valid].")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training pairs.")] = 20,
+    n_unrelated: Annotated[
+        int, typer.Option("--n-unrelated", min=1, help="Prompts behind the collateral change.")
+    ] = 200,
+    template: TemplateOption = "qa",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    backend: BackendOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """A fine-tuned vector against prompting, activation addition, soft prompts and LoRA."""
+    from fvlens.finetuning import compare as compare_methods
+    from fvlens.report import Loading
+
+    found = load_relation(relation)
+    folder = _folder(folder or Path(f"fvlens-{relation}"))
+    result = compare_methods(
+        Loading(model, device, dtype, revision, backend).load(),
+        found,
+        n_train=n_train,
         n_heads=n_heads,
         labels=labels,
         layer=layer,
+        n_shots=n_shots,
+        n_prompts=n_prompts,
+        epochs=epochs,
+        n_unrelated=n_unrelated,
         template=template,
+        seed=seed,
+        progress=not quiet,
     )
-    folder = folder or Path(f"fvlens-{relation}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder.")
-    result = run_relation(_load(model, device), found, options=options, model_name=model, progress=not quiet)
-    files = write_run(result, folder)
-    out.print(_summary(result))
-    for file in files:
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    heading, *body = result.cells()
+    numbers = [Column(name, justify="right") for name in heading[1:]]
+    table = Table(heading[0], *numbers, box=None, padding=(0, 1, 0, 0))
+    for cells in body:
+        table.add_row(*cells)
+    out.print(table)
+    out.print(result.describe(), highlight=False, soft_wrap=True)
+    _wrote(result.save(folder))
+    if not result.complete:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -118,12 +324,10 @@ def models(
     filter: Annotated[str, typer.Option("--filter", help="Only names that contain this.")] = "",
 ) -> None:
     """Models that can be loaded by name."""
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
     for name, text in EMBEDDED_MODELS.items():
         if filter.lower() in name.lower():
             out.print(f"{name}  ({text})", highlight=False, soft_wrap=True)
-    for name in OFFICIAL_MODEL_NAMES:
+    for name in official_names():
         if filter.lower() in name.lower():
             out.print(name, highlight=False, soft_wrap=True)
 
@@ -138,10 +342,16 @@ def heads(
     n_heads: HeadsOption = 10,
     labels: LabelsOption = "permuted",
     template: TemplateOption = "qa",
+    method: Annotated[
+        Literal["exact", "atp", "ig", "lrp"], typer.Option("--method", help="Exact effects, or a gradient screen.")
+    ] = "exact",
+    recheck: Annotated[
+        int, typer.Option("--recheck", min=0, help="Run so many of a screen's best heads again exactly.")
+    ] = 0,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """The heads that carry a relation, by average indirect effect."""
+    """The heads that carry a relation, by average indirect effect or a gradient screen."""
     from fvlens.report import RunOptions, find_heads
 
     found = load_relation(relation)
@@ -150,12 +360,30 @@ def heads(
     )
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator)
-    _, effects = find_heads(_load(model, device), split, options, found.name, generator, progress=not quiet)
-    chosen = effects[labels]
-    table = Table("head", "AIE", "standard error", title=f"{relation}, {labels} labels", box=None)
+    _, effects = find_heads(
+        _load(model, device),
+        split,
+        options,
+        found.name,
+        generator,
+        method=method,
+        recheck=recheck,
+        progress=not quiet,
+    )
+    chosen, again = effects[labels], effects[labels].recheck
+    table = Table("head", chosen.score, "standard error", title=f"{relation}, {labels} labels", box=None)
+    if again is not None:
+        table.add_column("exact AIE")
+        table.add_column("standard error")
     for head in chosen.top(n_heads):
-        table.add_row(str(head), f"{chosen.aie[head]:.4f}", f"{chosen.stderr[head]:.4f}")
+        row = [str(head), f"{chosen.aie[head]:.4f}", f"{chosen.stderr[head]:.4f}"]
+        if again is not None and head in again.heads:
+            i = again.heads.index(head)
+            row += [f"{again.aie[i]:.4f}", f"{again.stderr[i]:.4f}"]
+        table.add_row(*row)
     out.print(table)
+    if chosen.note:
+        out.print(chosen.note, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -222,6 +450,17 @@ def _load(name: str, device: str | None) -> Any:
     return load_model(name, device=device)
 
 
+def _folder(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder.")
+    return folder
+
+
+def _wrote(files: Sequence[Path]) -> None:
+    for file in files:
+        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+
+
 def _summary(result) -> Table:
     """Short table of a run: who answers how often."""
     table = Table(
@@ -245,6 +484,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"] or ["--help"]
     command = typer_main.get_command(app)
+    _command_line.set(["fvlens", *args])
     try:
         code = command.main(args=args, prog_name="fvlens", standalone_mode=False)
     except (KeyboardInterrupt, EOFError):

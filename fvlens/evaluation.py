@@ -42,6 +42,7 @@ from fvlens.metrics import (
 from fvlens.models import Fingerprint, model_device
 from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts
 from fvlens.relations import Pair, Relation
+from fvlens.suffix import Reader, halving, open_reader, plan_batch
 from fvlens.types import Head, HeadLike, Steering, as_heads
 from fvlens.vectors import FunctionVector, function_vector, random_vector_like
 
@@ -206,7 +207,7 @@ def evaluate(
     pool: Sequence[str] | None = None,
     relation: str | None = None,
     scale: float | int = 1.0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator,
 ) -> Evaluation:
     """How well the model answers word-pair queries, with or without an injected vector.
@@ -230,7 +231,8 @@ def evaluate(
         pool: answers that random labels are drawn from; by default those of other library relations.
         relation: name recorded in the result; by default that of ``pairs`` or ``demonstrations`` if one is a relation.
         scale: factor on the vector.
-        batch_size: prompts run together; changes nothing but speed and memory.
+        batch_size: prompts run together; by default chosen from what memory is free. It changes nothing but speed,
+            memory and rounding, and is halved, with a warning, where memory runs out.
         generator: draws the demonstrations first, then the bootstrap.
 
     Returns:
@@ -242,6 +244,7 @@ def evaluate(
             ``n_shots`` below 1; ``labels`` in another setting than ``shuffled``; ``batch_size`` below 1; a batch axis
             in the vector that is not one row a pair; whatever :func:`~fvlens.build_prompts` and :func:`~fvlens.inject`
             refuse, such as a vector of another model.
+        MemoryError: out of memory with a single prompt.
 
     Example:
         >>> import torch, fvlens
@@ -319,7 +322,7 @@ def _evaluate(
     setting: str,
     vector: Steering | None,
     scale: float | int,
-    batch_size: int,
+    batch_size: int | None,
     generator: torch.Generator,
 ) -> Evaluation:
     """Score prompts that are already built."""
@@ -367,80 +370,76 @@ class _Scores:
     best: Int[Tensor, " prompt"]
 
 
-def _score(model: Any, prompts: Prompts, vector: Steering | None, scale: float | int, batch_size: int) -> _Scores:
+def _score(
+    model: Any, prompts: Prompts, vector: Steering | None, scale: float | int, batch_size: int | None
+) -> _Scores:
     """Run the prompts, then the given tokens of longer answers over the kept keys and values."""
     lengths = prompts.answer_mask.sum(dim=1)
-    parts: list[_Scores] = []
+
+    def run(rows: slice, _: int) -> _Scores:
+        n_answer = int(lengths[rows].max())
+        batch = _Batch.of(model, prompts, rows, keep=n_answer > 1)
+        with _steered(model, vector, scale, rows, len(prompts)):
+            logits = batch.first()
+        answers = prompts.answer_tokens[rows].to(logits.device)
+        first = log_probability(logits, answers[:, 0])
+        rest = torch.zeros_like(first)
+        if n_answer > 1:
+            given, wanted = answers[:, : n_answer - 1], answers[:, 1:n_answer]
+            counted = wanted >= 0
+            # padding behind a short answer: masked, and read by nobody
+            longer = batch.reader.read(given.clamp(min=0), (given >= 0).to(batch.mask.dtype), n_read=n_answer - 1)
+            rest = (log_probability(longer, wanted.clamp(min=0)) * counted).sum(dim=1)
+        return _Scores(rank(logits, answers[:, 0]).cpu(), first.cpu(), rest.cpu(), logits.argmax(-1).cpu())
+
     with torch.no_grad():
-        for rows in _batches(prompts, lengths - 1, batch_size, model.cfg.n_ctx):
-            n_answer = int(lengths[rows].max())
-            batch = _Batch.of(model, prompts, rows, keep=n_answer > 1)
-            with _steered(model, vector, scale, rows, len(prompts)):
-                logits = batch.run(batch.tokens, batch.mask, n_read=1)[:, 0]
-            answers = prompts.answer_tokens[rows].to(logits.device)
-            first = log_probability(logits, answers[:, 0])
-            rest = torch.zeros_like(first)
-            if n_answer > 1:
-                given, wanted = answers[:, : n_answer - 1], answers[:, 1:n_answer]
-                counted = wanted >= 0
-                # padding behind a short answer: masked, and read by nobody
-                longer = batch.run(given.clamp(min=0), (given >= 0).to(batch.mask.dtype), n_read=n_answer - 1)
-                rest = (log_probability(longer, wanted.clamp(min=0)) * counted).sum(dim=1)
-            parts.append(_Scores(rank(logits, answers[:, 0]).cpu(), first.cpu(), rest.cpu(), logits.argmax(-1).cpu()))
+        parts = list(halving(run, _batches(model, prompts, lengths - 1, batch_size), what="evaluate"))
     names = [field.name for field in dataclasses.fields(_Scores)]
     return _Scores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def _batches(prompts: Prompts, extra: Int[Tensor, " prompt"], batch_size: int, n_ctx: int) -> Iterator[slice]:
+def _batches(model: Any, prompts: Prompts, extra: Int[Tensor, " prompt"], batch_size: int | None) -> list[slice]:
     """Slices of the prompts. One whose longest prompt and longest answer do not fit the context together is halved."""
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}.")
+    most = int(extra.max())
+    if batch_size is None:
+        n_pos = int(prompts.attention_mask.sum(dim=1).max()) + most
+        batch_size = plan_batch(model, n_pos=n_pos, n_read=max(1, most), keep=most > 0)
     lengths = prompts.attention_mask.sum(dim=1)
     waiting = [slice(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)][::-1]
+    found: list[slice] = []
     while waiting:
         rows = waiting.pop()
         n = rows.stop - rows.start
-        if n > 1 and int(lengths[rows].max() + extra[rows].max()) > n_ctx:
+        if n > 1 and int(lengths[rows].max() + extra[rows].max()) > model.cfg.n_ctx:
             middle = rows.start + n // 2
             waiting += [slice(middle, rows.stop), slice(rows.start, middle)]
         else:
-            yield rows
+            found.append(rows)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Prompts that run together, without needless padding; with ``cache``, later tokens can follow."""
+    """Prompts that run together, without needless padding; if kept, later tokens can follow."""
 
-    model: Any
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
-    cache: Any
+    reader: Reader
 
     @classmethod
     def of(cls, model: Any, prompts: Prompts, rows: slice, *, keep: bool) -> "_Batch":
         """The prompts in ``rows``; ``keep`` their keys and values."""
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
         device = model_device(model)
         mask = prompts.attention_mask[rows]
         width = int(mask.sum(dim=1).max())
         tokens, mask = prompts.tokens[rows, -width:].to(device), mask[:, -width:].to(device)
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, len(tokens)) if keep else None
-        return cls(model, tokens, mask, cache)
+        return cls(tokens, mask, open_reader(model, len(tokens), keep=keep))
 
-    def run(
-        self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], *, n_read: int
-    ) -> Float[Tensor, "batch read d_vocab"]:
-        """Logits behind the last ``n_read`` of these tokens. Only those positions are unembedded."""
-        cfg = self.model.cfg
-        resid = self.model(
-            tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers, return_type=None
-        )[:, -n_read:]
-        if cfg.normalization_type is not None:
-            resid = self.model.ln_final(resid)
-        logits = self.model.unembed(resid)
-        cap = cfg.output_logits_soft_cap
-        return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+    def first(self) -> Float[Tensor, "batch d_vocab"]:
+        """Logits behind the prompts."""
+        return self.reader.read(self.tokens, self.mask, n_read=1)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,7 +603,7 @@ def generate_answers(
     pool: Sequence[str] | None = None,
     relation: str | None = None,
     scale: float | int = 1.0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     max_new_tokens: int = 4,
     every_new_token: bool = False,
     generator: torch.Generator,
@@ -679,25 +678,27 @@ def _generate(
     prompts: Prompts,
     vector: Steering | None,
     scale: float | int,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     every_new_token: bool,
 ) -> Int[Tensor, "prompt new"]:
     """Greedy continuation of each prompt. The model's own ``generate`` guesses where padding is; we know it."""
     extra = torch.full((len(prompts),), max_new_tokens - 1)
-    parts: list[Tensor] = []
+
+    def run(rows: slice, _: int) -> Tensor:
+        batch = _Batch.of(model, prompts, rows, keep=max_new_tokens > 1)
+        with contextlib.ExitStack() as block:
+            block.enter_context(_steered(model, vector, scale, rows, len(prompts)))
+            new = [batch.first().argmax(dim=-1, keepdim=True)]
+            if not every_new_token:
+                block.close()
+            for _ in range(max_new_tokens - 1):
+                logits = batch.reader.read(new[-1], torch.ones_like(new[-1]), n_read=1)[:, -1]
+                new.append(logits.argmax(dim=-1, keepdim=True))
+        return torch.cat(new, dim=1).cpu()
+
     with torch.no_grad():
-        for rows in _batches(prompts, extra, batch_size, model.cfg.n_ctx):
-            batch = _Batch.of(model, prompts, rows, keep=max_new_tokens > 1)
-            with contextlib.ExitStack() as block:
-                block.enter_context(_steered(model, vector, scale, rows, len(prompts)))
-                new = [batch.run(batch.tokens, batch.mask, n_read=1)[:, -1].argmax(dim=-1, keepdim=True)]
-                if not every_new_token:
-                    block.close()
-                for _ in range(max_new_tokens - 1):
-                    new.append(batch.run(new[-1], torch.ones_like(new[-1]), n_read=1)[:, -1].argmax(-1, keepdim=True))
-            parts.append(torch.cat(new, dim=1).cpu())
-    return torch.cat(parts)
+        return torch.cat(list(halving(run, _batches(model, prompts, extra, batch_size), what="generate_answers")))
 
 
 def _end_of_answer(template: Template) -> str | None:
@@ -718,7 +719,7 @@ def _sweep(
     vectors: Iterable[Steering],
     total: int,
     scale: float | int,
-    batch_size: int,
+    batch_size: int | None,
     generator: torch.Generator,
     what: str,
     progress: bool,
@@ -852,7 +853,7 @@ def layer_sweep(
     pool: Sequence[str] | None = None,
     relation: str | None = None,
     scale: float | int = 1.0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> LayerSweep:
@@ -988,7 +989,7 @@ def head_count_sweep(
     pool: Sequence[str] | None = None,
     relation: str | None = None,
     scale: float | int = 1.0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> HeadCountSweep:
@@ -1197,7 +1198,7 @@ def controls(
     pool: Sequence[str] | None = None,
     relation: str | None = None,
     scale: float | int = 1.0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> Controls:

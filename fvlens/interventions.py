@@ -25,7 +25,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.types import HeadLike, Steering, as_heads
+from fvlens.types import HeadLike, Steering, as_heads, is_bridge
 
 Edit = Callable[[Tensor], Tensor]
 """The activation at the touched positions -> its replacement (a new tensor)."""
@@ -41,6 +41,16 @@ def resid_hook(layer: int) -> str:
         'blocks.2.hook_resid_post'
     """
     return f"blocks.{layer}.hook_resid_post"
+
+
+def resid_pre_hook(layer: int) -> str:
+    """Name of the residual stream before a block.
+
+    Example:
+        >>> resid_pre_hook(2)
+        'blocks.2.hook_resid_pre'
+    """
+    return f"blocks.{layer}.hook_resid_pre"
 
 
 def z_hook(layer: int) -> str:
@@ -66,10 +76,10 @@ def inject(
     additions add up.
 
     Args:
-        model: a ``HookedTransformer``.
+        model: the model.
         steering: what is added and where, such as a ``FunctionVector``. Its tensors are ``[d_model]`` at a residual
             hook and ``[head d_head]`` at ``hook_z``; with a leading batch axis each prompt gets its own. They are moved
-            to the activation's device and dtype.
+            to the activation's device; the sum has its dtype.
         scale: factor on all additions.
         every_new_token: under ``model.generate``, steer each newly generated token too and not only the prompt's last.
             Outside ``generate`` it changes nothing.
@@ -120,7 +130,10 @@ def inject(
                 f"inject: the tensor for {name} has shape {list(value.shape)}; this model takes {list(shape)}, or that "
                 "with a leading batch axis. Was it made on a model of another shape?"
             )
-        edits[name] = functools.partial(_add, name=name, value=value, scale=scale, batched=value.ndim > len(shape))
+        # asked anew in every forward: what a module adds may be computed from its parameters, which training moves
+        edits[name] = functools.partial(
+            _add, name=name, values=steering.additions, scale=scale, batched=value.ndim > len(shape)
+        )
     with _edited(model, edits, "inject", "every_new" if every_new_token else "last"):
         yield model
 
@@ -141,7 +154,7 @@ def ablate(
     opened outside.
 
     Args:
-        model: a ``HookedTransformer``.
+        model: the model.
         heads: ``Head``s or ``(layer, head)`` pairs, at least one.
         value: ``"zero"``, or one value per head of the whole model, such as the ``z`` of mean head activations.
         positions: ``"last"``: the last token of each left-padded prompt (under ``model.generate`` the prompt's last
@@ -198,6 +211,11 @@ def _steerable_shape(model: Any, name: str) -> tuple[int, ...]:
             f"named like {resid_hook(0)!r} and {z_hook(0)!r}."
         )
     kind = name.rpartition(".")[2]
+    if kind == "hook_resid_mid" and is_bridge(model):
+        raise ValueError(
+            f"inject: {name!r} cannot be steered on a TransformerBridge: there it is what the MLP reads, and the "
+            "residual stream itself passes by; steer hook_attn_out instead."
+        )
     if kind in _RESIDUAL_HOOKS:
         return (model.cfg.d_model,)
     if name.endswith("attn.hook_z"):
@@ -211,17 +229,19 @@ def _add(
     activation: Float[Tensor, "batch pos *axes"],
     *,
     name: str,
-    value: Float[Tensor, "*values"],
+    values: Callable[[], Mapping[str, Tensor]],
     scale: float | int,
     batched: bool,
 ) -> Float[Tensor, "batch pos *axes"]:
+    value = values()[name]
     if batched and value.shape[0] != activation.shape[0]:
         raise ValueError(
             f"inject: the tensor for {name} has a batch axis of {value.shape[0]}, but {activation.shape[0]} prompts "
             "are run together; give one row per prompt, or one tensor without a batch axis for all."
         )
-    delta = (scale * value).to(device=activation.device, dtype=activation.dtype)
-    return activation + (delta.unsqueeze(1) if batched else delta)
+    delta = (scale * value).to(device=activation.device)
+    # the sum is made in the wider of the two precisions and rounded once; so is the gradient over the prompts
+    return (activation + (delta.unsqueeze(1) if batched else delta)).to(activation.dtype)
 
 
 def _overwrite(
@@ -269,6 +289,22 @@ def _edited(
             f"{caller}: {', '.join(sorted(silent))} never ran while the block was open, so nothing was changed there. "
             "Run this very model inside the block, and do not stop below that layer (stop_at_layer)."
         )
+
+
+@contextlib.contextmanager
+def hooked(model: Any, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Call a function on each named activation, while the block is open; what it returns, if anything, replaces it.
+
+    Unlike the models' own ``hooks``, it treats both kinds of model alike, and a name that a model has not is an error.
+
+    Raises:
+        KeyError: the model has no hook of that name.
+    """
+    points = model.hook_dict if functions else {}
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(_own_hook(points[name], lambda activation, hook, f=function: f(activation)))
+        yield
 
 
 @contextlib.contextmanager
@@ -328,7 +364,7 @@ class _Watch:
 
     def wrap(self, model: Any) -> None:
         """Wrap the model's generating methods, on this instance."""
-        makers = {"generate": self._whole, "generate_stream": self._stream}
+        makers = {"generate": self._whole, "hf_generate": self._whole, "generate_stream": self._stream}
         for name, maker in makers.items():
             method = getattr(model, name, None)
             if method is not None:

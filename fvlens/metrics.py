@@ -1,6 +1,7 @@
 """Scores and their uncertainty, as pure tensor functions.
 
-Two groups. Per-prompt scores read next-token logits: :func:`probability`, :func:`log_probability`, :func:`rank`.
+Two groups. Per-prompt scores read next-token logits: :func:`probability`, :func:`log_probability`, :func:`rank`,
+:func:`kl_divergence`.
 Summaries turn many scores into one number: accuracy, bootstrap intervals, rank correlation, overlap of two rankings.
 Whole-answer scores of generated text close the file: :func:`exact_match`, :func:`token_f1`.
 
@@ -128,6 +129,32 @@ def rank(logits: Float[Tensor, "*batch d_vocab"], tokens: Int[Tensor, "*batch"])
             f"rank: expected logits without NaN, got {n_nan} NaN of {logits.numel()}; check the model and the vector."
         )
     return (logits > _at(logits, tokens).unsqueeze(-1)).sum(-1)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "*batch d_vocab"], other: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch"]:
+    """Kullback-Leibler divergence of two next-token distributions.
+
+    ``KL(P || Q) = sum_v P(v) (log P(v) - log Q(v))``, summed in float64. Tokens with ``P(v) = 0`` add nothing.
+
+    Args:
+        logits: next-token logits of P.
+        other: next-token logits of Q at the same places.
+
+    Returns:
+        Divergences in nats, 0 or more, float64, on the device of the logits.
+
+    Example:
+        >>> import torch
+        >>> from fvlens.metrics import kl_divergence
+        >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> round(kl_divergence(p, q).item(), 6)
+        0.143841
+    """
+    p, q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+    return terms.sum(-1).clamp(min=0)
 
 
 def top_k_accuracy(ranks: Int[Tensor, " n"], k: int) -> float:

@@ -1,28 +1,49 @@
 """Load a model, and say exactly which model it is.
 
-Models are ``HookedTransformer``s loaded WITHOUT weight processing (no layer-norm folding, no centring), so that a
-vector of the residual stream means the same here as in any other tool.
+Models are loaded WITHOUT weight processing (no layer-norm folding, no centring), so that a vector of the residual
+stream means the same here as in any other tool. Two classes of TransformerLens can hold them: ``HookedTransformer``
+("hooked", up to TransformerLens 3), which has its own copy of the computation, and ``TransformerBridge`` ("bridge"),
+which hooks into the Hugging Face model. Both read the checkpoint the same way and give the same numbers.
 """
 
 import contextlib
-import difflib
 import hashlib
+import importlib
 import json
+import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+from fvlens import _hf_configs
+from fvlens._checkpoints import (
+    EMBEDDED_MODELS,
+    NATIVE_FORMAT,
+    Checkpoint,
+    check_memory,
+    decoder_class,
+    embedded_folder,
+    explained,
+    find_checkpoint,
+    free_memory,
+    official_names,
+    pinned,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
+from fvlens.types import HookedModel
 
-EMBEDDED_MODELS = {"rel-small": "the embedded model: a small GPT-2 trained on the word-pair library"}
+Backend = Literal["hooked", "bridge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +52,8 @@ class Fingerprint:
 
     Attributes:
         name: the model's name in its configuration (informative, not compared).
-        revision: hub revision, or ``"local"`` (informative, not compared).
-        weights: first 16 hex digits of the SHA-256 of all parameters, in their stored precision.
+        revision: hub revision, a commit where it is known, or ``"local"`` (informative, not compared).
+        weights: first 16 hex digits of a SHA-256 over all parameters; see :func:`fingerprint`.
         n_layers, n_heads, d_model, d_head, d_vocab: the model's shape.
         dtype: precision of the parameters.
         normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
@@ -78,11 +99,6 @@ class Fingerprint:
         return cls(**fields)
 
 
-def embedded_folder(name: str = "rel-small") -> Path:
-    """Folder of a model that ships with the package."""
-    return Path(str(resources.files("fvlens.zoo") / name))
-
-
 @contextlib.contextmanager
 def quiet_deprecation() -> Iterator[None]:
     """Silence TransformerLens' notice that HookedTransformer will go in 4.0, at our own calls only."""
@@ -92,22 +108,41 @@ def quiet_deprecation() -> Iterator[None]:
 
 
 def load_model(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> "HookedTransformer":
-    """Load a language model as a ``HookedTransformer``, without weight processing.
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    backend: Backend | None = None,
+    n_devices: int = 1,
+) -> HookedModel:
+    """Load a language model without weight processing.
+
+    The configuration decides how a checkpoint is read, never its name. Both classes redo part of the computation, so
+    the loaded model's logits on a few tokens must agree with plain Hugging Face's. No code that comes with a checkpoint
+    is run. HookedTransformer's settings come from ``fvlens._hf_configs`` for the architectures listed there, for others
+    from TransformerLens. A few models that TransformerLens hosts in a format of its own go through its own loader.
 
     Args:
-        name: ``"rel-small"`` (the embedded model, needs no network), a local folder in Hugging Face format, or a model
-            name that TransformerLens knows, such as ``"gpt2"`` (fetched from the hub on first use).
+        name_or_path: ``"rel-small"`` (the embedded model, needs no network), a local folder in Hugging Face format, a
+            model name that TransformerLens knows, such as ``"gpt2"``, or ``"owner/name"`` on the hub (both fetched on
+            first use).
         device: where the model goes; by default CUDA if there is one, else the CPU.
         dtype: precision of the parameters.
+        revision: branch, tag or commit of a hub model; by default its main branch.
+        backend: the class: ``"hooked"`` for ``HookedTransformer``, ``"bridge"`` for ``TransformerBridge``; by default
+            HookedTransformer where the installed TransformerLens has it.
+        n_devices: split the blocks over this many CUDA devices.
 
     Returns:
-        The model in evaluation mode, its tokenizer padding on the left.
+        The model in evaluation mode. Its tokenizer is the checkpoint's own and pads on the left (with EOS where it has
+        no padding token); None for a folder without one.
 
     Raises:
-        ValueError: no such model or folder (with the nearest names), a model that cannot be fetched, or a folder that
-            is not a model TransformerLens can convert.
+        ValueError: no such model or folder (with the nearest names); a model that cannot be fetched, is gated, or has
+            no such revision; a revision of a local folder; a model that is not decoder-only, needs code that comes with
+            it, lacks weights, or would not fit in memory; one that the backend cannot hold or would compute wrongly;
+            an unknown backend, or one that the installed TransformerLens does not have; more devices than there are.
 
     Example:
         >>> import fvlens
@@ -115,17 +150,37 @@ def load_model(
         >>> model.cfg.n_layers >= 2
         True
     """
-    device = torch.device(device) if device is not None else default_device()
-    text = str(name)
-    if text in EMBEDDED_MODELS:
-        model = _load_folder(embedded_folder(text), device, dtype, text)
-    elif Path(name).is_dir():
-        model = _load_folder(Path(name), device, dtype, Path(name).resolve().name)
-    else:
-        model = _load_official(text, device, dtype)
+    backend = _choose_backend(backend)
+    devices = _choose_devices(device, n_devices)
+    checkpoint = find_checkpoint(name_or_path, revision)
+    if checkpoint.path.startswith(NATIVE_FORMAT):
+        return _load_native(checkpoint, backend, devices, dtype)
+    checkpoint = pinned(checkpoint)
+    config = read_config(checkpoint)
+    architecture = decoder_class(checkpoint, config)
+    if backend == "hooked":
+        _refuse_differences(checkpoint, config, architecture)
+    split = _split(devices) if backend == "bridge" else {}
+    copies = 2 if backend == "hooked" else int(not split)  # HookedTransformer is made beside the Hugging Face model
+    check_memory(checkpoint, config, dtype=dtype, devices=devices, copies=copies)
+    tokenizer = read_tokenizer(checkpoint)
+    hf_model = read_model(checkpoint, config, dtype=dtype, split=split)
+    weights = _weights_hash(hf_model.named_parameters())
+    if backend == "bridge" and not split:
+        hf_model.to(devices[0])
+    tokens = torch.arange(1, 9)[None] % config.get_text_config().vocab_size
+    expected = _logits(hf_model, tokens), _logits(hf_model, tokens[:, _N_PADDING:])
+    make = _hooked if backend == "hooked" else _bridge
+    model = make(checkpoint, hf_model, architecture, dtype)
     model.eval()
-    if model.tokenizer is not None:
-        model.tokenizer.padding_side = "left"
+    _compare(checkpoint, model, tokens, expected, dtype)
+    if backend == "hooked":
+        model = _place(model, devices)
+    model.cfg.model_name = checkpoint.name
+    _give_tokenizer(model, tokenizer)
+    own = _weights_hash(model.named_parameters())
+    vars(model)[_ORIGIN] = _Origin(weights, own, "local" if checkpoint.local else checkpoint.revision or "main")
+    _fingerprints[model] = (_state(model), _describe(model, own))
     return model
 
 
@@ -134,59 +189,111 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype, name: str) -> "HookedTransformer":
-    """A Hugging Face folder through TransformerLens' own conversion functions."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"load_model: folder {folder} holds no config.json; expected a model in Hugging Face format.")
-    architecture = "unknown"
+def _has_hooked_transformer() -> bool:
     try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        architecture = (hf_config.architectures or ["unknown"])[0]
-        if architecture == "GPT2LMHeadModel":
-            cfg = HookedTransformerConfig.from_dict(_gpt2_config(hf_config, device, dtype))
-        else:
-            with _plain_path(folder) as path:
-                cfg = get_pretrained_model_config(str(path), device=str(device), dtype=dtype)
-        with _no_loading_bar():
-            hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        state = get_pretrained_state_dict(str(folder), cfg, hf_model=hf_model, dtype=dtype)
-    except (NotImplementedError, KeyError, AttributeError, OSError, ValueError) as error:
+        _lens("HookedTransformer")
+    except ImportError:  # from TransformerLens 4 on
+        return False
+    return True
+
+
+def _lens(name: str) -> Any:
+    """A class of TransformerLens that not every release has."""
+    return getattr(importlib.import_module("transformer_lens"), name)
+
+
+def _choose_backend(backend: str | None) -> Backend:
+    if backend not in (None, "hooked", "bridge"):
+        raise ValueError(f"load_model: backend must be 'hooked', 'bridge' or None, got {backend!r}.")
+    if backend == "bridge" or (backend is None and not _has_hooked_transformer()):
+        return "bridge"
+    if not _has_hooked_transformer():
         raise ValueError(
-            f"load_model: TransformerLens cannot convert the model in {folder}, architecture {architecture} "
-            f"({type(error).__name__}: {error})."
+            "load_model: backend='hooked' needs HookedTransformer, which TransformerLens has no longer from 4.0 on; "
+            "use backend='bridge', or install 'transformer-lens<4'."
+        )
+    return "hooked"
+
+
+def _choose_devices(device: str | torch.device | None, n_devices: int) -> list[torch.device]:
+    if n_devices == 1:
+        return [torch.device(device) if device is not None else default_device()]
+    if n_devices < 1:
+        raise ValueError(f"load_model: n_devices must be 1 or more, got {n_devices}.")
+    if device is not None and torch.device(device) != torch.device("cuda"):
+        raise ValueError(
+            f"load_model: n_devices={n_devices} splits over CUDA devices from the first on, got "
+            f"device={str(device)!r}; leave device out."
+        )
+    available = torch.cuda.device_count()
+    if n_devices > available:
+        raise ValueError(
+            f"load_model: n_devices={n_devices}, but there are {available} CUDA devices; take at most those."
+        )
+    return [torch.device("cuda", index) for index in range(n_devices)]
+
+
+def _split(devices: list[torch.device]) -> dict[str, Any]:
+    """How Hugging Face spreads a model over several devices; nothing for one."""
+    if len(devices) == 1:
+        return {}
+    return {"device_map": "balanced", "max_memory": {device.index: free_memory(device) for device in devices}}
+
+
+def _refuse_differences(checkpoint: Checkpoint, config: Any, architecture: str) -> None:
+    """HookedTransformer must be able to give this checkpoint's numbers."""
+    if architecture in _hf_configs.ARCHITECTURES:
+        reason = _hf_configs.obstacle(config)
+    elif checkpoint.path.startswith(
+        importlib.import_module("transformer_lens.loading_from_pretrained").NEED_REMOTE_CODE_MODELS
+    ):
+        reason = f"TransformerLens would run code of the repository for architecture {architecture}"
+    else:
+        return
+    if reason is not None:
+        raise ValueError(
+            f"load_model: HookedTransformer would not give the numbers of {checkpoint.path}: {reason}; use "
+            "backend='bridge'."
+        )
+
+
+def _hooked(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: torch.dtype) -> Any:
+    """A HookedTransformer with this model's weights, on the CPU."""
+    try:
+        if architecture in _hf_configs.ARCHITECTURES:
+            settings = _hf_configs.hooked_settings(hf_model.config, architecture, dtype)
+            cfg = _lens("HookedTransformerConfig").from_dict(settings)
+        else:
+            cfg = _transformer_lens_config(checkpoint, dtype)
+        state = _hf_configs.hooked_state(hf_model, cfg)
+    except (NotImplementedError, KeyError, AttributeError, AssertionError, OSError, ValueError) as error:
+        raise ValueError(
+            f"load_model: TransformerLens cannot convert the model in {checkpoint.path}, architecture {architecture} "
+            f"({_said(error)}); use backend='bridge'."
         ) from error
-    cfg.model_name = name
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if _has_tokenizer(folder) else None
     cfg.tokenizer_name = None
     with quiet_deprecation():
-        model = HookedTransformer(cfg, tokenizer=tokenizer, default_padding_side="left", move_to_device=False)
-        model.load_and_process_state_dict(
-            state,
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=False,
-            refactor_factored_attn_matrices=False,
+        model = _lens("HookedTransformer")(cfg, move_to_device=False)
+    model.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+        refactor_factored_attn_matrices=False,
+    )
+    return model
+
+
+def _transformer_lens_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """TransformerLens' own settings for an architecture that is not in our table."""
+    loading = importlib.import_module("transformer_lens.loading_from_pretrained")
+    if not checkpoint.local:
+        return loading.get_pretrained_model_config(
+            checkpoint.path, device="cpu", dtype=dtype, revision=checkpoint.revision or "main"
         )
-    return model.to(device, print_details=False)
-
-
-@contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Hide Hugging Face's bar over weight files; a local folder loads at once."""
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
+    with _plain_path(Path(checkpoint.path)) as path:
+        return loading.get_pretrained_model_config(str(path), device="cpu", dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -201,59 +308,132 @@ def _plain_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+def _bridge(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: torch.dtype) -> Any:
+    """A TransformerBridge around this model, where it is."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-
-def _gpt2_config(hf_config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """TransformerLens' GPT-2 settings, from fields that today's GPT2Config writes (TransformerLens reads ``n_ctx``)."""
-    return {
-        "d_model": hf_config.n_embd,
-        "d_head": hf_config.n_embd // hf_config.n_head,
-        "n_heads": hf_config.n_head,
-        "d_mlp": hf_config.n_inner or 4 * hf_config.n_embd,
-        "n_layers": hf_config.n_layer,
-        "n_ctx": hf_config.n_positions,
-        "eps": hf_config.layer_norm_epsilon,
-        "d_vocab": hf_config.vocab_size,
-        "act_fn": hf_config.activation_function,
-        "use_attn_scale": hf_config.scale_attn_weights,
-        "scale_attn_by_inverse_layer_idx": hf_config.scale_attn_by_inverse_layer_idx,
-        "use_local_attn": False,
-        "normalization_type": "LN",
-        "original_architecture": "GPT2LMHeadModel",
-        "tie_word_embeddings": hf_config.tie_word_embeddings,
-        "init_weights": False,
-        "device": str(device),
-        "dtype": dtype,
-    }
-
-
-def _load_official(name: str, device: torch.device, dtype: torch.dtype) -> "HookedTransformer":
-    from transformer_lens import HookedTransformer
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-
+    cuda = sorted({place.device.index for place in hf_model.parameters() if place.device.type == "cuda"})
     try:
-        get_official_model_name(name)
-    except ValueError as error:
-        aliases = [alias for names in MODEL_ALIASES.values() for alias in names]
-        known = dict.fromkeys([*EMBEDDED_MODELS, *OFFICIAL_MODEL_NAMES, *aliases])
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see `fvlens models`."
-        raise ValueError(
-            f"load_model: {name!r} is neither a folder nor a model TransformerLens knows; {hint}"
-        ) from error
-    try:
-        with quiet_deprecation():
-            return HookedTransformer.from_pretrained_no_processing(
-                name, device=str(device), dtype=dtype, default_padding_side="left"
+        with torch.random.fork_rng(devices=cuda):  # it makes linear maps, which start random
+            model = build_bridge_from_module(
+                hf_model, architecture, hf_config=hf_model.config, dtype=dtype, model_name=checkpoint.name
             )
-    except OSError as error:  # Hugging Face's error for no network, no such revision, or a gated model
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"load_model: {name!r} could not be fetched ({' '.join(str(error).split())[:200]}); with no network, save "
-            "the model to a folder where there is one and give that folder."
+            f"load_model: TransformerBridge cannot hold the model in {checkpoint.path}, architecture {architecture} "
+            f"({_said(error)})."
         ) from error
+    model.cfg.n_devices = max(1, len(cuda))
+    return model
+
+
+def _place(model: Any, devices: list[torch.device]) -> Any:
+    """A HookedTransformer on one device, or its blocks split over several."""
+    if len(devices) == 1:
+        return model.to(devices[0], print_details=False)
+    model.cfg.device, model.cfg.n_devices = "cuda", len(devices)
+    model.move_model_modules_to_device()
+    return model
+
+
+def _logits(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None = None
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """The model's logits, float32 on the CPU."""
+    device = model_device(model)
+    with torch.inference_mode():
+        found = model(tokens.to(device), attention_mask=None if mask is None else mask.to(device))
+    return getattr(found, "logits", found).float().cpu()
+
+
+_N_PADDING = 3
+"""Padding before the second row of the tokens on which a loaded model is tried out."""
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    expected: tuple[Float[Tensor, "1 pos d_vocab"], Float[Tensor, "1 short d_vocab"]],
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a model whose logits on a few tokens are not Hugging Face's; both classes redo part of the computation.
+
+    The tokens are run whole, and beside that behind padding, where the first few are left out.
+    """
+    kind, name = type(model).__name__, str(dtype).removeprefix("torch.")
+    rows = tokens.repeat(2, 1)
+    mask = torch.ones_like(rows)
+    mask[1, :_N_PADDING] = 0
+    try:
+        found = _logits(model, rows, mask)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"load_model: {kind} cannot run the model in {checkpoint.path} in {name} ({_said(error)}); use another "
+            "dtype, or the other backend, if it is there."
+        ) from error
+    limit = 1e-3 if dtype.itemsize >= 4 else 0.1
+    pairs = ((found[:1], expected[0], ""), (found[1:, _N_PADDING:], expected[1], " behind padding"))
+    for ours, theirs, where in pairs:
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not difference <= limit:  # also where it is not a number
+            raise ValueError(
+                f"load_model: {kind} would not give the numbers of {checkpoint.path} in {name}: its logits{where} "
+                f"differ from Hugging Face's by {difference:.2g} of the largest; use another dtype, or the other "
+                "backend, if it is there."
+            )
+
+
+def _said(error: BaseException) -> str:
+    """What an error of TransformerLens' says; its assertions often say nothing."""
+    return f"{type(error).__name__}: {str(error)[:200] or 'it does not say why'}"
+
+
+def _give_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Set the tokenizer as it is; TransformerLens' own setters would load it again with settings of theirs."""
+    if tokenizer is None:
+        return
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.tokenizer = tokenizer
+    first = tokenizer.encode("a")[:1]
+    # else TransformerLens takes a BOS for padding where the two share a token
+    model.cfg.default_prepend_bos = tokenizer.bos_token_id is not None
+    model.cfg.tokenizer_prepends_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+
+
+def _load_native(
+    checkpoint: Checkpoint, backend: Backend, devices: list[torch.device], dtype: torch.dtype
+) -> HookedModel:
+    """A checkpoint in TransformerLens' own format, by its own loader."""
+    if backend == "bridge":
+        raise ValueError(
+            f"load_model: {checkpoint.path} is in TransformerLens' own format, which TransformerBridge does not read; "
+            "use backend='hooked' (TransformerLens 3)."
+        )
+    options = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
+    with explained(checkpoint), quiet_deprecation(), contextlib.redirect_stdout(None):
+        model = _lens("HookedTransformer").from_pretrained_no_processing(
+            checkpoint.path,
+            device=devices[0].type if len(devices) > 1 else str(devices[0]),
+            n_devices=len(devices),
+            dtype=dtype,
+            default_padding_side="left",
+            **options,
+        )
+    return model.eval()
 
 
 def bos_token_id(model: Any) -> int | None:
@@ -261,6 +441,22 @@ def bos_token_id(model: Any) -> int | None:
     return None if model.tokenizer is None else model.tokenizer.bos_token_id
 
 
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What :func:`load_model` notes on a model.
+
+    Attributes:
+        weights: hash of the Hugging Face model's parameters, the same whatever class holds them.
+        parameters: hash of the loaded model's own parameters, to tell later whether they are still those.
+        revision: commit or revision on the hub, or ``"local"``.
+    """
+
+    weights: str
+    parameters: str
+    revision: str
+
+
+_ORIGIN = "_fvlens_origin"
 _fingerprints: "weakref.WeakKeyDictionary[Any, tuple[tuple[tuple[int, int], ...], Fingerprint]]" = (
     weakref.WeakKeyDictionary()
 )
@@ -269,43 +465,83 @@ _fingerprints: "weakref.WeakKeyDictionary[Any, tuple[tuple[tuple[int, int], ...]
 def fingerprint(model: Any) -> Fingerprint:
     """The model's :class:`Fingerprint`. Hashes all weights once; again only after they were changed or moved.
 
+    A model from :func:`load_model` whose parameters are as loaded has the hash of its Hugging Face parameters, by name
+    and in the precision they were loaded in: the same for both backends, so that a vector made with one loads on the
+    other. Any other model (changed weights, or one of your own making) has the hash of its own parameters, which
+    depends on the class that holds them.
+
     Example:
         >>> import fvlens
         >>> from fvlens.models import fingerprint
         >>> fingerprint(fvlens.load_model("rel-small")).bos
         'one'
     """
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    state = _state(model)
     known = _fingerprints.get(model)
     if known is not None and known[0] == state:
         return known[1]
+    result = _describe(model, _weights_hash(model.named_parameters()))
+    _fingerprints[model] = (state, result)
+    return result
+
+
+def _state(model: Any) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a parameter is changed in place, replaced or moved."""
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+
+
+def _describe(model: Any, own: str) -> Fingerprint:
+    """The fingerprint of a model whose own parameters hash to ``own``."""
     cfg = model.cfg
-    result = Fingerprint(
+    origin: _Origin | None = vars(model).get(_ORIGIN)
+    normalization = str(cfg.normalization_type)
+    if getattr(model, "_weights_processed", False) and not normalization.endswith("Pre"):
+        normalization += "Pre"  # TransformerBridge keeps the name
+    return Fingerprint(
         name=str(cfg.model_name),
-        revision=str(getattr(cfg, "checkpoint_value", None) or "local"),
-        weights=_weights_hash(model),
+        revision=origin.revision if origin is not None else str(getattr(cfg, "checkpoint_value", None) or "local"),
+        weights=origin.weights if origin is not None and own == origin.parameters else own,
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
         d_model=cfg.d_model,
         d_head=cfg.d_head,
         d_vocab=cfg.d_vocab,
         dtype=str(cfg.dtype).removeprefix("torch."),
-        normalization=str(cfg.normalization_type),
+        normalization=normalization,
         bos="none" if bos_token_id(model) is None else "one",
     )
-    _fingerprints[model] = (state, result)
-    return result
 
 
-def _weights_hash(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()[:16]
+def _weights_hash(parameters: Iterable[tuple[str, Shaped[Tensor, "*axes"]]]) -> str:
+    """Hash of named tensors, whatever their order; the tensors are hashed side by side."""
+    named = sorted(parameters, key=lambda item: item[0])
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_tensor_hash, [tensor for _, tensor in named])
+        lines = [f"{name} {tuple(tensor.shape)} {found}" for (name, tensor), found in zip(named, digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _tensor_hash(tensor: Shaped[Tensor, "*axes"]) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def model_device(model: Any) -> torch.device:
     """Device of the model's parameters (of the first, if it is split)."""
     return next(model.parameters()).device
+
+
+__all__ = [
+    "EMBEDDED_MODELS",
+    "Backend",
+    "Fingerprint",
+    "bos_token_id",
+    "default_device",
+    "embedded_folder",
+    "fingerprint",
+    "free_memory",
+    "load_model",
+    "model_device",
+    "official_names",
+    "quiet_deprecation",
+]

@@ -45,6 +45,16 @@ DIVERGING = (
 )
 """ColorBrewer RdBu without its darkest ends, so that a black outline shows on every cell."""
 
+_LINES = (
+    (ACCENT, "solid", "circle"),
+    ("#D55E00", "dash", "square"),
+    ("#009E73", "dot", "diamond"),
+    ("#CC79A7", "dashdot", "triangle-up"),
+    ("#B8860B", "longdash", "cross"),
+    ("#555555", "longdashdot", "x"),
+)
+"""Colour, dash and marker of the lines of one figure."""
+
 _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "5px,2px")
 _FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 _CHARACTER = 6.6
@@ -285,6 +295,230 @@ def line_sweep(
     return figure
 
 
+def curves(
+    x: Numbers,
+    lines: Mapping[str, Numbers],
+    intervals: Mapping[str, tuple[Numbers, Numbers]] | None = None,
+    *,
+    x_title: str,
+    y_title: str,
+    title: str = "",
+    note: str | None = None,
+    references: Mapping[str, Number] | None = None,
+    log_x: bool = False,
+    y_range: tuple[Number, Number] | None = None,
+) -> go.Figure:
+    """Several quantities over one axis, each a line with its interval as a band, named in a legend above.
+
+    Args:
+        x: where the quantities were measured, in increasing order.
+        lines: the quantities, by name.
+        intervals: lower and upper ends of the intervals, by name; a line may have none.
+        x_title: title of the x axis.
+        y_title: title of the y axis.
+        title: figure title.
+        note: a line under the title, such as what the bands are.
+        references: name and value of horizontal lines to compare with.
+        log_x: a logarithmic x axis.
+        y_range: ends of the y axis; by default it holds 0 and everything drawn.
+
+    Returns:
+        The figure. Each line has its colour, dash and marker; its band, if any, is the trace before it.
+
+    Raises:
+        ValueError: there are no lines or no points; the data differ in length; a number is not finite; ``x`` does not
+            increase, or is not above 0 on a logarithmic axis; an interval of no line, or one whose low is above its
+            high; ``y_range`` does not increase.
+
+    Example:
+        >>> from fvlens.plots import curves
+        >>> lines = {"train": [0.9, 1.0], "test": [0.4, 0.8]}
+        >>> figure = curves([1, 20], lines, x_title="Pairs", y_title="Top-1")
+        >>> [trace.name for trace in figure.data]
+        ['train', 'test']
+    """
+    xs = _numbers("curves", "x", x)
+    if not lines:
+        raise ValueError("curves: expected at least one line, got none.")
+    if any(b <= a for a, b in pairwise(xs)):
+        raise ValueError(f"curves: expected x in increasing order without repeats, got {_some(xs)}.")
+    if log_x and xs[0] <= 0:
+        raise ValueError(f"curves: a logarithmic axis needs x above 0, got {_short(xs[0])}.")
+    if y_range is not None and not y_range[0] < y_range[1]:
+        raise ValueError(f"curves: expected y_range as (low, high) with low below high, got {y_range}.")
+    bands = dict(intervals or {})
+    unknown = [name for name in bands if name not in lines]
+    if unknown:
+        raise ValueError(f"curves: an interval of {unknown[0]!r}, but the lines are {', '.join(lines)}.")
+    names = dict(references or {})
+    drawn = _numbers("curves", "references", list(names.values()), may_be_empty=True)
+
+    figure = go.Figure()
+    for i, (name, values) in enumerate(lines.items()):
+        ys = _numbers("curves", name, values)
+        lows, highs = _intervals("curves", *bands.get(name, (None, None)))
+        _check_lengths("curves", x=xs, **{name: ys}, low=lows, high=highs)
+        drawn += [*ys, *(lows or []), *(highs or [])]
+        colour, dash, symbol = _LINES[i % len(_LINES)]
+        if lows is not None and highs is not None:
+            figure.add_trace(
+                go.Scatter(
+                    x=[*xs, *xs[::-1]], y=[*highs, *lows[::-1]], mode="lines", line={"width": 0}, fill="toself",
+                    fillcolor=colour, opacity=0.16, hoverinfo="skip", showlegend=False, name=f"interval of {name}",
+                )
+            )  # fmt: skip
+        texts = [
+            f"{_plain(name)}<br>{x_title}: {_short(xs[j])}<br>{y_title}: {ys[j]:.4g}"
+            + (f"<br>interval: {lows[j]:.4g} to {highs[j]:.4g}" if lows is not None and highs is not None else "")
+            for j in range(len(xs))
+        ]
+        figure.add_trace(
+            go.Scatter(
+                x=xs, y=ys, mode="lines+markers", name=_plain(name), line={"color": colour, "width": 2.5, "dash": dash},
+                marker={"size": 7, "symbol": symbol, "color": colour, "line": {"color": PAPER, "width": 1}},
+                hovertext=texts, hoverinfo="text", cliponaxis=False,
+            )
+        )  # fmt: skip
+
+    bottom, top = y_range or _reach(drawn, room=0.06)
+    height = 440
+    right = _label_margin(list(names), 33) if names else 24
+    spots = _spread([(value - bottom) / (top - bottom) for value in names.values()], 34 / (height - 180))
+    for (name, value), spot in zip(names.items(), spots, strict=True):
+        figure.add_shape(
+            type="line", xref="paper", x0=0, x1=1, y0=value, y1=value, layer="below",
+            line={"color": GREY, "width": 1.5, "dash": "dot"},
+        )  # fmt: skip
+        figure.add_annotation(
+            xref="paper", yref="paper", x=1, y=spot, xshift=8, xanchor="left", yanchor="middle", align="left",
+            showarrow=False, text=f"{_lines(name)}<br>{value:.3g}", font={"size": 12, "color": GREY},
+        )  # fmt: skip
+    layout = _layout(title, height=height, note=note)
+    layout["margin"] |= {"r": right, "t": layout["margin"]["t"] + 26}
+    figure.update_layout(
+        **layout, showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "yref": "paper"}
+    )
+    places = [math.log10(value) for value in xs] if log_x else xs
+    pad = 0.03 * (places[-1] - places[0]) or 0.5
+    shown = _thinned(places, WIDTH - 80 - right)
+    figure.update_xaxes(
+        title=x_title, type="log" if log_x else "linear", range=[places[0] - pad, places[-1] + pad], showgrid=False,
+        tickvals=[xs[places.index(place)] for place in shown],
+        ticktext=[_short(xs[places.index(place)]) for place in shown],
+    )  # fmt: skip
+    figure.update_yaxes(title=y_title, range=[bottom, top])
+    return figure
+
+
+def training_curves(
+    *,
+    train_loss: Numbers,
+    valid_loss: Numbers,
+    valid_top1: Numbers,
+    norm: Numbers,
+    cosine: Numbers,
+    marked: int,
+    title: str = "Training",
+) -> go.Figure:
+    """A training over its epochs: losses, validation top-1, norm and cosine to the start, the chosen epoch marked.
+
+    Args:
+        train_loss: loss on the training pairs at each epoch, entry 0 before any step.
+        valid_loss: loss on the validation pairs.
+        valid_top1: top-1 on the validation pairs.
+        norm: Euclidean norm of what is trained.
+        cosine: its cosine similarity to the start.
+        marked: the epoch that was chosen, a vertical line.
+        title: figure title.
+
+    Returns:
+        The figure. Values that are NaN are left out, and so is the panel of a quantity that has no others.
+
+    Raises:
+        ValueError: there are no epochs; the data differ in length; a number is infinite; ``marked`` is not an epoch.
+
+    Example:
+        >>> from fvlens.plots import training_curves
+        >>> nan = [float("nan")] * 2
+        >>> figure = training_curves(
+        ...     train_loss=[2.0, 0.5], valid_loss=nan, valid_top1=nan, norm=[1.0, 1.2], cosine=[1.0, 0.9], marked=1
+        ... )
+        >>> [trace.name for trace in figure.data]
+        ['training pairs', 'norm', 'cosine']
+    """
+    from plotly.subplots import make_subplots
+
+    panels = {
+        "Loss": {"training pairs": train_loss, "validation pairs": valid_loss},
+        "Validation top-1": {"validation top-1": valid_top1},
+        "Norm": {"norm": norm},
+        "Cosine to the start": {"cosine": cosine},
+    }
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    lengths: dict[str, list] = {}
+    for panel, parts in panels.items():
+        for name, values in parts.items():
+            flat = values.detach().cpu().double().tolist() if isinstance(values, Tensor) else list(values)
+            lengths[name] = flat
+            points = [(epoch, value) for epoch, value in enumerate(flat) if not math.isnan(value)]
+            if points:
+                _numbers("training_curves", name, [value for _, value in points])
+                found.setdefault(panel, {})[name] = points
+    _check_lengths("training_curves", **lengths)
+    n = len(lengths["training pairs"])
+    if not found:
+        raise ValueError("training_curves: expected at least one number that is not NaN, got none.")
+    if not 0 <= marked < n:
+        raise ValueError(f"training_curves: expected marked in 0..{n - 1}, got {marked}.")
+
+    n_rows = (len(found) + 1) // 2
+    figure = make_subplots(
+        rows=n_rows, cols=min(2, len(found)), subplot_titles=list(found), horizontal_spacing=0.11,
+        vertical_spacing=0.2 if n_rows > 1 else 0,
+    )  # fmt: skip
+    figure.update_annotations(font={"size": 13, "color": INK}, yshift=2)
+    both = len(found.get("Loss", ())) > 1
+    for i, (panel, parts) in enumerate(found.items()):
+        row, col = i // 2 + 1, i % 2 + 1
+        for name, points in parts.items():
+            colour, dash, symbol = _LINES[1 if name.startswith("validation") else 0]
+            figure.add_trace(
+                go.Scatter(
+                    x=[epoch for epoch, _ in points], y=[value for _, value in points], name=name,
+                    mode="lines+markers", line={"color": colour, "width": 2, "dash": dash},
+                    marker={"size": 5, "symbol": symbol, "color": colour},
+                    hovertext=[f"epoch {epoch}<br>{name}: {value:.4g}" for epoch, value in points], hoverinfo="text",
+                    showlegend=both and panel == "Loss", cliponaxis=False,
+                ),
+                row=row, col=col,
+            )  # fmt: skip
+        values = [value for points in parts.values() for _, value in points]
+        bottom, top = _reach(values, room=0.08)
+        if panel == "Validation top-1":
+            bottom, top = 0.0, 1.04
+        figure.update_yaxes(range=[bottom, top], row=row, col=col)
+        figure.update_xaxes(
+            range=[-0.03 * max(1, n - 1), 1.03 * max(1, n - 1)], showgrid=False, row=row, col=col,
+            **(_whole_ticks(n, 12)),
+        )  # fmt: skip
+        figure.add_shape(
+            type="line", x0=marked, x1=marked, y0=bottom, y1=top, layer="below", row=row, col=col,
+            line={"color": GREY, "width": 1.5, "dash": "dot"},
+        )  # fmt: skip
+        if i >= len(found) - 2:
+            figure.update_xaxes(title="Epoch", row=row, col=col)
+    layout = _layout(title, height=170 + 190 * n_rows, note=f"Dotted line: the epoch chosen, {marked}")
+    layout["margin"] |= {"t": layout["margin"]["t"] + 34}
+    figure.update_layout(
+        **layout,
+        legend={
+            "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top",
+            "font": {"size": 12},
+        },
+    )  # fmt: skip
+    return figure
+
+
 def bars(
     labels: Sequence[str],
     values: Numbers,
@@ -485,6 +719,139 @@ def similarity(
     figure.update_yaxes(
         range=[n_rows - 0.5, -0.5], tickvals=list(range(n_rows)), ticktext=[_cut(name) for name in labels],
         showgrid=False, ticks="", ticklabelstandoff=5, tickfont={"size": _fitting(tall)},
+    )  # fmt: skip
+    return figure
+
+
+def relation_map(
+    values: Float[Tensor, "row column"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    stderr: Float[Tensor, "row column"] | None = None,
+    excluded: Sequence[bool] | None = None,
+    notes: Sequence[str] | None = None,
+    n_chosen: int = 0,
+    title: str = "Effect of each head on each relation",
+    colorbar_title: str = "AIE",
+) -> go.Figure:
+    """One signed number for each relation and head, the first relation on top, on a diverging scale centred at 0.
+
+    Args:
+        values: the numbers.
+        rows: names of the relations, in the order in which they are to stand.
+        columns: names of the heads, in the order in which they are to stand.
+        stderr: standard error of each value, shown in the hover text.
+        excluded: for each row, whether it is left out of the average; its name is grey and crossed.
+        notes: one more line of hover text for each row.
+        n_chosen: a line is drawn behind this many columns, the chosen heads; 0 draws none.
+        title: figure title.
+        colorbar_title: name of the quantity, beside the scale and in the hover text.
+
+    Returns:
+        The figure. It grows in height with the number of rows, so that every name can be read.
+
+    Raises:
+        ValueError: the map is empty; a value is not finite; a standard error is negative or not finite; names, notes,
+            exclusions or standard errors do not fit the map; ``n_chosen`` is outside the columns.
+
+    Example:
+        >>> import torch
+        >>> from fvlens.plots import relation_map
+        >>> figure = relation_map(torch.tensor([[0.1, -0.2]]), ["antonym"], ["L1H0", "L0H3"])
+        >>> figure.data[0].hovertext[0][1]
+        'antonym, L0H3<br>AIE: -0.2'
+    """
+    z = _matrix(values)
+    n_rows, n_columns = z.shape
+    if z.numel() == 0:
+        raise ValueError("relation_map: expected at least one row and one column, got an empty map.")
+    if not bool(z.isfinite().all()):
+        raise ValueError(f"relation_map: expected finite values, got {int((~z.isfinite()).sum())} NaN or infinite.")
+    out = [False] * n_rows if excluded is None else [bool(flag) for flag in excluded]
+    given = {"rows": (rows, n_rows), "columns": (columns, n_columns), "excluded": (out, n_rows)}
+    given |= {} if notes is None else {"notes": (notes, n_rows)}
+    for name, (items, wanted) in given.items():
+        if len(items) != wanted:
+            raise ValueError(
+                f"relation_map: expected {wanted} {name} for the {n_rows} by {n_columns} map, got {len(items)}."
+            )
+    errors = None if stderr is None else _matrix(stderr)
+    if errors is not None:
+        if errors.shape != z.shape:
+            raise ValueError(
+                f"relation_map: expected stderr of the shape of values, {tuple(z.shape)}, got {tuple(errors.shape)}."
+            )
+        if not bool(((errors >= 0) & errors.isfinite()).all()):
+            raise ValueError(f"relation_map: expected finite standard errors of at least 0, got {_extremes(errors)}.")
+    if not 0 <= n_chosen <= n_columns:
+        raise ValueError(f"relation_map: expected n_chosen in 0..{n_columns}, the number of columns, got {n_chosen}.")
+
+    def text(row: int, column: int) -> str:
+        line = f"{_plain(rows[row])}, {_plain(columns[column])}<br>{colorbar_title}: {z[row, column].item():+.3g}"
+        if errors is not None:
+            line += f" ± {errors[row, column].item():.2g} (standard error)"
+        if notes is not None:
+            line += f"<br>{_plain(notes[row])}"
+        return line + ("<br>left out of the average" if out[row] else "")
+
+    limit = z.abs().max().item() or 1.0
+    margin = _label_margin(rows, 28)
+    wide = (WIDTH - margin - 90) / n_columns
+    tall = max(13.0, min(26.0, 420 / n_rows))
+    upright = max(len(name) for name in columns) * _CHARACTER + 8 > wide
+    below = 26 + (_label_margin(columns, 12) if upright else 30)
+    figure = go.Figure(
+        go.Heatmap(
+            z=z.numpy(),
+            x=list(range(n_columns)),
+            y=list(range(n_rows)),
+            hovertext=[[text(row, column) for column in range(n_columns)] for row in range(n_rows)],
+            hoverinfo="text",
+            colorscale=DIVERGING,
+            zmin=-limit,
+            zmid=0,
+            zmax=limit,
+            xgap=1,
+            ygap=1,
+            colorbar={
+                "title": {"text": colorbar_title, "side": "top"},
+                "thickness": 14,
+                "outlinewidth": 0,
+                "nticks": 5,
+                "lenmode": "pixels",
+                "len": max(110, min(300, round(tall * n_rows))),
+                "y": 1,
+                "yanchor": "top",
+            },
+        )
+    )
+    said = [f"Left of the line: the chosen heads ({n_chosen})"] if n_chosen else []
+    said += [f"grey ×: left out of the average ({sum(out)} of {n_rows})"] if any(out) else []
+    if 0 < n_chosen < n_columns:
+        figure.add_shape(
+            type="line", yref="paper", x0=n_chosen - 0.5, x1=n_chosen - 0.5, y0=0, y1=1,
+            line={"color": "black", "width": 2},
+        )  # fmt: skip
+    note = "; ".join(said)
+    layout = _layout(
+        title, height=round(72 + max(tall * n_rows, 110) + below), note=note[:1].upper() + note[1:] or None
+    )
+    layout["margin"] |= {"l": margin, "b": below}
+    figure.update_layout(**layout)
+    names = [
+        f'<span style="color:{GREY}">× {_cut(name, 26)}</span>' if gone else _cut(name, 28)
+        for name, gone in zip(rows, out, strict=True)
+    ]
+    figure.update_xaxes(
+        title="Head, by its average", range=[-0.5 - n_columns / 500, n_columns - 0.5 + n_columns / 500],
+        tickvals=list(range(n_columns)), ticktext=[_cut(name, 12) for name in columns],
+        tickangle=-90 if upright else 0, ticklabelstandoff=3, ticks="", tickfont={"size": _fitting(wide)},
+        showgrid=False,
+    )  # fmt: skip
+    figure.update_yaxes(
+        range=[n_rows - 0.5, -0.5], tickvals=list(range(n_rows)), ticktext=names, showgrid=False, ticks="",
+        ticklabelstandoff=5, tickfont={"size": _fitting(tall)},
     )  # fmt: skip
     return figure
 

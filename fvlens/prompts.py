@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fvlens.models import bos_token_id
+from fvlens.models import bos_token_id, model_device
 from fvlens.relations import Pair, Relation, list_relations, load_relation
+from fvlens.suffix import in_batches, open_reader, plan_batch
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
@@ -433,7 +434,7 @@ def filter_correct(
     demonstrations: Sequence[Pair | tuple[str, str]] | None = None,
     n_shots: int = 10,
     template: str | Template = "qa",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     generator: torch.Generator,
 ) -> tuple[Pair, ...]:
     """The filter set: pairs whose query the model answers correctly (top-1) with clean demonstrations.
@@ -443,15 +444,21 @@ def filter_correct(
         pairs: the pairs to filter.
         demonstrations: pairs that the demonstrations are drawn from; ``pairs`` if not given.
         n_shots, template: shape of the prompts.
-        batch_size: prompts run together.
+        batch_size: prompts run together; by default chosen from what memory is free, and halved where it runs out.
         generator: source of randomness for the demonstrations.
 
     Returns:
         The pairs answered correctly, in order; may be empty (a warning says so).
 
+    Raises:
+        ValueError: ``batch_size`` is below 1; whatever :func:`build_prompts` refuses.
+        MemoryError: out of memory with a single prompt.
+
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3 (queries answered correctly in the 10-shot setting).
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"filter_correct: expected batch_size of at least 1, got {batch_size}.")
     wanted = [Pair(*pair) for pair in pairs]
     prompts = build_prompts(
         model,
@@ -461,15 +468,40 @@ def filter_correct(
         template=template,
         generator=generator,
     )
-    kept: list[Pair] = []
-    device = next(model.parameters()).device
+    device = model_device(model)
+
+    def run(rows: slice) -> list[Pair]:
+        tokens, mask = prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device)
+        logits = open_reader(model, len(tokens), keep=False).read(tokens, mask, n_read=1)
+        right = (logits[:, -1].argmax(dim=-1).cpu() == prompts.first_answer_token[rows]).tolist()
+        return [pair for pair, ok in zip(wanted[rows], right, strict=True) if ok]
+
+    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])
     with torch.inference_mode():
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            logits = model(prompts.tokens[rows].to(device), attention_mask=prompts.attention_mask[rows].to(device))
-            best = logits[:, -1].argmax(dim=-1).cpu()
-            right = (best == prompts.first_answer_token[rows]).tolist()
-            kept += [pair for pair, ok in zip(wanted[rows], right, strict=True) if ok]
+        kept = [pair for part in in_batches(run, len(prompts), size, what="filter_correct") for pair in part]
     if not kept:
         warnings.warn("filter_correct: the model answers none of the queries correctly.", stacklevel=2)
     return tuple(kept)
+
+
+def with_answers(
+    prompts: Prompts, n_answer: int | None = None
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]]:
+    """Prompts with their answers behind them, for teacher forcing.
+
+    Args:
+        prompts: the prompts.
+        n_answer: answer tokens that are scored; by default those of the longest answer.
+
+    Returns:
+        Tokens (prompt, then all but the last scored answer token), their mask, and the token wanted next at each place
+        (-1 where nothing is scored).
+    """
+    n_answer = prompts.answer_tokens.shape[1] if n_answer is None else n_answer
+    given = prompts.answer_tokens[:, : n_answer - 1]
+    # padding behind a short answer: attended by nobody that is scored, so any token will do
+    tokens = torch.cat([prompts.tokens, given.clamp(min=0)], dim=1)
+    mask = torch.cat([prompts.attention_mask, torch.ones_like(given)], dim=1)
+    targets = torch.full_like(tokens, -1)
+    targets[:, prompts.tokens.shape[1] - 1 :] = prompts.answer_tokens[:, :n_answer]
+    return tokens, mask, targets

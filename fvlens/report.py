@@ -1,38 +1,74 @@
-"""The whole chain on one relation, its files, and a report page that works offline.
+"""The whole chain on one relation, its files, a report page that works offline, and the same run again.
 
 :func:`run_relation` goes from word pairs to a controlled function vector, :func:`write_run` writes
-``vector.safetensors``, ``results.json`` and ``report.html``.
+``vector.safetensors``, ``results.json`` and ``report.html``. ``results.json`` names everything that the numbers depend
+on, so that :func:`rerun` can repeat the run from it and say what differs.
 """
 
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import jinja2
 import torch
 
-from fvlens.activations import HeadMeans, mean_head_activations
-from fvlens.attribution import IndirectEffects, indirect_effects
+from fvlens.activations import HeadMeans
+from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, evaluate, layer_sweep
 from fvlens.metrics import Interval
-from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import build_prompts, get_template
+from fvlens.models import Fingerprint, fingerprint, load_model, model_device
+from fvlens.prompts import get_template
 from fvlens.relations import Relation, Split, list_relations, load_relation
+from fvlens.types import Head, as_heads
+from fvlens.universal import RANKINGS, GivenHeads, Ranking, file_hash, finished, relation_effects
 from fvlens.vectors import FunctionVector, function_vector
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
-Ranking = Literal["permuted", "random"]
-RANKINGS: tuple[Ranking, ...] = ("permuted", "random")
-_Part = TypeVar("_Part", IndirectEffects, LayerSweep, Controls)
-PACKAGES = ("fvlens", "torch", "transformer-lens", "transformers", "numpy")
+Source = Literal["permuted", "random", "file"]
+"""Where a vector's heads come from: a ranking, or a file of heads."""
+Backend = Literal["hooked", "bridge"]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+PACKAGES = ("fvlens", "torch", "transformer-lens", "transformers", "tokenizers", "numpy")
+SCHEMA = 2
+"""Version of ``results.json``: which fields it has and what they mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How the model was loaded: the arguments of :func:`fvlens.load_model`, as given.
+
+    Attributes:
+        model: a name, or a folder as it was written.
+        device, dtype, revision, backend: None where :func:`fvlens.load_model` chooses.
+    """
+
+    model: str = "rel-small"
+    device: str | None = None
+    dtype: Precision | None = None
+    revision: str | None = None
+    backend: Backend | None = None
+
+    def load(self) -> Any:
+        """The model."""
+        given = {key: value for key, value in asdict(self).items() if key != "model" and value is not None}
+        if "dtype" in given:
+            given["dtype"] = getattr(torch, given["dtype"])
+        return load_model(self.model, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +102,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.labels not in RANKINGS:
             raise ValueError(f"labels={self.labels!r}; expected one of {', '.join(RANKINGS)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}.")
         for name in ("n_shots", "n_prompts", "n_heads", "n_random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
@@ -79,8 +117,68 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """What a run's numbers depend on beside its settings and its model.
+
+    Attributes:
+        versions: of the packages in :data:`PACKAGES` and of Python.
+        code_hash: of fvlens' own Python files, since a version may stay while the code changes.
+        platform: class and device of the model, operating system, processor, CUDA version, and threads of torch.
+        relations: hash of the pairs of every relation that took part, by name.
+        library_hash: of the whole library, from which random labels and other relations are drawn.
+    """
+
+    versions: dict[str, str]
+    code_hash: str
+    platform: dict[str, Any]
+    relations: dict[str, str]
+    library_hash: str
+
+    @classmethod
+    def of(cls, model: Any, relations: Mapping[str, str]) -> "Provenance":
+        """As things are now."""
+        device = model_device(model)
+        code = hashlib.sha256()
+        package = Path(str(resources.files("fvlens")))
+        for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).as_posix()):
+            code.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+        library = [
+            f"{name}\t{load_relation(name).family}\t{load_relation(name).data_hash}" for name in list_relations()
+        ]
+        return cls(
+            versions={name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            code_hash=code.hexdigest()[:16],
+            platform={
+                "model_class": type(model).__name__,
+                "system": platform.platform(),
+                "processor": _processor(),
+                "device": f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
+                "cuda": torch.version.cuda,
+                "threads": torch.get_num_threads(),
+            },
+            relations=dict(relations),
+            library_hash=hashlib.sha256("\n".join(library).encode()).hexdigest()[:16],
+        )
+
+
+def _processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
-    """Everything a run found. ``vectors``, ``effects`` and ``sweeps`` are keyed by the ranking of the heads."""
+    """Everything a run found.
+
+    ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: both rankings, or ``"file"`` alone
+    if the heads were given. ``effects`` has the rankings, and is empty for given heads.
+    """
 
     relation: str
     model_name: str
@@ -89,22 +187,36 @@ class RunResult:
     icl: Evaluation
     shuffled: Evaluation
     zero_shot: Evaluation
-    steered: dict[Ranking, Evaluation]
-    vectors: dict[Ranking, FunctionVector]
+    steered: dict[Source, Evaluation]
+    vectors: dict[Source, FunctionVector]
     effects: dict[Ranking, IndirectEffects]
-    sweeps: dict[Ranking, LayerSweep]
+    sweeps: dict[Source, LayerSweep]
     controls: Controls
     others: tuple[str, ...]
     decoded: tuple[tuple[str, float], ...]
     fingerprint: Fingerprint
     data_hash: str
     seconds: float
-    versions: dict[str, str] = field(default_factory=dict)
+    provenance: Provenance
+    given: GivenHeads | None = None
+    loading: Loading | None = None
+    command: tuple[str, ...] | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where the saved vector's heads come from: ``options.labels``, or ``"file"``."""
+        return self.options.labels if self.given is None else "file"
 
     @property
     def vector(self) -> FunctionVector:
-        """The vector that is saved: heads ranked as ``options.labels`` says."""
-        return self.vectors[self.options.labels]
+        """The vector that is saved."""
+        return self.vectors[self.source]
+
+    def described(self, source: Source) -> str:
+        """Where heads come from, in words."""
+        if self.given is None or source != "file":
+            return f"heads by {source} labels"
+        return f"heads from {Path(self.given.path).name}"
 
     @property
     def n_test(self) -> int:
@@ -123,9 +235,9 @@ class RunResult:
             (f"{shots} demonstrations, labels permuted", self.shuffled.top1, self.shuffled.interval),
             ("bare query", self.zero_shot.top1, self.zero_shot.interval),
         ]
-        for ranking in RANKINGS:
-            vector, score = self.vectors[ranking], self.steered[ranking]
-            text = f"function vector, {len(vector.heads)} heads by {ranking} labels, layer {vector.layer}"
+        for source, vector in self.vectors.items():
+            score = self.steered[source]
+            text = f"function vector, {len(vector.heads)} {self.described(source)}, layer {vector.layer}"
             rows.append((text, score.top1, score.interval))
         rows.append((f"{self.options.n_random} random vectors of the same norm", *self.control("random_vector")))
         if self.others:
@@ -143,32 +255,22 @@ def find_heads(
     *,
     rankings: Sequence[Ranking] = RANKINGS,
     progress: bool = True,
+    **how: Any,
 ) -> tuple[HeadMeans, dict[Ranking, IndirectEffects]]:
-    """Task means over clean prompts and the indirect effects under each corruption.
-
-    Demonstrations come from the train pairs, queries from the validation pairs; test pairs take no part.
-    """
-    shared: dict[str, Any] = {
-        "queries": split.valid,
-        "n_shots": options.n_shots,
-        "template": options.template,
-        "relation": relation,
-        "generator": generator,
-    }
-    clean = build_prompts(model, split.train, n_prompts=options.n_prompts, **shared)
-    means = mean_head_activations(model, clean, progress=progress)
-    effects = {}
-    for ranking in rankings:
-        corrupted = build_prompts(model, split.train, n_prompts=options.n_corrupted, labels=ranking, **shared)
-        effects[ranking] = _finished(indirect_effects(model, corrupted, means, progress=progress))
-    return means, effects
-
-
-def _finished(part: _Part) -> _Part:
-    """The part, unless it was interrupted: a run must not pass off a part of its prompts or layers as all of them."""
-    if not part.complete:
-        raise KeyboardInterrupt
-    return part
+    """:func:`fvlens.universal.relation_effects` with the settings of a run; ``how`` goes on to it."""
+    return relation_effects(
+        model,
+        split,
+        relation=relation,
+        n_shots=options.n_shots,
+        n_prompts=options.n_prompts,
+        n_corrupted=options.n_corrupted,
+        template=options.template,
+        rankings=rankings,
+        generator=generator,
+        progress=progress,
+        **how,
+    )
 
 
 def other_relations(relation: Relation, n: int, generator: torch.Generator) -> list[str]:
@@ -190,7 +292,10 @@ def run_relation(
     relation: Relation,
     *,
     options: RunOptions | None = None,
+    heads: GivenHeads | None = None,
     model_name: str | None = None,
+    loading: Loading | None = None,
+    command: Sequence[str] | None = None,
     progress: bool = True,
 ) -> RunResult:
     """Find the heads of a relation, build its function vector, choose its layer on valid, and test it against controls.
@@ -199,7 +304,11 @@ def run_relation(
         model: the model.
         relation: the word pairs.
         options: settings; :class:`RunOptions` gives the defaults.
-        model_name: name for the report; by default the model's own.
+        heads: build all vectors of these heads, from :func:`fvlens.universal.read_heads`, and rank none; ``n_heads``
+            is then their number, and ``labels`` and ``n_corrupted`` play no part.
+        model_name: name for the report; by default that of ``loading``, or the model's own.
+        loading: how the model was loaded, recorded so that :func:`rerun` can load it again.
+        command: the command line, recorded as it is.
         progress: show progress bars.
 
     Returns:
@@ -210,6 +319,8 @@ def run_relation(
     """
     began = time.monotonic()
     options = options or RunOptions()
+    if heads is not None:
+        options = dataclasses.replace(options, n_heads=len(heads.heads))
     n_cells = model.cfg.n_layers * model.cfg.n_heads
     if options.n_heads > n_cells // 2:
         raise ValueError(
@@ -220,31 +331,36 @@ def run_relation(
         raise ValueError(f"layer={options.layer}: expected 0..{model.cfg.n_layers - 1}.")
     generator = torch.Generator().manual_seed(options.seed)
     split = relation.split(generator)
-    means, effects = find_heads(model, split, options, relation.name, generator, progress=progress)
+    rankings = RANKINGS if heads is None else ()
+    means, effects = find_heads(model, split, options, relation.name, generator, rankings=rankings, progress=progress)
     common: dict[str, Any] = {"template": options.template, "relation": relation.name, "generator": generator}
+    sets: dict[Source, Sequence[Head]] = {ranking: effects[ranking].top(options.n_heads) for ranking in rankings}
+    if heads is not None:
+        sets["file"] = heads.heads
+    source: Source = options.labels if heads is None else "file"
 
-    vectors: dict[Ranking, FunctionVector] = {}
-    sweeps: dict[Ranking, LayerSweep] = {}
-    for ranking in RANKINGS:
-        vector = function_vector(
-            model, means, heads=effects[ranking].top(options.n_heads), layer=options.layer or 0, seed=options.seed
-        )
-        sweeps[ranking] = _finished(layer_sweep(model, split.valid, vector, progress=progress, **common))
-        layer = sweeps[ranking].best_layer if options.layer is None else options.layer
-        vectors[ranking] = vector.at_layer(layer)
+    vectors: dict[Source, FunctionVector] = {}
+    sweeps: dict[Source, LayerSweep] = {}
+    for name, chosen in sets.items():
+        vector = function_vector(model, means, heads=chosen, layer=options.layer or 0, seed=options.seed)
+        sweeps[name] = finished(layer_sweep(model, split.valid, vector, progress=progress, **common))
+        vectors[name] = vector.at_layer(sweeps[name].best_layer if options.layer is None else options.layer)
 
+    used = {relation.name: relation.data_hash}
     others = []
     for name in other_relations(relation, options.n_others, generator):
         other = load_relation(name)
+        used[name] = other.data_hash
+        wanted = (options.labels,) if heads is None else ()
         other_means, other_effects = find_heads(
-            model, other.split(generator), options, name, generator, rankings=(options.labels,), progress=progress
+            model, other.split(generator), options, name, generator, rankings=wanted, progress=progress
         )
-        heads = other_effects[options.labels].top(options.n_heads)
-        others.append(function_vector(model, other_means, heads=heads, layer=vectors[options.labels].layer))
+        chosen = other_effects[options.labels].top(options.n_heads) if heads is None else heads.heads
+        others.append(function_vector(model, other_means, heads=chosen, layer=vectors[source].layer))
 
     in_context: dict[str, Any] = {"demonstrations": split.train, "n_shots": options.n_shots, **common}
-    vector = vectors[options.labels]
-    table = _finished(
+    vector = vectors[source]
+    table = finished(
         controls(
             model,
             split.test,
@@ -258,15 +374,15 @@ def run_relation(
     )
     # the table's own scores, so that the page gives one number for one thing
     scores = {row.kind: row.evaluations[0] for row in table.rows}
-    steered: dict[Ranking, Evaluation] = {
-        ranking: scores["vector"]
-        if ranking == options.labels
-        else evaluate(model, split.test, vector=vectors[ranking], setting="zero_shot", **common)
-        for ranking in RANKINGS
+    steered: dict[Source, Evaluation] = {
+        name: scores["vector"]
+        if name == source
+        else evaluate(model, split.test, vector=vectors[name], setting="zero_shot", **common)
+        for name in vectors
     }
     return RunResult(
         relation=relation.name,
-        model_name=model_name or str(model.cfg.model_name),
+        model_name=model_name or (str(model.cfg.model_name) if loading is None else loading.model),
         options=options,
         split=split,
         icl=scores["icl"],
@@ -282,24 +398,36 @@ def run_relation(
         fingerprint=fingerprint(model),
         data_hash=relation.data_hash,
         seconds=time.monotonic() - began,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        provenance=Provenance.of(model, used),
+        given=heads,
+        loading=loading,
+        command=None if command is None else tuple(command),
     )
 
 
 def results_json(result: RunResult) -> dict[str, Any]:
-    """The numbers of a run as plain JSON values."""
+    """The numbers of a run, and everything they depend on, as plain JSON values.
 
-    def heads(effects: IndirectEffects) -> list[list[int | float]]:
+    ``fv_top1``, ``layer`` and ``heads`` are those of the saved vector, and so are the controls; ``rankings`` has both
+    rankings. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a file.
+    """
+
+    def heads(source: Source) -> list[list[int | float | None]]:
+        if source == "file":
+            return [[head.layer, head.head, None, None] for head in result.vectors[source].heads]
+        effects = result.effects[source]
         stderr, aie = effects.stderr, effects.aie
         return [[h.layer, h.head, float(aie[h]), float(stderr[h])] for h in effects.top(result.options.n_heads)]
 
     def span(interval: Interval) -> list[float]:
         return [interval.low, interval.high]
 
-    main, random = result.steered["permuted"], result.steered["random"]
+    main, random = result.steered[result.source], result.steered.get("random")
     random_vector, random_vector_interval = result.control("random_vector")
     other = result.control("other_relation") if result.others else None
+    provenance, given = result.provenance, result.given
     return {
+        "schema": SCHEMA,
         "relation": result.relation,
         "model": result.model_name,
         "seed": result.options.seed,
@@ -307,14 +435,13 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "zero_shot_top1": result.zero_shot.top1,
         "shuffled_top1": result.shuffled.top1,
         "fv_top1": main.top1,
-        "fv_random_labels_top1": random.top1,
+        "fv_random_labels_top1": None if random is None else random.top1,
         "random_vector_top1": random_vector,
         "other_relation_top1": None if other is None else other[0],
         "random_heads_top1": result.control("random_heads")[0],
-        "layer": result.vectors["permuted"].layer,
-        "layer_random_labels": result.vectors["random"].layer,
-        "heads": heads(result.effects["permuted"]),
-        "heads_random_labels": heads(result.effects["random"]),
+        "layer": result.vector.layer,
+        "heads_source": "ranking" if given is None else "file",
+        "heads": heads(result.source),
         "n_test": result.n_test,
         "intervals": {
             "level": main.interval.level,
@@ -322,20 +449,39 @@ def results_json(result: RunResult) -> dict[str, Any]:
             "zero_shot_top1": span(result.zero_shot.interval),
             "shuffled_top1": span(result.shuffled.interval),
             "fv_top1": span(main.interval),
-            "fv_random_labels_top1": span(random.interval),
+            "fv_random_labels_top1": None if random is None else span(random.interval),
             "random_vector_top1": span(random_vector_interval),
             "other_relation_top1": None if other is None else span(other[1]),
+        },
+        "rankings": {
+            ranking: {
+                "fv_top1": result.steered[ranking].top1,
+                "interval": span(result.steered[ranking].interval),
+                "layer": result.vectors[ranking].layer,
+                "heads": heads(ranking),
+            }
+            for ranking in result.effects
         },
         "icl_probability": result.icl.probability,
         "shuffled_probability": result.shuffled.probability,
         "other_relations": list(result.others),
-        "path": result.effects["permuted"].path,
+        "path": next((effects.path for effects in result.effects.values()), None),
         "decoded": [list(pair) for pair in result.decoded],
-        "options": asdict(result.options),
+        "options": asdict(result.options) | {"heads_file": None if given is None else given.path},
+        "loading": None if result.loading is None else asdict(result.loading),
+        "command": None if result.command is None else list(result.command),
         "fingerprint": asdict(result.fingerprint),
         "data_hash": result.data_hash,
+        "data": {
+            "relations": provenance.relations,
+            "library": provenance.library_hash,
+            "heads_file": None if given is None else given.hash,
+        },
+        "heads_note": None if given is None else given.note,
         "split_disjoint": result.split.disjoint,
-        "versions": result.versions,
+        "versions": provenance.versions,
+        "code_hash": provenance.code_hash,
+        "platform": provenance.platform,
         "seconds": result.seconds,
     }
 
@@ -351,6 +497,11 @@ def write_run(result: RunResult, folder: str | Path) -> list[Path]:
     vector = result.vector.save(folder / "vector.safetensors")
     numbers = _write_text(folder / "results.json", json.dumps(results_json(result), indent=2, allow_nan=False) + "\n")
     return [vector, numbers, write_report(folder / "report.html", result)]
+
+
+def write_figure(path: str | Path, figure: "go.Figure") -> Path:
+    """Write one figure as an HTML page that works offline. Replaces an existing file at once."""
+    return _write_text(Path(path), figure.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
 
 
 def _write_text(path: Path, text: str) -> Path:
@@ -372,7 +523,7 @@ class _Sample:
 
 
 def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
-    shown = (result.zero_shot, result.steered[result.options.labels], result.icl)
+    shown = (result.zero_shot, result.steered[result.source], result.icl)
     columns = [list(zip(one.predictions, one.correct.tolist(), strict=True)) for one in shown]
     return [
         _Sample(pair.input, pair.output, tuple((words[i][0].strip(), words[i][1]) for words in columns))
@@ -385,21 +536,21 @@ def write_report(path: str | Path, result: RunResult) -> Path:
     from fvlens import plots
 
     figures: list[tuple[str, str, go.Figure]] = []
-    for ranking in RANKINGS:
+    for ranking, effects in result.effects.items():
         figures.append(
             (
                 f"Which heads carry the task ({ranking} labels)",
                 "Each cell is one head: how much the answer's probability rises on a corrupted prompt when the head's "
                 "output is replaced by its mean over clean prompts. Hover for the value and its standard error.",
-                result.effects[ranking].plot(n_top=result.options.n_heads),
+                effects.plot(n_top=result.options.n_heads),
             )
         )
-    for ranking in RANKINGS:
+    for source, sweep in result.sweeps.items():
         figures.append(
             (
-                f"Where the vector works (heads by {ranking} labels)",
+                f"Where the vector works ({result.described(source)})",
                 "Zero-shot top-1 on the validation pairs with the vector added after each layer.",
-                result.sweeps[ranking].plot(),
+                sweep.plot(),
             )
         )
     figures.append(
@@ -431,22 +582,407 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         (name, f"{value:.3f}", "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}")
         for name, value, interval in result.summary()
     ]
+    page_folder = Path(path).parent
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
+    text = page.render(
+        result=result, rows=rows, figures=blocks, samples=_samples(result), provenance=_told(result, page_folder)
+    )
+    return _write_text(Path(path), text)
+
+
+def _told(result: RunResult, folder: Path) -> dict[str, str]:
+    """Where the numbers come from, row by row, and how to get them again from the files in a folder."""
     numbers = results_json(result)
+    mark, source, loading = result.fingerprint, result.provenance, result.loading
     shared = "word" if result.split.disjoint == "both" else "input word"
-    provenance = {
-        "model": f"{result.model_name} (weights {result.fingerprint.weights}, {result.fingerprint.dtype})",
+    rows = {
+        "model": f"{result.model_name} (revision {mark.revision}, weights {mark.weights}, {mark.dtype})",
         "relation": f"{result.relation} (data {result.data_hash}; no {shared} in two parts of its split)",
         "pairs": f"{len(result.split.train)} train, {len(result.split.valid)} valid, {result.n_test} test",
-        "options": json.dumps(numbers["options"]),
-        "attribution path": numbers["path"],
+        "other data": ", ".join(
+            [f"{name} {digest}" for name, digest in source.relations.items() if name != result.relation]
+            + [f"whole library {source.library_hash}"]
+        ),
+    }
+    if result.given is not None:
+        names = ", ".join(map(str, result.given.heads))
+        rows["heads"] = f"{names}, from {result.given.path} (file {result.given.hash}; {result.given.note})"
+    rows["options"] = json.dumps(numbers["options"])
+    if loading is not None:
+        rows["loaded with"] = ", ".join(f"{key} {value}" for key, value in asdict(loading).items() if value is not None)
+    rows |= {
+        "attribution path": numbers["path"] or "none: the heads were given",
         "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, "
         f"norm {result.vector.norm():.2f}",
-        "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in source.versions.items())
+        + f" (code {source.code_hash})",
+        "machine": ", ".join(f"{key} {value}" for key, value in source.platform.items() if value is not None),
         "seconds": f"{result.seconds:.1f}",
     }
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
-    text = page.render(result=result, rows=rows, figures=blocks, samples=_samples(result), provenance=provenance)
-    return _write_text(Path(path), text)
+    if result.command is not None:
+        rows["command"] = shlex.join(result.command)
+    again = shlex.quote(folder.as_posix())
+    rows["again"] = (
+        f"fvlens rerun {again}" if loading is not None else f"fvlens.report.rerun({str(folder)!r}, model=model)"
+    )
+    return rows
+
+
+# --- the same run again ---
+
+_PROVENANCE = {
+    "fingerprint": "model",
+    "data_hash": "data",
+    "data": "data",
+    "versions": "version",
+    "code_hash": "version",
+    "platform": "platform",
+}
+"""Fields of ``results.json`` that say what the numbers depend on, and what kind of thing each is."""
+_SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
+_NOT_COMPARED = ("seconds", "command")
+_ABSENT = "(absent)"
+
+
+class Difference(NamedTuple):
+    """One thing that is not the same in two runs.
+
+    Attributes:
+        kind: ``"model"``, ``"data"``, ``"version"``, ``"platform"`` and ``"setting"``: what the numbers depend on;
+            ``"number"``; or ``"result"``: a word or an entry that is not the same.
+        name: the field of ``results.json``, such as ``versions.torch`` or ``heads[0][2]``.
+        old, new: its values.
+        size: for numbers, ``|old - new| / max(1, |old|, |new|)``: absolute below 1, relative above.
+    """
+
+    kind: str
+    name: str
+    old: Any
+    new: Any
+    size: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """A run as ``results.json`` tells it, checked.
+
+    Attributes:
+        folder: where the file is.
+        relation, options, loading, heads: what :func:`run_relation` needs to run again.
+        content: the whole file.
+    """
+
+    folder: Path
+    relation: Relation
+    options: RunOptions
+    loading: Loading | None
+    heads: GivenHeads | None
+    content: dict[str, Any]
+
+    def changes(self, model: Any) -> list[Difference]:
+        """What the numbers depend on and is not as it was: model, data, versions, platform."""
+        known = set(list_relations())
+        names = [name for name in self.content["data"]["relations"] if name in known]
+        now = Provenance.of(model, {name: load_relation(name).data_hash for name in names})
+        new = {
+            "fingerprint": asdict(fingerprint(model)),
+            "data_hash": self.relation.data_hash,
+            "data": {"relations": now.relations, "library": now.library_hash, "heads_file": self._heads_file_now()},
+            "versions": now.versions,
+            "code_hash": now.code_hash,
+            "platform": now.platform,
+        }
+        return _differences({key: self.content[key] for key in new}, new)
+
+    def _heads_file_now(self) -> str | None:
+        if self.heads is None:
+            return None
+        try:
+            return file_hash(self.heads.path)
+        except ValueError:
+            return _ABSENT
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """A run repeated from its files, and what differs.
+
+    Attributes:
+        folder: the files of the first run.
+        out: the files of the second.
+        tolerance: largest :attr:`Difference.size` at which two numbers count as the same.
+        n_numbers: numbers compared.
+        differences: everything that is not exactly the same: what the numbers depend on first, then the numbers.
+        result: the second run.
+        files: the files written.
+    """
+
+    folder: Path
+    out: Path
+    tolerance: float
+    n_numbers: int
+    differences: tuple[Difference, ...]
+    result: RunResult
+    files: tuple[Path, ...]
+
+    @property
+    def largest(self) -> float:
+        """Largest :attr:`Difference.size`; 0 if all numbers are equal."""
+        return max((one.size for one in self.differences if one.size is not None), default=0.0)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every result is the same, numbers within the tolerance."""
+        return self.largest <= self.tolerance and not any(one.kind == "result" for one in self.differences)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a difference: ``kind, name, old, new, size``."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.differences), columns=list(Difference._fields))
+
+
+def read_run(folder: str | Path) -> RecordedRun:
+    """Read and check the ``results.json`` of a run. Nothing in the file is executed.
+
+    Raises:
+        ValueError: no such file; not JSON; another schema than ours; a field that is missing or of the wrong type; a
+            setting out of range; or a relation that the library does not have. The message names file and field.
+    """
+    folder = Path(folder)
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror or error}); expected the folder of a finished `fvlens run`."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file, or a truncated one ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    schema = content.get("schema")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise ValueError(
+            f"{path}: schema: expected {SCHEMA}, got {schema!r}; the file is of another version of fvlens, so make the "
+            "run again with `fvlens run`."
+        )
+
+    def field(name: str, expected: Any) -> Any:
+        return _field(path, content, name, expected)
+
+    named = field("relation", str)
+    try:
+        relation = load_relation(named)
+    except ValueError as error:
+        raise ValueError(f"{path}: relation: {error}") from error
+    recorded = field("options", dict)
+    heads_file = _field(path, recorded, "heads_file", str | None, "options.")
+    options = _made(path, RunOptions, {key: recorded[key] for key in recorded if key != "heads_file"}, "options")
+    if field("seed", int) != options.seed:
+        raise ValueError(f"{path}: seed: {content['seed']}, but options.seed is {options.seed}; expected one seed.")
+    loading = field("loading", dict | None)
+    loading = None if loading is None else _made(path, Loading, loading, "loading")
+    if loading is not None and loading.device is not None:
+        try:
+            torch.device(loading.device)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: loading.device: {loading.device!r} is not a device.") from error
+    mark = _made(path, Fingerprint, field("fingerprint", dict), "fingerprint")
+    field("data_hash", str)
+    data = field("data", dict)
+    for name, digest in _field(path, data, "relations", dict, "data.").items():
+        if not isinstance(digest, str):
+            raise ValueError(f"{path}: data.relations.{name}: expected str, got {digest!r}.")
+    _field(path, data, "library", str, "data.")
+    digest = _field(path, data, "heads_file", str | None, "data.")
+    for name in ("versions", "platform"):
+        for key, value in field(name, dict).items():
+            if not isinstance(value, str | int | None):
+                raise ValueError(f"{path}: {name}.{key}: expected a text or a number, got {value!r}.")
+    field("code_hash", str)
+    heads = None
+    if field("heads_source", Literal["ranking", "file"]) == "file":
+        if heads_file is None or digest is None:
+            raise ValueError(f"{path}: heads_source is 'file', but options.heads_file or data.heads_file is null.")
+        listed = field("heads", list)
+        pairs = [entry[:2] if isinstance(entry, list) and len(entry) == 4 else entry for entry in listed]
+        try:
+            chosen = as_heads(pairs, mark.n_layers, mark.n_heads)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if len(chosen) != options.n_heads:
+            raise ValueError(f"{path}: heads: expected options.n_heads, {options.n_heads} heads, got {len(chosen)}.")
+        heads = GivenHeads(tuple(chosen), heads_file, digest, field("heads_note", str))
+    return RecordedRun(folder, relation, options, loading, heads, content)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _field(path: Path, content: dict[str, Any], name: str, expected: Any, prefix: str = "") -> Any:
+    """A field of the file, of the expected type."""
+    if name not in content:
+        raise ValueError(f"{path}: {prefix}{name}: the field is missing.")
+    if not _fits(content[name], expected):
+        raise ValueError(f"{path}: {prefix}{name}: expected {_type_text(expected)}, got {content[name]!r}.")
+    return content[name]
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if get_origin(expected) is Literal:
+        return isinstance(value, str) and value in get_args(expected)
+    if isinstance(expected, types.UnionType) or get_origin(expected) is Union:
+        return any(_fits(value, one) for one in get_args(expected))
+    return type(value) is expected
+
+
+def _type_text(expected: Any) -> str:
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(expected)))
+    if isinstance(expected, types.UnionType) or get_origin(expected) is Union:
+        return " or ".join(map(_type_text, get_args(expected)))
+    return "null" if expected is types.NoneType else expected.__name__
+
+
+def _made(path: Path, kind: Any, found: dict[str, Any], name: str) -> Any:
+    """A dataclass from the file: its fields, each of its declared type, none too many, through its own checks."""
+    expected = {field.name: field.type for field in dataclasses.fields(kind)}
+    for key in found:
+        if key not in expected:
+            raise ValueError(f"{path}: {name}.{key}: not a field of this schema; expected {', '.join(expected)}.")
+    fields = {key: _field(path, found, key, wanted, f"{name}.") for key, wanted in expected.items()}
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from error
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number, text, truth value or null of a JSON value, with its place."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{name}[{i}]")
+    else:
+        yield name, value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
+    """What is not the same in two parts of ``results.json``, in the order of the first."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    found = []
+    for name in dict.fromkeys([*before, *after]):
+        a, b = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        kind = (_PROVENANCE | {"path": "setting"}).get(name.replace("[", ".").partition(".")[0])
+        if a == b and type(a) is type(b):
+            continue
+        if kind is None and _is_number(a) and _is_number(b):
+            if a != b:
+                found.append(Difference("number", name, a, b, abs(a - b) / max(1.0, abs(a), abs(b))))
+        else:
+            found.append(Difference(kind or "result", name, a, b))
+    return found
+
+
+def _results(content: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``results.json`` that a run finds out, without what goes into it."""
+    return {key: content[key] for key in content if key not in (*_PROVENANCE, *_SETTINGS, *_NOT_COMPARED)}
+
+
+def _compare_vectors(old: FunctionVector | None, new: FunctionVector) -> list[Difference]:
+    """What differs in two vector files, one row for all numbers of the vector."""
+    name = "vector.safetensors"
+    if old is None:
+        return [Difference("data", name, _ABSENT, "written")]
+    if old.vector.shape != new.vector.shape:
+        return [Difference("result", f"{name}: length", len(old.vector), len(new.vector))]
+    if torch.equal(old.vector, new.vector):
+        return []
+    a, b = old.vector.double(), new.vector.double()
+    size = (a - b).abs() / torch.stack([a.abs(), b.abs(), torch.ones_like(a)]).amax(dim=0)
+    return [Difference("number", f"{name}: norm", old.norm(), new.norm(), float(size.max()))]
+
+
+def rerun(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    model: Any = None,
+    tolerance: float = 1e-5,
+    announce: Callable[[Sequence[Difference]], None] | None = None,
+    command: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Rerun:
+    """Repeat a run from its files, with the same settings and seed, and compare every number.
+
+    On the same machine and versions all numbers come out equal, as long as the batches do. The vector's file is
+    compared too. Heads that came from a file are taken from ``results.json``, so a file that has changed or gone is
+    only reported.
+
+    Args:
+        folder: what ``fvlens run`` or :func:`write_run` wrote.
+        out: folder for the files of the second run; by default the first one's name with ``-rerun``.
+        model: the model; by default the one that ``results.json`` names is loaded as it was.
+        tolerance: numbers a and b count as the same if ``|a - b| <= tolerance * max(1, |a|, |b|)``.
+        announce: called before the run with what it depends on and is not as it was.
+        command: the command line, recorded as it is.
+        progress: show progress bars.
+
+    Returns:
+        :class:`Rerun`, its ``.differences`` in the order: what the numbers depend on, then the numbers.
+
+    Raises:
+        ValueError: what :func:`read_run` refuses; a damaged vector file; ``out`` is ``folder`` or a file; a bad
+            ``tolerance``; a run that names no model, when none is given; or a model that cannot be loaded.
+    """
+    folder = Path(folder)
+    recorded = read_run(folder)
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"rerun: tolerance: expected a number of at least 0, got {tolerance}.")
+    if out is None:
+        whole = folder.resolve() if folder.name in ("", "..") else folder  # ".." has no name of its own
+        out = whole.with_name(f"{whole.name}-rerun")
+    out = Path(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"rerun: {out} holds the run itself; give another folder for the second one.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"rerun: {out} is a file; give a folder.")
+    saved = folder / "vector.safetensors"
+    vector = FunctionVector.load(saved) if saved.exists() else None
+    if model is None:
+        if recorded.loading is None:
+            raise ValueError(
+                f"{folder / 'results.json'}: loading: the run was started from Python and names no model to load; call "
+                "fvlens.report.rerun(folder, model=model)."
+            )
+        model = recorded.loading.load()
+    changes = recorded.changes(model)
+    if announce is not None:
+        announce(changes)
+    result = run_relation(
+        model,
+        recorded.relation,
+        options=recorded.options,
+        heads=recorded.heads,
+        model_name=_field(folder / "results.json", recorded.content, "model", str),
+        loading=recorded.loading,
+        command=command,
+        progress=progress,
+    )
+    files = write_run(result, out)
+    # through JSON, as the first run's numbers went
+    old, new = _results(recorded.content), _results(json.loads(json.dumps(results_json(result))))
+    differences = [*changes, *_differences(old, new), *_compare_vectors(vector, result.vector)]
+    n_numbers = sum(_is_number(value) for _, value in _leaves(new)) + (0 if vector is None else len(vector.vector))
+    return Rerun(folder, out, float(tolerance), n_numbers, tuple(differences), result, tuple(files))
 
 
 _PAGE = """<!DOCTYPE html>
@@ -483,6 +1019,12 @@ _PAGE = """<!DOCTYPE html>
 <td class="number">{{ interval }}</td></tr>
 {% endfor %}</tbody>
 </table>
+
+{% if result.given %}
+<h2>The heads</h2>
+<p id="given">{{ result.given.heads | join(", ") }}</p>
+<p class="note">Given by {{ result.given.path }} ({{ result.given.note }}); none was ranked in this run.</p>
+{% endif %}
 
 {% for figure in figures %}
 <h2>{{ figure.title }}</h2>

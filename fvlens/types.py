@@ -32,14 +32,32 @@ HeadLike = Head | tuple[int, int] | list[int]
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What fvlens asks of a model; ``transformer_lens.HookedTransformer`` satisfies it."""
+    """What fvlens asks of a model; TransformerLens' ``HookedTransformer`` and ``TransformerBridge`` satisfy it.
+
+    Attributes:
+        cfg: shape and kind of the model, under TransformerLens' names.
+        tokenizer: a fast Hugging Face tokenizer, or None.
+        hook_dict: hook name -> hook point; both classes name a block's residual stream and heads alike.
+        blocks: the decoder blocks, each with ``attn.W_O [head d_head d_model]``.
+    """
 
     cfg: Any
     tokenizer: Any
 
+    @property
+    def hook_dict(self) -> Any: ...
+
+    @property
+    def blocks(self) -> Any: ...
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def parameters(self) -> Any: ...
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether a model wraps a Hugging Face model (``TransformerBridge``) instead of having blocks of its own."""
+    return hasattr(model, "original_model")
 
 
 @runtime_checkable

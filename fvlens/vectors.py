@@ -22,12 +22,13 @@ from torch import Tensor
 from fvlens.activations import HeadMeans
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.models import Fingerprint, fingerprint
+from fvlens.suffix import wide_logits
 from fvlens.types import Head, HeadLike, as_heads
 
 FORMAT = "fvlens-vector-1"
 
 
-def _check_model(made_on: Fingerprint, model: Any, what: str) -> None:
+def check_model(made_on: Fingerprint, model: Any, what: str) -> None:
     differences = made_on.differences(fingerprint(model))
     if differences:
         raise ValueError(
@@ -82,7 +83,7 @@ class FunctionVector:
 
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vector was made on another model."""
-        _check_model(self.fingerprint, model, f"the vector of {self.relation or self.kind!r}")
+        check_model(self.fingerprint, model, f"the vector of {self.relation or self.kind!r}")
 
     # -- arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class FunctionVector:
             raise ValueError(f"decode: expected k between 1 and {model.cfg.d_vocab}, got {k}.")
         with torch.inference_mode():
             resid = self.vector.to(model.W_U.device, model.W_U.dtype)[None, None]
-            logits = ((model.ln_final(resid) if final_norm else resid) @ model.W_U)[0, 0].float()
+            logits = wide_logits(model.ln_final(resid) if final_norm else resid, model.W_U)[0, 0]
             values, tokens = logits.topk(k)
         return [(model.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
 
@@ -173,17 +174,7 @@ class FunctionVector:
 
     def save(self, path: str | Path) -> Path:
         """Write the vector to one safetensors file, its metadata in the header. Replaces an existing file at once."""
-        header = {
-            "layer": self.layer,
-            "heads": [list(head) for head in self.heads],
-            "relation": self.relation,
-            "kind": self.kind,
-            "template": self.template,
-            "data_hash": self.data_hash,
-            "seed": self.seed,
-            "fingerprint": dataclasses.asdict(self.fingerprint),
-        }
-        return _write(Path(path), {"vector": self.vector}, header)
+        return write_tensors(Path(path), {"vector": self.vector}, vector_header(self), FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, *, model: Any = None) -> "FunctionVector":
@@ -198,21 +189,11 @@ class FunctionVector:
                 metadata; wrong shape, NaN or infinite values; or a vector of another model than ``model``.
         """
         path = Path(path)
-        tensors, header = _read(path)
+        tensors, header = read_tensors(path, FORMAT)
         if set(tensors) != {"vector"}:
             raise ValueError(f"{path.name}: expected one tensor named 'vector', got {sorted(tensors)}.")
         try:
-            loaded = cls(
-                vector=tensors["vector"],
-                layer=int(header["layer"]),
-                heads=tuple(Head(int(layer), int(head)) for layer, head in header["heads"]),
-                relation=str(header["relation"]),
-                fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])),
-                kind=str(header["kind"]),
-                template=str(header["template"]),
-                data_hash=str(header["data_hash"]),
-                seed=None if header["seed"] is None else int(header["seed"]),
-            )
+            loaded = vector_from(tensors["vector"], header)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
         except ValueError as error:
@@ -222,7 +203,40 @@ class FunctionVector:
         return loaded
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Path:
+def vector_header(vector: FunctionVector) -> dict[str, Any]:
+    """All of a vector but its numbers, as plain JSON values."""
+    return {
+        "layer": vector.layer,
+        "heads": [list(head) for head in vector.heads],
+        "relation": vector.relation,
+        "kind": vector.kind,
+        "template": vector.template,
+        "data_hash": vector.data_hash,
+        "seed": vector.seed,
+        "fingerprint": dataclasses.asdict(vector.fingerprint),
+    }
+
+
+def vector_from(values: Float[Tensor, " d_model"], header: Mapping[str, Any]) -> FunctionVector:
+    """The vector of these numbers and a header that :func:`vector_header` made.
+
+    Raises:
+        KeyError, TypeError, ValueError: the header is damaged, or the numbers do not fit it.
+    """
+    return FunctionVector(
+        vector=values,
+        layer=int(header["layer"]),
+        heads=tuple(Head(int(layer), int(head)) for layer, head in header["heads"]),
+        relation=str(header["relation"]),
+        fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])),
+        kind=str(header["kind"]),
+        template=str(header["template"]),
+        data_hash=str(header["data_hash"]),
+        seed=None if header["seed"] is None else int(header["seed"]),
+    )
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], format: str) -> Path:
     """Write tensors with a JSON header to a temporary name, then rename."""
     if not path.parent.is_dir():
         raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
@@ -231,7 +245,7 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pa
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             part,
-            metadata={"format": FORMAT, "fvlens": json.dumps(header, sort_keys=True)},
+            metadata={"format": format, "fvlens": json.dumps(header, sort_keys=True)},
         )
         os.replace(part, path)
     finally:
@@ -239,8 +253,12 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Pa
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file that :func:`_write` wrote."""
+def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON header of a file that :func:`write_tensors` wrote. Nothing in it is executed.
+
+    Raises:
+        ValueError: no such file; not a safetensors file, a truncated one, or one of another format; a damaged header.
+    """
     if not path.is_file():
         raise ValueError(f"no vector file at {path}.")
     try:
@@ -249,9 +267,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != format:
         raise ValueError(
-            f"{path.name}: not written by fvlens (format {metadata.get('format')!r}, expected {FORMAT!r})."
+            f"{path.name}: not written by fvlens (format {metadata.get('format')!r}, expected {format!r})."
         )
     try:
         header = json.loads(metadata["fvlens"])
@@ -320,7 +338,7 @@ def _chosen(model: Any, means: HeadMeans, heads: Iterable[HeadLike]) -> tuple[li
         raise ValueError("heads: expected at least one head, got none.")
     if means.positions != "last":
         raise ValueError(f"expected means of the last token, got means at {means.positions!r}.")
-    _check_model(means.fingerprint, model, "the means of the heads")
+    check_model(means.fingerprint, model, "the means of the heads")
     return chosen, means.z
 
 
@@ -347,7 +365,7 @@ class DistributedVector:
 
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vector was made on another model."""
-        _check_model(self.fingerprint, model, f"the distributed vector of {self.relation!r}")
+        check_model(self.fingerprint, model, f"the distributed vector of {self.relation!r}")
 
 
 def distributed_vector(

@@ -8,9 +8,11 @@ from jaxtyping import install_import_hook
 
 install_import_hook("fvlens", "beartype.beartype")
 
+from importlib.metadata import version
+
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import fvlens
 from fvlens.models import embedded_folder, quiet_deprecation
@@ -22,11 +24,17 @@ def model():
     return fvlens.load_model("rel-small", device="cpu")
 
 
+HAS_HOOKED = version("transformer-lens").split(".")[0] == "3"
+needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="HookedTransformer is gone from TransformerLens 4 on")
+
+
 def random_model(**overrides):
-    """A random-weight HookedTransformer with the embedded model's tokenizer."""
+    """A random-weight model with the embedded model's tokenizer: HookedTransformer, or a bridge where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    if not HAS_HOOKED:
+        return _random_bridge(tokenizer, **overrides)
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
     settings = dict(
         n_layers=3, n_heads=4, d_model=32, d_head=8, d_mlp=64, n_ctx=160, act_fn="gelu_new", normalization_type="LN",
         d_vocab=len(tokenizer), device="cpu", seed=None, initializer_range=0.3,
@@ -37,6 +45,28 @@ def random_model(**overrides):
             HookedTransformerConfig(**{**settings, **overrides}), tokenizer=tokenizer, default_padding_side="left"
         )
     return made.eval()
+
+
+def _random_bridge(tokenizer, *, n_layers=3, n_heads=4, d_model=32, d_mlp=64, n_ctx=160, dtype=torch.float32, **others):
+    """A bridge around a random GPT-2 of this shape."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    others = {key: value for key, value in others.items() if not (key == "d_head" and value == d_model // n_heads)}
+    if others:
+        pytest.skip(f"a model with {', '.join(others)} needs HookedTransformer, gone from TransformerLens 4 on")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=n_ctx, n_embd=d_model, n_layer=n_layers, n_head=n_heads, n_inner=d_mlp,
+        initializer_range=0.3, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config._attn_implementation = "eager"
+        made = GPT2LMHeadModel(config).to(dtype).eval()
+        made.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(made.lm_head.weight.shape, dtype=dtype))
+        bridge = build_bridge_from_module(made, "GPT2LMHeadModel", hf_config=config, dtype=dtype, model_name="random")
+    tokenizer.padding_side = "left"
+    bridge.tokenizer = tokenizer
+    return bridge.eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Effects of heads: against an independent loop over Hugging Face models, and what must hold on every architecture."""
 
 import dataclasses
+import math
 import re
 import warnings
 
@@ -9,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, global_randomness, likely_answers, rows_of, word_prompts
-from conftest import random_model
+from conftest import needs_hooked, random_model
 from oracle import hf
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 import fvlens
 from fvlens import attribution
 from fvlens.activations import position_mask, position_names
-from fvlens.attribution import IndirectEffects
+from fvlens.attribution import IndirectEffects, Recheck
 from fvlens.interventions import z_hook
 from fvlens.models import embedded_folder, fingerprint
 from fvlens.prompts import TokenClass
-from fvlens.suffix import PATHS, has_hooks, plan_slices
+from fvlens.suffix import PATHS, has_hooks, plan_batch, plan_slices
 from fvlens.types import Head
+
+pytestmark = needs_hooked  # most of it is about the weights path; test_bridge and test_matrix say the same of a bridge
 
 PLACES = ("last", "demonstration_label", "query")
 
@@ -395,16 +399,16 @@ def test_interruption_keeps_what_is_finished(models, generator, monkeypatch, pat
     means = means_of(model, prompts, stretch=2)
     cells = model.cfg.n_layers * model.cfg.n_heads
     settings = dict(path=path)
-    if path == "naive":  # in batches of 32
-        n_first, updates = 32, cells
+    n_pos = prompts.tokens.shape[1]
+    bounds = [int(10**5 * 1.03**k) for k in range(200)]
+    if path == "naive":
+        settings["max_memory"] = bound = next(bound for bound in bounds if batch_of(model, n_pos, bound) > 4)
+        n_first, updates = batch_of(model, n_pos, bound), cells
     else:
-        shape = dict(n_pos=prompts.tokens.shape[1], n_suffix=1, n_variants=cells, path=path)
-        settings["max_memory"] = bound = next(
-            10**k * f for k in range(4, 9) for f in range(1, 10) if fits(model, shape, 10**k * f)
-        )
-        plan = plan_slices(model, **shape, max_memory=bound)
-        n_first, updates = plan.prompts, 1
-        assert 1 < n_first < len(prompts) / 2
+        shape = dict(n_pos=n_pos, n_suffix=1, n_variants=cells, path=path)
+        settings["max_memory"] = bound = next(bound for bound in bounds if fits(model, shape, bound))
+        n_first, updates = plan_slices(model, **shape, max_memory=bound).prompts, 1
+    assert 1 < n_first < len(prompts) / 2
     whole = effects_of(model, prompts, means, **settings)
     assert whole.complete
     interrupt(monkeypatch, updates + 1)
@@ -417,13 +421,21 @@ def test_interruption_keeps_what_is_finished(models, generator, monkeypatch, pat
     assert not has_hooks(model)
 
 
+def batch_of(model, n_pos, bound):
+    """Prompts that a naive pass takes at a time under a memory bound; 0 if not even one fits."""
+    try:
+        return plan_batch(model, n_pos=n_pos, max_memory=bound)
+    except ValueError:
+        return 0
+
+
 def fits(model, shape, bound):
-    """Whether a memory bound gives slices of several whole prompts."""
+    """Whether a memory bound gives slices of more than four whole prompts."""
     try:
         plan = plan_slices(model, **shape, max_memory=bound)
     except ValueError:
         return False
-    return plan.variants == shape["n_variants"] and plan.prompts > 1
+    return plan.variants == shape["n_variants"] and plan.prompts > 4
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -435,6 +447,45 @@ def test_interruption_before_anything_is_finished_passes_on(models, generator, m
     with pytest.raises(KeyboardInterrupt):
         effects_of(model, prompts, means, path=path)
     assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("path", ["kv", "naive"])
+@pytest.mark.parametrize("method", ["atp", "ig", "lrp"])
+def test_interrupted_screens_keep_what_is_finished(models, generator, monkeypatch, method, path):
+    model = models("gpt2")
+    prompts = word_prompts(model, generator, n_shots=1, n_prompts=3)
+    means = means_of(model, prompts, stretch=2)
+    with pytest.raises(ValueError, match="needs about") as error:
+        effects_of(model, prompts, means, method=method, path=path, max_memory=1)
+    settings = dict(
+        method=method, path=path, max_memory=int(re.search(r"needs about (\d+) bytes", str(error.value))[1])
+    )
+    whole = effects_of(model, prompts, means, **settings)
+    interrupt(monkeypatch, 2)
+    with pytest.warns(UserWarning, match="indirect_effects was interrupted: 1 of 3 prompts are finished"):
+        part = effects_of(model, prompts, means, recheck=2, **settings)
+    assert (part.complete, part.recheck) == (False, None)
+    assert torch.equal(part.cie, whole.cie[:1])
+    assert torch.equal(part.baseline, whole.baseline[:1])
+    assert not has_hooks(model)
+
+
+def test_an_interrupted_recheck_leaves_the_screen(models, generator, monkeypatch):
+    model = models("gpt2")
+    prompts = word_prompts(model, generator, n_shots=1, n_prompts=3)
+    means = means_of(model, prompts, stretch=2)
+    whole = effects_of(model, prompts, means, method="atp")
+    monkeypatch.setattr(attribution, "_fast", lambda *args: interrupted_after(torch.zeros(1, 2), torch.zeros(1)))
+    with pytest.warns(UserWarning, match="indirect_effects was interrupted: 1 of 3 prompts are finished"):
+        part = effects_of(model, prompts, means, method="atp", recheck=2)
+    assert (part.complete, part.recheck) == (False, None)
+    assert torch.equal(part.cie, whole.cie)
+
+
+def interrupted_after(*batch):
+    """One batch, then Ctrl-C."""
+    yield batch
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -545,6 +596,181 @@ def test_result_says_where_it_comes_from(models, generator):
     assert not got.baseline.is_inference()
 
 
+# --- screens: recheck and comparison ---
+
+
+@pytest.mark.parametrize(("name", "path"), [("gpt2", None), ("gpt2", "kv"), ("gpt2", "naive"), ("alibi", None)])
+@pytest.mark.parametrize("method", ["atp", "ig", "lrp"])
+def test_a_recheck_equals_the_exact_effects(models, generator, name, path, method):
+    model = models(name)
+    prompts = word_prompts(model, generator, n_shots=2, n_prompts=4)
+    means = means_of(model, prompts, stretch=3)
+    exact = effects_of(model, prompts, means, path=path)
+    screen = effects_of(model, prompts, means, method=method, recheck=5, path=path)
+    alone = effects_of(model, prompts, means, method=method, path=path)
+    again = screen.recheck
+    assert again.heads == tuple(alone.top(5))  # the best of the screen, best first
+    assert alone.recheck is None
+    assert torch.equal(screen.cie, alone.cie)
+    assert again.path == exact.path == {None: FASTEST[name]}.get(path, path)
+    for i, (layer, head) in enumerate(again.heads):
+        torch.testing.assert_close(again.cie[:, i], exact.cie[:, layer, head], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(again.aie[i], exact.aie[layer, head], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(again.stderr[i], exact.stderr[layer, head], rtol=1e-4, atol=1e-7)
+    best = sorted(again.heads, key=lambda head: -exact.aie[head])
+    assert screen.top(12) == best + [head for head in alone.top(12) if head not in best]
+    everything = effects_of(model, prompts, means, method=method, recheck=12, path=path)
+    assert everything.top(12) == exact.top(12)
+
+
+def test_a_naive_recheck_is_announced(generator, models):
+    model = models("shortformer")
+    prompts = word_prompts(model, generator, n_shots=1, n_prompts=2)
+    means = means_of(model, prompts)
+    assert effects_of(model, prompts, means, method="atp").path == "naive"  # two passes: nothing to announce
+    with pytest.warns(UserWarning, match="takes the naive path, one forward pass a head"):
+        got = effects_of(model, prompts, means, method="atp", recheck=2)
+    assert got.recheck.path == "naive"
+
+
+def screened_by_hand(tiny, aie, heads, exact, **changes):
+    """A screen with given average scores and rechecked heads."""
+    spread = torch.tensor([0.1, -0.1])
+    again = Recheck(tuple(Head(*head) for head in heads), torch.tensor(exact)[None] + spread[:, None], "kv")
+    return made_by_hand(tiny, aie + spread[:, None, None], recheck=again, **{"method": "atp", **changes})
+
+
+SCORES = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2], [0.1, 0.0, -0.1, -0.2]])
+
+
+def test_top_puts_rechecked_heads_first(tiny):
+    got = screened_by_hand(tiny, SCORES, [(0, 0), (0, 1), (0, 2)], [0.01, -0.5, 0.3])
+    assert got.top(5) == [Head(0, 2), Head(0, 0), Head(0, 1), Head(0, 3), Head(1, 0)]
+    assert got.top(2) == [Head(0, 2), Head(0, 0)]
+    torch.testing.assert_close(got.aie, SCORES)
+
+
+def test_quality_of_the_rechecked_heads(tiny):
+    heads = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    exact = [0.3, 0.5, 0.1, 0.2, 0.05]
+    got = screened_by_hand(tiny, SCORES, heads, exact).quality
+    assert got.spearman == pytest.approx(spearmanr([0.9, 0.8, 0.7, 0.6, 0.5], exact).statistic)
+    assert (got.overlap, got.k, got.n_heads) == (1.0, 2, 5)
+    assert (got.interval, got.overlap_rechecked) == (None, None)
+    assert screened_by_hand(tiny, SCORES, heads[:1], exact[:1]).quality is None
+    assert math.isnan(screened_by_hand(tiny, SCORES, heads, [0.0] * 5).quality.spearman)
+    assert made_by_hand(tiny, SCORES[None]).quality is None
+
+
+def test_comparison_with_the_exact_map(tiny, generator):
+    exact = made_by_hand(tiny, torch.randn(8, 3, 4, generator=generator))
+    screen = made_by_hand(tiny, exact.cie + torch.randn(8, 3, 4, generator=generator), method="ig", n_steps=8)
+    got = screen.compare(exact, k=4)
+    ours, theirs = screen.aie.flatten().numpy(), exact.aie.flatten().numpy()
+    assert got.spearman == pytest.approx(spearmanr(ours, theirs).statistic)
+    shared = set(np.argsort(-ours)[:4].tolist()) & set(np.argsort(-theirs)[:4].tolist())
+    assert 0 < len(shared) < 4
+    assert (got.overlap, got.k, got.n_heads, got.interval) == (len(shared) / 4, 4, 12, None)
+    assert got.overlap_rechecked is None
+    assert screen.compare(exact, k=100).k == 12
+
+    best = screen.top(6)
+    again = Recheck(tuple(best), torch.stack([exact.cie[(slice(None), *head)] for head in best], dim=1), "kv")
+    rechecked = dataclasses.replace(screen, recheck=again).compare(exact, k=4)
+    kept = set(sorted(best, key=lambda head: -exact.aie[head])[:4]) & set(exact.top(4))
+    assert rechecked.overlap_rechecked == len(kept) / 4 > rechecked.overlap == got.overlap
+
+    spans = [
+        screen.compare(exact, n_resamples=400, generator=torch.Generator().manual_seed(s)).interval for s in (1, 1, 2)
+    ]
+    assert spans[0] == spans[1] != spans[2]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        rows = rng.integers(8, size=8)
+        ends = screen.cie.numpy()[rows].mean(axis=0), exact.cie.numpy()[rows].mean(axis=0)
+        found.append(spearmanr(ends[0].ravel(), ends[1].ravel()).statistic)
+    assert spans[0].low == pytest.approx(np.quantile(found, 0.025), abs=0.08)
+    assert spans[0].high == pytest.approx(np.quantile(found, 0.975), abs=0.08)
+    assert spans[0].level == 0.95
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(method="atp"), "compare: expected effects by method='exact', got method='atp'."),
+        (dict(data_hash="1" * 16), f"something else (data_hash: {'0' * 16} / {'1' * 16}); compute both from the same"),
+        (dict(means_hash="ab"), "something else (means_hash:  / ab); compute both"),
+        (dict(positions="query"), "something else (positions: last / query); compute both"),
+        (dict(answer="whole"), "something else (answer: first / whole); compute both"),
+        (dict(complete=False), "something else (complete: True / False); compute both"),
+        (dict(cie=torch.zeros(3, 3, 4)), "something else (shape: (2, 3, 4) / (3, 3, 4)); compute both"),
+    ],
+)
+def test_comparison_with_something_else_is_refused(tiny, changes, message):
+    screen = made_by_hand(tiny, torch.zeros(2, 3, 4), method="atp")
+    fields = dict(cie=torch.zeros(2, 3, 4)) | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        screen.compare(made_by_hand(tiny, fields.pop("cie"), **fields))
+
+
+def test_comparison_with_another_model_is_refused(tiny):
+    other = dataclasses.replace(fingerprint(tiny), weights="f" * 16)
+    with pytest.raises(ValueError, match=re.escape("the exact effects are of something else (weights: ")):
+        made_by_hand(tiny, torch.zeros(2, 3, 4)).compare(made_by_hand(tiny, torch.zeros(2, 3, 4), fingerprint=other))
+
+
+@pytest.mark.parametrize("bad", [dict(k=0), dict(n_resamples=0), dict(level=1.0)])
+def test_comparison_wants_possible_settings(tiny, bad):
+    effects = made_by_hand(tiny, torch.zeros(2, 3, 4))
+    with pytest.raises(
+        ValueError, match="compare: expected k >= 1, n_resamples >= 1 and a level between 0 and 1, got k="
+    ):
+        effects.compare(effects, **bad)
+
+
+def test_screens_say_what_they_are(models, generator):
+    model = models("gpt2")
+    prompts = word_prompts(model, generator, n_shots=2, n_prompts=3)
+    means = means_of(model, prompts, stretch=2)
+    short = {"exact": "AIE", "atp": "AtP", "ig": "IG", "lrp": "LRP relevance"}
+    titles = {
+        "exact": "Average indirect effect, ", "atp": "Attribution patching, ", "ig": "Integrated gradients, ",
+        "lrp": "Attention relevance (LRP, in logits), ",
+    }  # fmt: skip
+    for method, name in short.items():
+        got = effects_of(model, prompts, means, method=method)
+        assert (got.method, got.score) == (method, name)
+        assert got.unit == ("logits" if method == "lrp" else "probability")
+        assert got.n_steps == (8 if method == "ig" else None)
+        assert got.means_hash == means.data_hash
+        assert ("AttnLRP rules" in got.note) == (method == "lrp")
+        assert (got.cie >= 0).all() == (method == "lrp")
+        figure = got.plot(n_top=2)
+        assert figure.layout.title.text.startswith(titles[method])
+        assert figure.data[0].colorbar.title.text == name
+        assert f"{name}: {got.aie[1, 2]:+.4g}" in figure.data[0].hovertext[1][2]
+
+
+def test_a_recheck_is_in_the_table_and_in_the_figure(tiny):
+    got = screened_by_hand(tiny, SCORES, [(0, 0), (0, 1), (0, 2)], [0.01, -0.5, 0.3])
+    frame = got.to_dataframe()
+    assert list(frame.columns) == ["prompt", "layer", "head", "cie", "baseline", "exact_cie"]
+    for row in frame.itertuples():
+        head = Head(row.layer, row.head)
+        if head in got.recheck.heads:
+            assert row.exact_cie == got.recheck.cie[row.prompt, got.recheck.heads.index(head)].item()
+        else:
+            assert math.isnan(row.exact_cie)
+    figure = got.plot(n_top=3)
+    text = figure.data[0].hovertext
+    assert text[0][1].endswith("exact AIE: -0.5")
+    assert text[0][3].endswith("not rechecked")
+    outlined = [Head(round(shape.y0 + 0.5), round(shape.x0 + 0.5)) for shape in figure.layout.shapes]
+    assert outlined == [Head(0, 2), Head(0, 0), Head(0, 1)]
+    assert "top heads (rechecked exactly first)" in figure.to_json()
+
+
 # --- errors ---
 
 
@@ -560,7 +786,26 @@ def unchecked():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(method="atp"), "indirect_effects: method='atp'; expected 'exact'."),
+        (dict(method="shap"), "indirect_effects: method='shap'; expected one of exact, atp, ig, lrp."),
+        (
+            dict(recheck=3),
+            "indirect_effects: recheck=3 runs the best heads of a screen again; method='exact' needs none, leave it",
+        ),
+        (
+            dict(method="atp", recheck=13),
+            "indirect_effects: expected recheck between 0 and 12 (all heads), got 13; about twice the heads",
+        ),
+        (dict(method="ig", recheck=-1), "indirect_effects: expected recheck between 0 and 12 (all heads), got -1;"),
+        (dict(method="ig", n_steps=0), "indirect_effects: expected n_steps >= 1, got 0; 8 is usual."),
+        (
+            dict(method="atp", path="weights"),
+            "indirect_effects: path='weights' has no hooks to take the gradients of method='atp' at; use path=None, ",
+        ),
+        (
+            dict(method="lrp", answer="whole"),
+            "indirect_effects: method='lrp' scores attention from the last token by the logit of the answer's first "
+            "token; expected positions='last' and answer='first', got 'last' and 'whole'.",
+        ),
         (dict(answer="second"), "indirect_effects: answer='second'; expected 'first' or 'whole'."),
         (
             dict(positions="query"),
@@ -605,6 +850,15 @@ def test_positions_that_a_prompt_has_not_are_refused(tiny, generator):
         effects_of(tiny, bare, means)
     with pytest.raises(ValueError, match=re.escape("positions='first'; expected one of last, bos, prefix,")):
         position_mask(shown, "first")
+
+
+def test_relevance_needs_demonstrations_and_the_last_position(tiny, generator):
+    shown, bare = word_prompts(tiny, generator, n_shots=1), word_prompts(tiny, generator, n_shots=0)
+    message = "sums over the demonstrations' label tokens, but 8 of 8 prompts have none (they have 0 demonstrations)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        effects_of(tiny, bare, means_of(tiny, bare), method="lrp")
+    with pytest.raises(ValueError, match="expected positions='last' and answer='first', got 'query' and 'first'"):
+        effects_of(tiny, shown, means_of(tiny, shown, positions="query"), method="lrp")
 
 
 def test_no_hooks_stay_after_an_error_inside(tiny, generator):

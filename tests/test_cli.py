@@ -1,5 +1,7 @@
 """The commands: what they print and write, and that every error is one line with a hint and exit code 2."""
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +18,8 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 import fvlens
 from fvlens import FunctionVector, cli
 from fvlens.models import fingerprint
+from fvlens.report import Loading, RunOptions
+from fvlens.universal import UniversalHeads
 
 DATA = Path(fvlens.__file__).parent / "relations" / "data"
 REQUIRED = (
@@ -132,8 +136,8 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
 def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
     seen = {}
 
-    def stop(model, relation, *, options, model_name, progress):
-        seen.update(relation=relation.name, options=options, model_name=model_name, progress=progress)
+    def stop(model, relation, **given):
+        seen.update(relation=relation.name, **given)
         raise ValueError("enough")
 
     monkeypatch.setattr("fvlens.report.run_relation", stop)
@@ -143,12 +147,16 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
         "--labels", "random", "--layer", 2, "--template", "arrow", "--device", "cpu",
     )  # fmt: skip
     assert (code, err) == (2, "fvlens: enough\n")
-    options = seen.pop("options")
-    assert seen == {"relation": "plural", "model_name": "rel-small", "progress": True}
+    options, command = seen.pop("options"), seen.pop("command")
+    assert seen == {
+        "relation": "plural", "heads": None, "loading": Loading("rel-small", device="cpu"), "progress": True
+    }  # fmt: skip
+    assert command[:6] == ["fvlens", "run", "plural", "--model", "rel-small", "--seed"]
     assert (options.seed, options.n_shots, options.n_prompts, options.n_heads) == (7, 4, 20, 5)
     assert (options.labels, options.layer, options.template) == ("random", 2, "arrow")
     call("run", "plural")
-    assert seen["options"] == fvlens.report.RunOptions()
+    assert seen["options"] == RunOptions()
+    assert (seen["loading"], seen["command"]) == (Loading(), ["fvlens", "run", "plural"])
     assert list(tmp_path.iterdir()) == []  # a run that fails leaves no folder
 
 
@@ -188,6 +196,219 @@ def test_run_with_default_settings_takes_less_than_a_minute(tmp_path):
     assert "Warning" not in done.stderr
     # what the run is for: the vector does the task, and the controls do not
     assert read["fv_top1"] > max(read["zero_shot_top1"], read["random_vector_top1"], read["other_relation_top1"])
+
+
+def test_the_way_a_model_is_loaded_reaches_it_and_the_files(call, model, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr("fvlens.report.load_model", lambda name, **options: seen.update(name=name, **options) or model)
+    code, _, err = call(
+        "run", "plural", "--model", "some/folder", "--device", "cpu", "--dtype", "float16", "--revision", "v1",
+        "--backend", "hooked", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, "--out", tmp_path, "--quiet",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert seen == {
+        "name": "some/folder", "device": "cpu", "dtype": torch.float16, "revision": "v1", "backend": "hooked"
+    }  # fmt: skip
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert read["loading"] == {
+        "model": "some/folder", "device": "cpu", "dtype": "float16", "revision": "v1", "backend": "hooked"
+    }  # fmt: skip
+    assert read["model"] == "some/folder"
+    assert read["command"][:5] == ["fvlens", "run", "plural", "--model", "some/folder"]
+    assert read["command"][-3:] == ["--out", str(tmp_path), "--quiet"]
+
+
+# --- rerun ---
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """What `fvlens run` writes."""
+    folder = tmp_path_factory.mktemp("run") / "[1] run"
+    with pytest.raises(SystemExit) as end:
+        cli.main([
+            "run", "plural", "--n-prompts", "5", "--n-heads", "3", "--n-shots", "3", "--device", "cpu", "--quiet",
+            "--out", str(folder),
+        ])  # fmt: skip
+    assert end.value.code == 0
+    return folder
+
+
+def test_rerun_gives_the_same_run(call, run_folder, tmp_path):
+    code, out, err = call("rerun", run_folder, "--quiet")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    again = run_folder.with_name("[1] run-rerun")
+    assert lines[0] == "changed since the first run: nothing that the numbers depend on"
+    assert lines[1:4] == [f"wrote {again / name}" for name in ("vector.safetensors", "results.json", "report.html")]
+    assert re.fullmatch(r"the same run: \d+ numbers compared, all equal", lines[4])
+    read = json.loads((again / "results.json").read_text())
+    assert read["command"] == ["fvlens", "rerun", str(run_folder), "--quiet"]
+
+
+def test_rerun_says_what_differs(call, run_folder, tmp_path):
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    content = json.loads((run_folder / "results.json").read_text())
+    right = content["icl_top1"]
+    content["icl_top1"] = right - 0.125
+    content["versions"]["torch"] = "0.1"
+    content["data_hash"] = "0123456789abcdef"
+    (folder / "results.json").write_text(json.dumps(content))
+    out_folder = tmp_path / "out"
+    code, out, err = call("rerun", folder, "--out", out_folder, "--quiet")
+    assert (code, err) == (1, "")
+    first, *_, last = out.splitlines()
+    assert first == "changed since the first run: data data_hash, version versions.torch"
+    rows = cells(out)[1:]
+    assert rows[:2] == [[str(folder)], ["what differs", "first run", "this run", "difference"]]
+    now = fvlens.load_relation("plural").data_hash
+    assert rows[2:6] == [
+        ["data", "data_hash", "0123456789abcdef", now],
+        ["version", "versions.torch", "0.1", importlib.metadata.version("torch")],
+        ["number", "icl_top1", f"{right - 0.125}", f"{right}", "1.2e-01"],
+        ["data", "vector.safetensors", "(absent)", "written"],
+    ]
+    n = re.fullmatch(
+        r"not the same run: 1 results differ beyond 1e-05 \((\d+) numbers compared, largest difference 1\.2e-01\)", last
+    )
+    assert int(n[1]) > 50
+    code, out, _ = call("rerun", folder, "--out", out_folder, "--tolerance", "0.2", "--quiet")
+    assert code == 0
+    assert out.splitlines()[-1].endswith("numbers compared, largest difference 1.2e-01")
+
+
+def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
+    assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
+    (tmp_path / "results.json").write_text('{"schema": 1}')
+    assert "results.json: schema: expected 2, got 1" in refused("rerun", tmp_path)
+    content = json.loads((run_folder / "results.json").read_text())
+    for change, message in (
+        ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
+        ({"loading": content["loading"] | {"model": "rel-smal"}}, "rel-smal"),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(content | change))
+        assert message in refused("rerun", tmp_path)
+    assert "holds the run itself" in refused("rerun", run_folder, "--out", run_folder)
+    assert "tolerance: expected a number of at least 0, got -1.0" in refused("rerun", run_folder, "--tolerance", -1)
+
+
+# --- universal, and run with its heads ---
+
+
+def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
+    path = tmp_path / "heads.json"
+    names = ("antonym", "plural", "capitalised")
+    code, out, err = call(
+        "universal", *names, "--n-heads", 3, "--n-prompts", 6, "--n-shots", 4, "--seed", 5, "--out", path, "--quiet"
+    )
+    assert (code, err) == (0, "")
+    expected = fvlens.universal_heads(
+        model, names, 3, n_prompts=6, n_shots=4, generator=torch.Generator().manual_seed(5), progress=False
+    )
+    loaded = UniversalHeads.load(path, model=model)
+    assert torch.equal(loaded.aie, expected.aie)
+    assert {file.name for file in tmp_path.iterdir()} == {"heads.json", "heads.html"}
+    page = (tmp_path / "heads.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert "capitalised" in page
+    rows = cells(out)
+    assert rows[:2] == [["mean over 3 relations on rel-small, permuted labels"], ["head", "mean AIE", "standard error"]]
+    assert rows[2:5] == [[str(h), f"{expected.mean[h]:.4f}", f"{expected.stderr[h]:.4f}"] for h in expected.heads]
+    assert out.splitlines()[-2:] == [f"wrote {path}", f"wrote {tmp_path / 'heads.html'}"]
+
+    folder = tmp_path / "run"
+    code, out, err = call(
+        "run", "antonym", "--heads", path, "--n-prompts", 6, "--n-shots", 4, "--out", folder, "--quiet"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith(f"3 heads from {path} (universal heads of this model, 3 relations, permuted labels)\n")
+    read = json.loads((folder / "results.json").read_text())
+    assert (read["heads_source"], read["options"]["heads_file"]) == ("file", str(path))
+    assert [entry[:2] for entry in read["heads"]] == [list(head) for head in expected.heads]
+    g = torch.Generator().manual_seed(0)
+    split = fvlens.load_relation("antonym").split(g)
+    clean = fvlens.build_prompts(
+        model, split.train, queries=split.valid, n_prompts=6, n_shots=4, relation="antonym", generator=g
+    )
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    vector = fvlens.function_vector(model, means, heads=expected.heads, layer=read["layer"])
+    assert torch.equal(FunctionVector.load(folder / "vector.safetensors").vector, vector.vector)
+
+
+def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(model, relations, n, **options):
+        seen.append((list(relations), n, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fvlens.universal.universal_heads", stop)
+    monkeypatch.chdir(tmp_path)
+    call("universal")
+    call("universal", "--family", "part", "--n-heads", 4)
+    call("universal", "--category", "translation", "--limit", 2, "--labels", "random", "--template", "arrow", "--quiet")
+    headers = {name: header for name, (header, _) in sorted(library().items())}
+    assert seen[0][:2] == (list(headers), 10)
+    assert seen[1][:2] == ([name for name, header in headers.items() if header["family"] == "part"], 4)
+    translations = [name for name, header in headers.items() if header["category"] == "translation"]
+    assert seen[2][:2] == (translations[:2], 10)
+    options = seen[2][2]
+    assert options.pop("generator").initial_seed() == 0
+    assert options == {
+        "n_shots": 10, "n_prompts": 100, "labels": "random", "template": "arrow", "progress": False
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, monkeypatch, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    found = fvlens.universal_heads(
+        model, ["antonym", "plural"], 2, n_prompts=4, n_corrupted=2, n_shots=3, generator=g, progress=False
+    )
+    part = dataclasses.replace(found, majority=torch.tensor([0.0, 1.0]), complete=False)
+    monkeypatch.setattr("fvlens.universal.universal_heads", lambda *args, **options: part)
+    code, out, err = call("universal", "antonym", "plural", "tool-use", "--out", tmp_path / "h.json", "--n-shots", 3)
+    assert (code, err) == (130, "fvlens: interrupted\n")
+    assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
+    assert out.splitlines()[-1] == "2 of 3 relations were finished"
+    assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+    first, second, *_ = cells(out)[2:]  # one relation has no standard error
+    assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
+
+
+def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text("[[1, 2], [9, 0]]")
+    assert "heads.json: heads: L9H0 does not exist: the model has layers 0..3" in refused(
+        "run", "plural", "--heads", path
+    )
+    assert f"{tmp_path / 'none'}: cannot be read" in refused("run", "plural", "--heads", tmp_path / "none")
+    for option, value in (("--n-heads", 10), ("--labels", "permuted")):
+        message = refused("run", "plural", "--heads", path, option, value)
+        assert (
+            message == f"fvlens: {option} says how to rank heads, but --heads {path} gives them; leave one of them out."
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["antonim"], "no relation named 'antonim'"),
+        (["plural", "--family", "part"], "relations are named, so --category and --family have nothing to choose"),
+        (["--family", "nosuch"], "no relation has family 'nosuch'"),
+        (["plural", "--out", "x.html"], "--out x.html: expected a name for a JSON file, such as heads.json."),
+        (["plural", "--out", "."], "--out .: expected a name for a JSON file, such as heads.json."),
+        (["plural", "--out", "none/h.json"], "--out none/h.json: folder none does not exist; create it first."),
+        (["plural", "--n-heads", "33"], "n: expected 1 to 32 (all heads), got 33."),
+        (["plural", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
+        (["plural", "plural"], "relation 'plural' is given 2 times"),
+    ],
+)
+def test_universal_refuses(refused, monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("universal", *args, "--quiet")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- relations, models, heads ---
@@ -262,6 +483,44 @@ def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
     rows = cells(out)
     assert rows[0] == [f"plural, {labels} labels"]
     assert rows[1:] == [["head", "AIE", "standard error"], *expected]
+
+
+def test_heads_prints_a_screen_and_its_recheck(call, model):
+    code, out, err = call(
+        "heads", "plural", "--n-prompts", 8, "--n-heads", 4, "--method", "atp", "--recheck", 3, "--quiet"
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    g = torch.Generator().manual_seed(0)
+    split = fvlens.load_relation("plural").split(g)
+    common = dict(queries=split.valid, relation="plural", generator=g)
+    means = fvlens.mean_head_activations(
+        model, fvlens.build_prompts(model, split.train, n_prompts=8, **common), progress=False
+    )
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels="permuted", **common)
+    screen = fvlens.indirect_effects(model, corrupted, means, method="atp", recheck=3, progress=False)
+    exact = fvlens.indirect_effects(model, corrupted, means, progress=False)
+    expected = []
+    for head in screen.top(4):
+        row = [str(head), f"{screen.aie[head]:.4f}", f"{screen.stderr[head]:.4f}"]
+        again = [f"{exact.aie[head]:.4f}", f"{exact.stderr[head]:.4f}"] if head in screen.recheck.heads else []
+        expected.append(row + again)
+    rows = cells(out)
+    assert rows[1] == ["head", "AtP", "standard error", "exact AIE", "standard error"]
+    assert rows[2:] == expected
+    assert [len(row) for row in expected] == [5, 5, 5, 3]
+
+
+def test_heads_says_how_relevance_was_computed(call):
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 2, "--method", "lrp", "--quiet")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "AttnLRP rules for norms, activation functions, gates and attention products"
+    assert cells(out)[1] == ["head", "LRP relevance", "standard error"]
+
+
+def test_heads_refuses_a_recheck_of_exact_effects(call):
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--recheck", 3, "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("fvlens: indirect_effects: recheck=3 runs the best heads of a screen again; method='exact'")
 
 
 # --- inject ---
@@ -422,7 +681,7 @@ def test_help_names_every_command(call):
     assert (code, err) == (0, "")
     assert call() == (code, out, err)
     assert out.count("\n") > 10  # not squeezed into one line, as errors are
-    for command in ("run", "relations", "models", "heads", "inject"):
+    for command in ("run", "rerun", "universal", "relations", "models", "heads", "inject"):
         assert re.search(rf"^  {command} ", out, flags=re.MULTILINE)
         assert call(command, "--help")[0] == 0
 

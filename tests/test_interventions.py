@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fvlens.interventions import ablate, inject, resid_hook, z_hook
 from fvlens.models import embedded_folder
+from fvlens.types import is_bridge
 
 TEXTS = ("Q: dog\nA:", "Q: cold\nA: hot\n\nQ: big\nA:", "Q: France\nA: Paris\n\nQ: Italy\nA: Rome\n\nQ: Spain\nA:")
 N_NEW = 4
@@ -136,10 +137,19 @@ def normal(*shape, generator, size=1.0):
     return size * torch.randn(*shape, generator=generator)
 
 
+def told_of_padding(model, tokens):
+    """The mask for a bridge, which takes tokens for unpadded unless told; HookedTransformer looks for itself."""
+    if not is_bridge(model):
+        return {}
+    mask = (tokens != model.tokenizer.pad_token_id).long()
+    mask[:, :-1] |= mask[:, 1:].clone()  # the BOS is the same token
+    return {"attention_mask": mask}
+
+
 def generated(model, tokens, **options):
     """New tokens [prompt N_NEW] and the logits that chose them [prompt N_NEW d_vocab], greedily."""
     settings = dict(max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False, output_logits=True)
-    out = model.generate(tokens, **{**settings, **options})
+    out = model.generate(tokens, **{**settings, **told_of_padding(model, tokens), **options})
     return out.sequences[:, tokens.shape[1] :], torch.stack(out.logits, dim=1)
 
 
@@ -205,6 +215,12 @@ def test_inject_one_tensor_per_prompt(model, plain, generator):
 def test_inject_at_each_residual_hook_equals_a_hand_written_hook(tiny, generator, kind):
     vector = normal(32, generator=generator)
     tokens = torch.randint(5, 500, (2, 6), generator=generator)
+    if kind == "hook_resid_mid" and is_bridge(tiny):
+        with pytest.raises(
+            ValueError, match="cannot be steered on a TransformerBridge: there it is"
+        ):
+            opened(inject(tiny, Fixed({f"blocks.1.{kind}": vector})))
+        return
 
     def by_hand(x, hook):
         x[:, -1] += vector
@@ -393,7 +409,7 @@ def test_generation_from_text_equals_generation_from_tokens(model, generator):
     options = dict(max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False)
     with inject(model, steering):
         texts = model.generate(list(TEXTS), **options)
-        sequences = model.generate(tokens, **options)
+        sequences = model.generate(tokens, **options, **told_of_padding(model, tokens))
     assert texts == [model.tokenizer.decode(row, skip_special_tokens=True) for row in sequences]
     assert texts != model.generate(list(TEXTS), **options)
 

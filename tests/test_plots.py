@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fvlens import plots
-from fvlens.plots import bars, decoded, heatmap, line_sweep, similarity
+from fvlens.plots import bars, decoded, heatmap, line_sweep, relation_map, similarity
 from fvlens.types import Head
 
 AIE = torch.tensor([[0.01, -0.02, 0.3], [0.0, 0.125, -0.4]])
@@ -346,6 +346,101 @@ def test_similarity_refuses(call, message):
         call()
 
 
+# Relations by heads
+
+
+MAP = torch.tensor([[0.1, -0.3, 0.02], [0.0, 0.25, -0.05]])
+
+
+def test_relation_map_shows_the_values_with_the_first_relation_on_top():
+    figure = relation_map(MAP, ["antonym", "plural"], ["L1H2", "L0H0", "L3H1"], colorbar_title="CIE")
+    trace = figure.data[0]
+    np.testing.assert_array_equal(np.asarray(trace.z), MAP.numpy())
+    top, bottom = figure.layout.yaxis.range[::-1]
+    assert top < 0 < 1 < bottom
+    assert list(figure.layout.yaxis.ticktext) == ["antonym", "plural"]
+    assert list(figure.layout.xaxis.ticktext) == ["L1H2", "L0H0", "L3H1"]
+    assert list(figure.layout.xaxis.tickvals) == list(trace.x) == [0, 1, 2]
+    assert (trace.zmid, -trace.zmin, trace.zmax) == (0, pytest.approx(0.3), pytest.approx(0.3))
+    assert trace.colorscale == heatmap(AIE).data[0].colorscale
+    assert trace.hovertext[0][1] == "antonym, L0H0<br>CIE: -0.3"
+    assert not figure.layout.shapes
+    assert figure.layout.title.subtitle.text is None
+
+
+def test_relation_map_marks_what_is_left_out_and_what_is_chosen():
+    figure = relation_map(
+        MAP, ["<b>", "plural"], ["L1H2", "L0H0", "L3H1"], stderr=MAP.abs() / 10, excluded=[True, False],
+        notes=["top-1 0.1 < 0.2", "fine"], n_chosen=2,
+    )  # fmt: skip
+    first, second = figure.layout.yaxis.ticktext
+    assert first == f'<span style="color:{plots.GREY}">× &lt;b&gt;</span>'
+    assert second == "plural"
+    texts = figure.data[0].hovertext
+    assert texts[0][0] == (
+        "&lt;b&gt;, L1H2<br>AIE: +0.1 ± 0.01 (standard error)<br>top-1 0.1 &lt; 0.2<br>left out of the average"
+    )
+    assert texts[1][2] == "plural, L3H1<br>AIE: -0.05 ± 0.005 (standard error)<br>fine"
+    (line,) = figure.layout.shapes
+    assert (line.type, line.x0, line.x1, line.y0, line.y1, line.yref) == ("line", 1.5, 1.5, 0, 1, "paper")
+    note = "Left of the line: the chosen heads (2); grey ×: left out of the average (1 of 2)"
+    assert figure.layout.title.subtitle.text == note
+    alone = relation_map(MAP, ["a", "b"], ["x", "y", "z"], excluded=[False, True])
+    assert alone.layout.title.subtitle.text == "Grey ×: left out of the average (1 of 2)"
+    assert not relation_map(MAP, ["a", "b"], ["x", "y", "z"], n_chosen=3).layout.shapes  # nothing is to its right
+
+
+@pytest.mark.parametrize("n_rows", [1, 12, 60, 120])
+def test_relation_map_gives_every_relation_a_line_that_can_be_read(n_rows):
+    figure = relation_map(torch.ones(n_rows, 30), [f"relation-{i}" for i in range(n_rows)], ["L11H11"] * 30)
+    inside = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    size = figure.layout.yaxis.tickfont.size
+    assert inside / n_rows >= size + 1
+    assert size >= 10
+    assert len(figure.layout.yaxis.ticktext) == n_rows
+    assert figure.layout.width == plots.WIDTH
+    assert figure.layout.xaxis.tickangle == -90  # thirty names do not fit side by side
+
+
+def test_relation_map_of_zeros_has_a_scale():
+    trace = relation_map(torch.zeros(1, 2), ["a"], ["x", "y"]).data[0]
+    assert (trace.zmin, trace.zmax) == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: relation_map(torch.zeros(0, 2), [], ["x", "y"]), "expected at least one row and one column, got an"),
+        (lambda: relation_map(MAP / 0, ["a", "b"], ["x", "y", "z"]), "expected finite values, got 6 NaN or infinite."),
+        (lambda: relation_map(MAP, ["a"], ["x", "y", "z"]), "expected 2 rows for the 2 by 3 map, got 1."),
+        (lambda: relation_map(MAP, ["a", "b"], ["x"]), "expected 3 columns for the 2 by 3 map, got 1."),
+        (
+            lambda: relation_map(MAP, ["a", "b"], ["x", "y", "z"], excluded=[True]),
+            "expected 2 excluded for the 2 by 3 map, got 1.",
+        ),
+        (
+            lambda: relation_map(MAP, ["a", "b"], ["x", "y", "z"], notes=["n"] * 3),
+            "expected 2 notes for the 2 by 3 map, got 3.",
+        ),
+        (
+            lambda: relation_map(MAP, ["a", "b"], ["x", "y", "z"], stderr=MAP[:, :1]),
+            "expected stderr of the shape of values, (2, 3), got (2, 1).",
+        ),
+        (
+            lambda: relation_map(MAP, ["a", "b"], ["x", "y", "z"], stderr=MAP),
+            "expected finite standard errors of at least 0, got values from -0.3 to 0.25.",
+        ),
+        (
+            lambda: relation_map(MAP, ["a", "b"], ["x", "y", "z"], n_chosen=4),
+            "expected n_chosen in 0..3, the number of columns, got 4.",
+        ),
+    ],
+)
+def test_relation_map_refuses(unchecked, call, message):
+    with pytest.raises(ValueError, match=re.escape(f"relation_map: {message}")):
+        call()
+
+
 # Decoded words
 
 
@@ -379,6 +474,7 @@ FIGURES = {
     "line_sweep": lambda title: sweep(references={"10-shot": 0.9}, marked=1, title=title),
     "bars": lambda title: bars(["a", "b"], [0.1, 0.2], [0.0, 0.1], [0.2, 0.3], x_title="x", title=title),
     "similarity": lambda title: similarity(torch.eye(3), ["a", "b", "c"], title=title),
+    "relation_map": lambda title: relation_map(MAP, ["a", "b"], ["x", "y", "z"], title=title),
     "decoded": lambda title: decoded([" a"], [1.0], title=title),
 }
 

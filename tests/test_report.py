@@ -1,13 +1,17 @@
 """The whole chain: its numbers recomputed from their parts, no look at the test pairs, its files and its page."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
+import shutil
 import time
 from collections import defaultdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -16,10 +20,23 @@ import torch
 from runs import SMALL, small_run
 
 import fvlens
-from fvlens import FunctionVector, Relation, report
+from fvlens import FunctionVector, Relation, report, universal
 from fvlens.relations import Pair
-from fvlens.report import RunOptions, find_heads, other_relations, results_json, run_relation, write_report, write_run
+from fvlens.report import (
+    Difference,
+    Loading,
+    RunOptions,
+    find_heads,
+    other_relations,
+    read_run,
+    rerun,
+    results_json,
+    run_relation,
+    write_report,
+    write_run,
+)
 from fvlens.types import Head
+from fvlens.universal import read_heads
 
 TINY = RunOptions(n_shots=2, n_prompts=4, n_corrupted=3, n_heads=3, n_random=2, n_others=0)
 
@@ -56,7 +73,7 @@ def watched(model):
         return build
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("report", "evaluation"):
+        for module in ("universal", "evaluation"):
             target = f"fvlens.{module}.build_prompts"
             patch.setattr(target, spy(module, fvlens.build_prompts))
         began = time.monotonic()
@@ -112,6 +129,13 @@ def best(sweep):
     return sweep.layers[keys.index(max(keys))]
 
 
+def file_hash(name):
+    """Hash of a relation's pairs, from its file."""
+    text = (Path(fvlens.__file__).parent / "relations" / "data" / f"{name}.tsv").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 def same(got, expected):
     """Equal, floats up to rounding, at any depth."""
     if isinstance(expected, dict):
@@ -157,14 +181,23 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         if name in intervals:
             np.testing.assert_allclose(intervals[name], bootstrap(value), atol=1.5 / len(value), err_msg=name)
     expected = {
+        "schema": 2,
         "relation": "antonym",
         "model": "rel-small",
         "seed": 0,
         **{name: float(value.mean()) for name, value in scores.items()},
         "layer": best(result.sweeps["permuted"]),
-        "layer_random_labels": best(result.sweeps["random"]),
+        "heads_source": "ranking",
         "heads": ranked(result.effects["permuted"], 10),
-        "heads_random_labels": ranked(result.effects["random"], 10),
+        "rankings": {
+            ranking: {
+                "fv_top1": float(right(result.steered[ranking]).mean()),
+                "interval": intervals[key],
+                "layer": best(result.sweeps[ranking]),
+                "heads": ranked(result.effects[ranking], 10),
+            }
+            for ranking, key in (("permuted", "fv_top1"), ("random", "fv_random_labels_top1"))
+        },
         "n_test": len(result.split.test),
         "intervals": intervals,
         "icl_probability": float(np.mean(result.icl.probabilities.tolist())),
@@ -174,12 +207,22 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "options": {
             "seed": 0, "n_shots": 10, "n_prompts": 10, "n_corrupted": 4, "n_heads": 10, "labels": "permuted",
-            "layer": None, "template": "qa", "n_random": 2, "n_others": 1,
+            "layer": None, "template": "qa", "n_random": 2, "n_others": 1, "heads_file": None,
         },
+        "loading": None,
+        "command": None,
         "fingerprint": dataclasses.asdict(fvlens.fingerprint(model)),
-        "data_hash": relation.data_hash,
+        "data_hash": file_hash("antonym"),
+        "data": {
+            "relations": {name: file_hash(name) for name in ("antonym", *result.others)},
+            "library": result.provenance.library_hash,
+            "heads_file": None,
+        },
+        "heads_note": None,
         "split_disjoint": "both" if apart(words) else "input",
-        "versions": result.versions,
+        "versions": result.provenance.versions,
+        "code_hash": result.provenance.code_hash,
+        "platform": result.provenance.platform,
         "seconds": result.seconds,
     }  # fmt: skip
     assert set(numbers) == set(expected)
@@ -266,6 +309,7 @@ def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
         assert [type(item) for item in entry] == [int, int, float, float]
     assert len(read["heads"]) == 10
     assert read["n_test"] >= 60
+    assert type(read["schema"]) is int
     assert type(read["seconds"]) is float
     for name in ("fvlens", "torch", "transformer-lens"):
         assert read["versions"][name] == importlib.metadata.version(name)
@@ -279,7 +323,7 @@ def test_summary_shows_the_same_numbers(result, numbers):
         "10 demonstrations, labels permuted": "shuffled_top1",
         "bare query": "zero_shot_top1",
         f"function vector, 10 heads by permuted labels, layer {numbers['layer']}": "fv_top1",
-        f"function vector, 10 heads by random labels, layer {numbers['layer_random_labels']}": (
+        f"function vector, 10 heads by random labels, layer {numbers['rankings']['random']['layer']}": (
             "fv_random_labels_top1"
         ),
         "2 random vectors of the same norm": "random_vector_top1",
@@ -323,7 +367,7 @@ def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
 
 def test_options_reach_the_prompts(watched):
     _, calls, _ = watched
-    built = [call.prompts for call in calls if call.module == "report"]
+    built = [call.prompts for call in calls if call.module == "universal"]
     by_labels = defaultdict(set)
     for prompts in built:
         by_labels[prompts.labels].add((len(prompts), prompts.n_shots, prompts.template.name))
@@ -401,12 +445,13 @@ def test_layer_and_labels_can_be_chosen(tiny):
 @pytest.mark.parametrize("part", ["indirect_effects", "layer_sweep", "controls"])
 def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
     """Its partial result would pass for the whole."""
-    original = getattr(report, part)
+    room = universal if part == "indirect_effects" else report
+    original = getattr(room, part)
 
     def interrupted(*args, **kwargs):
         return dataclasses.replace(original(*args, **kwargs), complete=False)
 
-    monkeypatch.setattr(report, part, interrupted)
+    monkeypatch.setattr(room, part, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
 
@@ -432,6 +477,500 @@ def test_other_relations_share_no_output_and_no_family(name):
     assert other_relations(relation, 0, g) == []
 
 
+def test_with_random_labels_the_numbers_are_those_of_the_saved_vector(tiny):
+    options = dataclasses.replace(TINY, labels="random", n_heads=5)
+    found = run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False)
+    read = results_json(found)
+    ours = {"fv_top1": read["fv_top1"], "interval": read["intervals"]["fv_top1"]}
+    assert read["rankings"]["random"] == {**ours, "layer": read["layer"], "heads": read["heads"]}
+    assert same(read["heads"], ranked(found.effects["random"], 5))
+    assert same(read["rankings"]["permuted"]["heads"], ranked(found.effects["permuted"], 5))
+    assert [entry[:2] for entry in read["heads"]] == [list(head) for head in found.vector.heads]
+    assert read["layer"] == found.vector.layer
+    assert read["fv_top1"] == right(found.steered["random"]).mean() == of_kind(found, "vector").mean()
+    assert read["fv_random_labels_top1"] == read["fv_top1"]
+    assert read["rankings"]["permuted"]["fv_top1"] == right(found.steered["permuted"]).mean()
+    assert read["rankings"]["permuted"]["layer"] == found.vectors["permuted"].layer
+
+
+# --- heads from a file ---
+
+
+@pytest.fixture
+def heads_file(tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text("[[2, 3], [0, 1], [1, 1]]")
+    return path
+
+
+@pytest.fixture(scope="session")
+def given(tiny, tmp_path_factory):
+    """A run over heads from a file, with another relation among its controls."""
+    heads_file = tmp_path_factory.mktemp("heads") / "heads.json"
+    heads_file.write_text("[[2, 3], [0, 1], [1, 1]]")
+    options = dataclasses.replace(TINY, n_others=1, n_heads=5)
+    return run_relation(
+        tiny, fvlens.load_relation("antonym"), options=options, heads=read_heads(heads_file, tiny), progress=False
+    )
+
+
+def test_given_heads_make_the_vector_and_none_is_ranked(tiny, given, heads_file, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    split = fvlens.load_relation("antonym").split(g)
+    clean = fvlens.build_prompts(
+        tiny, split.train, queries=split.valid, n_shots=2, n_prompts=4, relation="antonym", generator=g
+    )
+    means = fvlens.mean_head_activations(tiny, clean, progress=False)
+    expected = fvlens.function_vector(tiny, means, heads=[(2, 3), (0, 1), (1, 1)], layer=0)
+    assert torch.equal(given.vector.vector, expected.vector)
+    assert given.vector.heads == expected.heads
+    assert given.vector.layer == best(given.sweeps["file"])
+    assert (list(given.vectors), list(given.sweeps), list(given.steered), given.effects) == (["file"],) * 3 + ({},)
+    assert len(given.others) == 1
+    read = json.loads(json.dumps(results_json(given), allow_nan=False))
+    assert read["heads"] == [[2, 3, None, None], [0, 1, None, None], [1, 1, None, None]]
+    assert (read["heads_source"], read["rankings"], read["path"]) == ("file", {}, None)
+    assert (read["options"]["heads_file"], read["options"]["n_heads"]) == (given.given.path, 3)
+    assert read["data"]["heads_file"] == hashlib.sha256(heads_file.read_bytes()).hexdigest()[:16]
+    assert read["heads_note"] == "a plain list; it does not say which model the heads are of"
+    assert read["fv_top1"] == right(given.steered["file"]).mean()
+    assert read["fv_random_labels_top1"] is read["intervals"]["fv_random_labels_top1"] is None
+    names = [name for name, *_ in given.summary()]
+    assert f"function vector, 3 heads from heads.json, layer {given.vector.layer}" in names
+    assert not any("labels, layer" in name for name in names)
+
+    def never(*args, **kwargs):
+        raise AssertionError("heads were ranked")
+
+    monkeypatch.setattr(universal, "indirect_effects", never)
+    heads = read_heads(heads_file, tiny)
+    run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, heads=heads, progress=False)
+
+
+def test_page_shows_given_heads_instead_of_heatmaps(given, tmp_path):
+    path = write_report(tmp_path / "report.html", given)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "L2H3, L0H1, L1H1" in page.texts["p"]
+    assert not any("Which heads carry" in text for text in page.texts["h2"])
+    assert "Where the vector works (heads from heads.json)" in page.texts["h2"]
+    told = dict(page.tables["provenance"])
+    assert told["heads"].startswith(f"L2H3, L0H1, L1H1, from {given.given.path} (file ")
+    assert told["attribution path"] == "none: the heads were given"
+
+
+def test_more_given_heads_than_can_be_drawn_again_are_refused(tiny, heads_file):
+    heads_file.write_text(json.dumps([[layer, head] for layer in range(2) for head in range(4)]))
+    with pytest.raises(ValueError, match="n_heads=8: expected at most 6, half of the model's 12 heads"):
+        run_relation(
+            tiny, fvlens.load_relation("antonym"), options=TINY, heads=read_heads(heads_file, tiny), progress=False
+        )
+
+
+# --- provenance ---
+
+
+def test_provenance_names_what_the_numbers_depend_on(result, numbers, model):
+    source = result.provenance
+    assert numbers["versions"].keys() == {
+        "fvlens", "torch", "transformer-lens", "transformers", "tokenizers", "numpy", "python"
+    }  # fmt: skip
+    lines = []
+    for name in fvlens.list_relations():
+        lines.append(f"{name}\t{fvlens.load_relation(name).family}\t{file_hash(name)}")
+    assert source.library_hash == hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    assert source.platform["threads"] == torch.get_num_threads()
+    assert source.platform["device"] == "cpu"
+    assert source.platform["system"] == platform.platform()
+    assert source.platform["processor"]
+    assert source.platform["model_class"] == type(model).__name__
+    assert numbers["fingerprint"]["revision"] == "local"
+    assert re.fullmatch("[0-9a-f]{16}", source.code_hash)
+
+
+def test_code_hash_changes_with_any_file_of_the_package(model, monkeypatch, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "sub" / "b.py").write_text("2")
+    (tmp_path / "data.txt").write_text("3")
+    monkeypatch.setattr(report.resources, "files", lambda name: tmp_path)
+    digest = lambda: report.Provenance.of(model, {}).code_hash  # noqa: E731
+    first = digest()
+    (tmp_path / "data.txt").write_text("4")
+    assert digest() == first
+    (tmp_path / "sub" / "b.py").write_text("3")
+    assert digest() != first
+    (tmp_path / "sub" / "b.py").write_text("2")
+    assert digest() == first
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    assert digest() != first
+
+
+@pytest.mark.parametrize(
+    ("loading", "expected"),
+    [
+        (Loading(), ("rel-small", {})),
+        (Loading("x", device="cpu", revision="main"), ("x", {"device": "cpu", "revision": "main"})),
+        (
+            Loading("y", dtype="bfloat16", backend="bridge"),
+            ("y", {"dtype": torch.bfloat16, "backend": "bridge"}),
+        ),
+    ],
+)
+def test_loading_passes_on_what_was_given_and_nothing_else(monkeypatch, loading, expected):
+    monkeypatch.setattr(report, "load_model", lambda name, **options: (name, options))
+    assert loading.load() == expected
+
+
+# --- the same run again ---
+
+LOADED = Loading("rel-small", device="cpu")
+QUICK = RunOptions(n_shots=4, n_prompts=6, n_corrupted=3, n_heads=4, n_random=2, n_others=1)
+
+
+@pytest.fixture(scope="session")
+def first(model):
+    """A run that says how its model was loaded."""
+    relation = fvlens.load_relation("plural")
+    return run_relation(
+        model, relation, options=QUICK, loading=LOADED, command=["fvlens", "run", "plural"], progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def written(first, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    write_run(first, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """The run's files, ours to change."""
+    return Path(shutil.copytree(written, tmp_path / "first", ignore=shutil.ignore_patterns("*.html")))
+
+
+@pytest.fixture
+def remembered(first, monkeypatch):
+    """The second run comes out like the first, without the work, and without its page."""
+    monkeypatch.setattr(report, "run_relation", lambda *args, **options: first)
+    monkeypatch.setattr(report, "write_report", lambda path, result: path)
+
+
+def edit(folder, **changes):
+    """Change fields of results.json; a dot goes into an object, None as a function removes."""
+    path = folder / "results.json"
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        place = content
+        for key in outer:
+            place = place[int(key) if isinstance(place, list) else key]
+        last = int(last) if isinstance(place, list) else last
+        if value is edit:
+            del place[last]
+        else:
+            place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def test_a_run_repeated_from_its_files_is_the_same(first, folder):
+    """The model too is loaded again."""
+    done = rerun(folder, progress=False)
+    assert done.differences == ()
+    assert done.agrees
+    assert done.largest == 0
+    assert len(done.to_dataframe()) == 0
+    assert done.out == folder.parent / "first-rerun"
+    old, new = (json.loads((place / "results.json").read_text()) for place in (folder, done.out))
+    assert {**old, "seconds": 0, "command": None} == {**new, "seconds": 0}
+    assert old["command"] == ["fvlens", "run", "plural"]
+    assert old["loading"] == {
+        "model": "rel-small", "device": "cpu", "dtype": None, "revision": None, "backend": None
+    }  # fmt: skip
+    vectors = [FunctionVector.load(place / "vector.safetensors") for place in (folder, done.out)]
+    assert torch.equal(vectors[0].vector, vectors[1].vector)
+    assert {file.name for file in done.files} == {"vector.safetensors", "results.json", "report.html"}
+    inputs = {"schema", "seed", "fingerprint", "options", "loading", "versions", "platform", "seconds"}
+    results = {key: value for key, value in old.items() if key not in inputs}
+    found = re.findall(r"(?<=[\[ ])-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[,\]}])", json.dumps(results))
+    assert done.n_numbers == len(found) + first.fingerprint.d_model
+
+
+def test_the_second_run_uses_the_settings_of_the_first(tiny, tmp_path):
+    """Every option differs from its default, and the model is the one that is given."""
+    options = RunOptions(
+        seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", layer=1, template="arrow",
+        n_random=1, n_others=1,
+    )  # fmt: skip
+    write_run(run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False), tmp_path / "a")
+    done = rerun(tmp_path / "a", out=tmp_path / "b", model=tiny, command=["again"], progress=False)
+    assert done.differences == ()
+    assert done.result.options == options
+    assert done.result.command == ("again",)
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["model"] == "custom"
+
+
+def test_a_changed_number_is_reported_and_nothing_else(first, folder, model, remembered):
+    edit(folder, fv_top1=first.steered["permuted"].top1 - 0.25)
+    done = rerun(folder, model=model)
+    now = first.steered["permuted"].top1
+    assert done.differences == (Difference("number", "fv_top1", now - 0.25, now, pytest.approx(0.25)),)
+    assert not done.agrees
+    assert done.largest == pytest.approx(0.25)
+    assert rerun(folder, model=model, tolerance=0.26).agrees
+    (row,) = done.to_dataframe().to_dict("records")
+    assert (row["kind"], row["name"], row["size"]) == ("number", "fv_top1", pytest.approx(0.25))
+
+
+def test_differences_are_relative_above_one(folder, first, model, remembered):
+    logit = first.decoded[0][1]
+    assert logit > 2
+    edit(folder, decoded__0__1=logit * 1.25)
+    (found,) = rerun(folder, model=model).differences
+    assert found.name == "decoded[0][1]"
+    assert found.size == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"decoded__0__0": "other"}, "decoded[0][0]"),
+        ({"icl_top1": edit}, "icl_top1"),
+        ({"icl_top1": None}, "icl_top1"),
+        ({"more": 3}, "more"),
+        ({"heads__3": edit}, "heads[3][0]"),
+        ({"other_relations__0": "nosuch"}, "other_relations[0]"),
+    ],
+)
+def test_results_that_are_no_numbers_must_be_the_same(folder, model, remembered, changes, name):
+    edit(folder, **changes)
+    done = rerun(folder, model=model)
+    found = {one.name: one for one in done.differences}
+    assert found[name].kind == "result"
+    assert found[name].size is None
+    assert not done.agrees
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "name"),
+    [
+        ({"fingerprint__weights": "0" * 16}, "model", "fingerprint.weights"),
+        ({"fingerprint__revision": "abc"}, "model", "fingerprint.revision"),
+        ({"data_hash": "0" * 16}, "data", "data_hash"),
+        ({"data__relations__plural": "0" * 16}, "data", "data.relations.plural"),
+        ({"data__relations__gone": "0" * 16}, "data", "data.relations.gone"),
+        ({"data__library": "0" * 16}, "data", "data.library"),
+        ({"versions__torch": "0.1"}, "version", "versions.torch"),
+        ({"versions__torch": edit}, "version", "versions.torch"),
+        ({"code_hash": "0" * 16}, "version", "code_hash"),
+        ({"platform__threads": 77}, "platform", "platform.threads"),
+        ({"path": "naive"}, "setting", "path"),
+    ],
+)
+def test_what_the_numbers_depend_on_is_reported_but_no_failure(folder, model, remembered, changes, kind, name):
+    edit(folder, **changes)
+    said = []
+    done = rerun(folder, model=model, announce=said.extend)
+    (found,) = done.differences
+    assert (found.kind, found.name, found.size) == (kind, name, None)
+    (old,) = changes.values()
+    assert found.old == ("(absent)" if old is edit else old)
+    assert found.new != found.old
+    assert (found.new == "(absent)") == (name == "data.relations.gone")
+    assert done.agrees
+    assert said == ([] if kind == "setting" else [found])
+
+
+def test_a_changed_relation_changes_the_numbers_too(folder, model, monkeypatch):
+    relation = fvlens.load_relation("plural")
+    shorter = dataclasses.replace(relation, pairs=relation.pairs[:50])
+    load = fvlens.load_relation
+    monkeypatch.setattr(report, "load_relation", lambda name: shorter if name == "plural" else load(name))
+    done = rerun(folder, model=model, progress=False)
+    kinds = defaultdict(set)
+    for one in done.differences:
+        kinds[one.kind].add(one.name)
+    assert kinds["data"] == {"data_hash", "data.relations.plural", "data.library"}
+    assert "n_test" in kinds["number"]
+    assert not done.agrees
+
+
+def test_the_vector_is_compared_number_by_number(folder, first, model, remembered):
+    path = folder / "vector.safetensors"
+    changed = first.vector.vector.clone()
+    changed[5] += 0.5
+    dataclasses.replace(first.vector, vector=changed).save(path)
+    done = rerun(folder, model=model)
+    (found,) = done.differences
+    assert (found.kind, found.name) == ("number", "vector.safetensors: norm")
+    a, b = changed[5].item(), first.vector.vector[5].item()
+    assert found.size == pytest.approx(0.5 / max(1, abs(a), abs(b)))
+    assert (found.old, found.new) == pytest.approx((changed.norm().item(), first.vector.norm()))
+    assert not done.agrees
+    path.unlink()
+    done = rerun(folder, model=model)
+    assert done.differences == (Difference("data", "vector.safetensors", "(absent)", "written"),)
+    assert done.agrees
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=re.escape("vector.safetensors: not a safetensors file")):
+        rerun(folder, model=model)
+
+
+def test_a_vector_of_another_width_is_not_the_same(folder, tiny, tiny_result, model, remembered):
+    tiny_result.vector.save(folder / "vector.safetensors")
+    (found,) = rerun(folder, model=model).differences
+    assert found == Difference("result", "vector.safetensors: length", 32, 128)
+
+
+def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(tiny, given, heads_file, tmp_path):
+    given = dataclasses.replace(given, given=dataclasses.replace(given.given, path=str(heads_file)))
+    write_run(given, tmp_path / "first")
+    again = lambda: rerun(tmp_path / "first", model=tiny, progress=False)  # noqa: E731
+    assert again().differences == ()
+    old = results_json(given)["data"]["heads_file"]
+    heads_file.write_text("[[0, 0]]")
+    done = again()
+    new = hashlib.sha256(b"[[0, 0]]").hexdigest()[:16]
+    assert done.differences == (Difference("data", "data.heads_file", old, new),)
+    assert torch.equal(done.result.vector.vector, given.vector.vector)
+    heads_file.unlink()
+    done = again()
+    assert done.differences == (Difference("data", "data.heads_file", old, "(absent)"),)
+    assert done.result.vector.heads == given.vector.heads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": edit}, "schema: expected 2, got None; the file is of another version of fvlens"),
+        ({"schema": 99}, "schema: expected 2, got 99; the file is of another version of fvlens"),
+        ({"schema": "2"}, "schema: expected 2, got '2'; the file is of another version of fvlens"),
+        ({"relation": 3}, "relation: expected str, got 3."),
+        ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
+        ({"relation": edit}, "relation: the field is missing."),
+        ({"options": []}, "options: expected dict, got []."),
+        ({"options__n_shots": edit}, "options.n_shots: the field is missing."),
+        ({"options__n_shots": "4"}, "options.n_shots: expected int, got '4'."),
+        ({"options__n_shots": True}, "options.n_shots: expected int, got True."),
+        ({"options__n_shots": 0}, "options: n_shots: expected at least 1, got 0."),
+        ({"options__labels": "true"}, "options.labels: expected one of 'permuted', 'random', got 'true'."),
+        ({"options__layer": 1.0}, "options.layer: expected int or null, got 1.0."),
+        ({"options__template": "nosuch"}, "options: no template named 'nosuch'"),
+        ({"options__more": 1}, "options.more: not a field of this schema; expected seed, n_shots"),
+        ({"options__heads_file": edit}, "options.heads_file: the field is missing."),
+        ({"options__seed": 2**63, "seed": 2**63}, f"options: seed: expected 0 to 2**63 - 1, got {2**63}."),
+        ({"seed": 1}, "seed: 1, but options.seed is 0; expected one seed."),
+        ({"loading": "rel-small"}, "loading: expected dict or null, got 'rel-small'."),
+        ({"loading__dtype": "int8"}, "loading.dtype: expected one of 'float32', 'bfloat16', 'float16', 'float64'"),
+        ({"loading__backend": "x"}, "loading.backend: expected one of 'hooked', 'bridge' or null, got 'x'."),
+        ({"loading__device": "nosuch"}, "loading.device: 'nosuch' is not a device."),
+        ({"loading__code": "import os"}, "loading.code: not a field of this schema; expected model, device"),
+        ({"fingerprint__weights": 1}, "fingerprint.weights: expected str, got 1."),
+        ({"fingerprint__more": 1}, "fingerprint.more: not a field of this schema"),
+        ({"data": None}, "data: expected dict, got None."),
+        ({"data__relations": []}, "data.relations: expected dict, got []."),
+        ({"data__relations__plural": 1}, "data.relations.plural: expected str, got 1."),
+        ({"data__library": edit}, "data.library: the field is missing."),
+        ({"data__heads_file": 1}, "data.heads_file: expected str or null, got 1."),
+        ({"data_hash": None}, "data_hash: expected str, got None."),
+        ({"versions": []}, "versions: expected dict, got []."),
+        ({"versions__torch": []}, "versions.torch: expected a text or a number, got []."),
+        ({"platform__threads": {}}, "platform.threads: expected a text or a number, got {}."),
+        ({"code_hash": edit}, "code_hash: the field is missing."),
+        ({"heads_source": "other"}, "heads_source: expected one of 'ranking', 'file', got 'other'."),
+        ({"heads_source": "file"}, "heads_source is 'file', but options.heads_file or data.heads_file is null."),
+    ],
+)  # fmt: skip
+def test_results_that_do_not_fit_are_refused(folder, changes, message):
+    edit(folder, **changes)
+    for read in (read_run, rerun):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            read(folder)
+        assert str(error.value).startswith(f"{folder / 'results.json'}: ")
+    assert not (folder.parent / "first-rerun").exists()
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (3, "heads: expected list, got 3."),
+        ([[9, 0, None, None]] * 4, "heads: L9H0 does not exist"),
+        ([[0, 1, None, None], [0, 1, None, None]], "heads: L0H1 is listed twice"),
+        ([[0], [1]], "heads: expected (layer, head) pairs of integers, got [0]."),
+        ([[0, 1, None, None]], "heads: expected options.n_heads, 4 heads, got 1."),
+    ],
+)
+def test_recorded_heads_that_do_not_fit_are_refused(folder, heads, message):
+    edit(folder, heads_source="file", options__heads_file="x", data__heads_file="y", heads_note="z", heads=heads)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_run(folder)
+    assert str(error.value).startswith(f"{folder / 'results.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "results.json: not a JSON file, or a truncated one ("),
+        (b'{"schema": 2', "results.json: not a JSON file, or a truncated one ("),
+        (b'{"schema": NaN}', "results.json: not a JSON file, or a truncated one (NaN is not a number)."),
+        (b"[" * 100_000, "results.json: not a JSON file, or a truncated one ("),
+        (b"\xff\x00", "results.json: not a JSON file, or a truncated one ("),
+        (b"[1]", "results.json: expected a JSON object, got list."),
+    ],
+)
+def test_results_that_are_no_json_are_refused(tmp_path, data, message):
+    (tmp_path / "results.json").write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_run(tmp_path)
+
+
+def test_a_run_that_cannot_be_repeated_is_refused(folder, tiny, tmp_path, model):
+    with pytest.raises(ValueError, match=re.escape("results.json: cannot be read (No such file or directory); exp")):
+        rerun(tmp_path / "none")
+    for tolerance in (-1.0, float("nan"), float("inf")):
+        message = f"rerun: tolerance: expected a number of at least 0, got {tolerance}."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            rerun(folder, tolerance=tolerance)
+    for out in (folder, folder / ".." / "first"):
+        with pytest.raises(ValueError, match=re.escape(f"rerun: {out} holds the run itself; give another folder")):
+            rerun(folder, out=out)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=re.escape(f"rerun: {tmp_path / 'file'} is a file; give a folder.")):
+        rerun(folder, out=tmp_path / "file")
+    edit(folder, loading__model=str(tmp_path / "no-model"))
+    with pytest.raises(ValueError, match="no-model"):
+        rerun(folder)
+    edit(folder, loading=None)
+    with pytest.raises(ValueError, match=re.escape("loading: the run was started from Python and names no model")):
+        rerun(folder)
+
+
+@pytest.mark.parametrize("name", [".", "../first", "sub/.."])
+def test_the_second_folder_stands_beside_the_first_by_any_name(folder, model, remembered, monkeypatch, name):
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder)
+    assert rerun(name, model=model).out.resolve() == folder.resolve().parent / "first-rerun"
+    assert (folder.parent / "first-rerun" / "results.json").is_file()
+
+
+def test_page_tells_how_to_repeat_the_run(first, result, tmp_path):
+    files = write_run(first, tmp_path / "my folder")
+    told = dict(Page(files[2].read_text(encoding="utf-8")).tables["provenance"])
+    mark = first.fingerprint
+    assert told["model"] == f"rel-small (revision local, weights {mark.weights}, float32)"
+    assert told["loaded with"] == "model rel-small, device cpu"
+    assert told["command"] == "fvlens run plural"
+    assert told["again"] == f"fvlens rerun '{tmp_path}/my folder'"
+    (other,) = first.others
+    assert told["other data"] == f"{other} {file_hash(other)}, whole library {first.provenance.library_hash}"
+    assert f"(code {first.provenance.code_hash})" in told["versions"]
+    assert f"threads {torch.get_num_threads()}" in told["machine"]
+    python = dict(page_of(result, tmp_path).tables["provenance"])
+    assert python["again"] == f"fvlens.report.rerun({str(tmp_path)!r}, model=model)"
+    assert "command" not in python
+    assert "loaded with" not in python
+
+
 # --- refusals ---
 
 
@@ -445,6 +984,8 @@ def test_other_relations_share_no_output_and_no_family(name):
         ({"n_heads": 0}, "n_heads: expected at least 1, got 0."),
         ({"n_random": -3}, "n_random: expected at least 1, got -3."),
         ({"n_others": -1}, "n_others: expected 0 or more, got -1."),
+        ({"seed": -1}, "seed: expected 0 to 2**63 - 1, got -1."),
+        ({"seed": 2**63}, f"seed: expected 0 to 2**63 - 1, got {2**63}."),
         ({"template": "nosuch"}, "no template named 'nosuch'; expected one of qa, arrow, colon"),
     ],
 )

@@ -6,15 +6,26 @@ import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
-from conftest import random_model
+from conftest import needs_hooked, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fvlens
-from fvlens import suffix
 from fvlens.interventions import inject, resid_hook, z_hook
-from fvlens.suffix import Slices, choose_path, counted_gain, has_hooks, plan_slices, run_prefix, steered_resid
+from fvlens.suffix import (
+    Slices,
+    _memory,
+    _run,
+    choose_path,
+    counted_gain,
+    has_hooks,
+    plan_slices,
+    run_prefix,
+    steered_resid,
+)
 from fvlens.types import Head
+
+pytestmark = needs_hooked  # most of it is about the weights path; test_bridge and test_matrix say the same of a bridge
 
 PATHS = ("weights", "kv")
 BOTH = [(name, path) for name in ARCHITECTURES for path in PATHS if path in ("kv", FASTEST[name])]
@@ -190,8 +201,23 @@ def test_log_probs_equal_log_softmax_in_any_slices(models, generator, monkeypatc
         expected = run.logits(resid).log_softmax(dim=-1).gather(-1, wanted)[..., 0].float()
         expected[0, :, 1] = expected[3, :, 0] = 0
         torch.testing.assert_close(run.log_probs(resid, targets), expected, rtol=1e-5, atol=1e-5)
-        monkeypatch.setattr(suffix, "_LOGIT_SLICE", 5 * model.cfg.d_vocab)
+        sizes = []
+        original = type(run).logits
+        monkeypatch.setattr(type(run), "logits", lambda self, x: sizes.append(len(x)) or original(self, x))
+        n_scored = 2 * int((targets >= 0).sum())
+        for at_once in (1, 5, n_scored - 1, n_scored, 1000):
+            found = run.log_probs(resid, targets, at_once=at_once)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert sum(sizes) == n_scored  # nothing else is unembedded
+            assert max(sizes) == min(at_once, n_scored)
+            sizes.clear()
+        monkeypatch.setattr(_run, "_LOGIT_SLICE", 5 * model.cfg.d_vocab)
         torch.testing.assert_close(run.log_probs(resid, targets), expected, rtol=1e-5, atol=1e-5)
+        assert max(sizes) == 5
+        sizes.clear()
+        nothing = torch.full_like(targets, -1)
+        assert torch.equal(run.log_probs(resid, nothing), torch.zeros_like(expected))
+        assert not sizes
 
 
 # --- what it costs ---
@@ -269,21 +295,9 @@ def test_plan_needs_what_it_says_and_uses_what_it_gets(tiny, data):
 
 def test_default_plan_is_bounded_by_what_is_free(tiny, monkeypatch):
     shape = dict(n_pos=50, n_suffix=1, n_variants=12, path="weights")
-    monkeypatch.setattr(suffix, "free_memory", lambda device: 4 * 10**7)
-    assert plan_slices(tiny, **shape, max_memory=None) == plan_slices(tiny, **shape, max_memory=10**7)
-    monkeypatch.setattr(suffix, "free_memory", lambda device: 10**15)
-    assert plan_slices(tiny, **shape, max_memory=None) == plan_slices(tiny, **shape, max_memory=1024**3)
-
-
-def test_free_memory_is_counted_or_assumed(monkeypatch):
-    cpu = torch.device("cpu")
-    assert 0 < suffix.free_memory(cpu) < 2**50
-
-    def unknown(name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(suffix.os, "sysconf", unknown)
-    assert suffix.free_memory(cpu) == 4 * 1024**3
+    for free, expected in ((4 * 10**7, 10**7), (10**15, 1024**3), (None, 1024**3)):
+        monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
+        assert plan_slices(tiny, **shape, max_memory=None) == plan_slices(tiny, **shape, max_memory=expected)
 
 
 # --- which path ---

@@ -1,13 +1,17 @@
 """Function vectors over a plain Hugging Face model, as naively as possible: no fvlens, no TransformerLens.
 
-One prompt at a time, without padding, so positions are the natural ones; one whole forward pass for each patched head.
-Heads are read and replaced at the INPUT of the output projection (GPT-2 ``attn.c_proj``, Llama ``self_attn.o_proj``,
-GPT-NeoX ``attention.dense``), where the outputs of all heads lie side by side.
+One prompt at a time, without padding, so positions are the natural ones; one whole forward pass for each patched head,
+and the whole sequence anew for each generated token. Heads are read and replaced at the INPUT of the output projection
+(GPT-2 ``attn.c_proj``, Llama ``self_attn.o_proj``, GPT-NeoX ``attention.dense``), where the outputs of all heads lie
+side by side. Vectors are added to the output of a decoder block.
 """
 
 import contextlib
 
 import torch
+
+ATTENTIONS = ("attn", "attention", "self_attn")
+PROJECTIONS = ("c_proj", "out_proj", "dense", "o_proj")
 
 
 def blocks(model):
@@ -19,11 +23,17 @@ def blocks(model):
     return list(model.model.layers)
 
 
+def only_child(module, names):
+    """The one submodule that has one of these names."""
+    (found,) = [getattr(module, name) for name in names if hasattr(module, name)]
+    return found
+
+
 def output_projections(model):
     """The output projection of each layer's attention."""
-    names = {"transformer": ("attn", "c_proj"), "gpt_neox": ("attention", "dense"), "model": ("self_attn", "o_proj")}
-    attention, projection = next(path for name, path in names.items() if hasattr(model, name))
-    return [getattr(getattr(block, attention), projection) for block in blocks(model)]
+    attentions = [only_child(block, ATTENTIONS) for block in blocks(model)]
+    # GPT-Neo wraps its attention once more
+    return [only_child(getattr(attention, "attention", attention), PROJECTIONS) for attention in attentions]
 
 
 def projection_weight(model, layer):
@@ -54,44 +64,71 @@ def heads_seen(model, layers, see):
             handle.remove()
 
 
+@contextlib.contextmanager
+def steered(model, vector, layer, position):
+    """A vector added to the output of a block at one position."""
+
+    def hook(module, args, output):
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden = hidden.clone()
+        hidden[:, position] += vector
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    handle = blocks(model)[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def logits(model, row):
     """Logits [pos d_vocab] of one prompt, a list of token ids."""
-    return model(torch.tensor([row])).logits[0]
+    return model(torch.tensor([row]), use_cache=False).logits[0]
 
 
-def mean_head_outputs(model, rows):
-    """Mean over prompts of every head's output at the last token: [layer head d_head]."""
+def mean_head_outputs(model, rows, positions=None):
+    """Mean of every head's output [layer head d_head] over last tokens, or over listed positions of each row."""
     n_layers = len(blocks(model))
     total = {}
+    positions = [[len(row) - 1] for row in rows] if positions is None else positions
+    for row, where in zip(rows, positions, strict=True):
 
-    def see(layer, z):
-        total[layer] = total.get(layer, 0) + z[-1]
+        def see(layer, z, where=where):
+            total[layer] = total.get(layer, 0) + z[where].sum(dim=0)
 
-    with heads_seen(model, range(n_layers), see):
-        for row in rows:
+        with heads_seen(model, range(n_layers), see):
             logits(model, row)
-    return torch.stack([total[layer] for layer in range(n_layers)]) / len(rows)
+    return torch.stack([total[layer] for layer in range(n_layers)]) / sum(map(len, positions))
+
+
+def answer_log_probability(logits_after, answer):
+    """Log-probability of an answer, from the logits at the prompt's end and at the answer's tokens but the last."""
+    logs = logits_after.log_softmax(dim=-1)
+    return sum(logs[i, token] for i, token in enumerate(answer))
 
 
 def answer_probability(model, row, answer):
     """Probability of an answer, a list of token ids, after a prompt: the product over its tokens."""
-    logs = logits(model, row + answer[:-1]).log_softmax(dim=-1)[len(row) - 1 :]
-    return float(sum(logs[i, token] for i, token in enumerate(answer)).exp())
+    return float(answer_log_probability(logits(model, row + answer[:-1])[len(row) - 1 :], answer).exp())
 
 
-def indirect_effects(model, rows, answers, means):
-    """CIE [prompt layer head] and the unpatched answer probability [prompt], each head patched at the prompt's end."""
+def indirect_effects(model, rows, answers, means, positions=None):
+    """CIE [prompt layer head] and the unpatched answer probability [prompt].
+
+    Each head is patched at the prompt's end, or at the listed positions of each row.
+    """
     n_layers, n_heads, _ = means.shape
-    effects = torch.zeros(len(rows), n_layers, n_heads)
-    baseline = torch.zeros(len(rows))
-    for p, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+    effects = torch.zeros(len(rows), n_layers, n_heads, dtype=means.dtype)
+    baseline = torch.zeros(len(rows), dtype=means.dtype)
+    positions = [[len(row) - 1] for row in rows] if positions is None else positions
+    for p, (row, answer, places) in enumerate(zip(rows, answers, positions, strict=True)):
         baseline[p] = answer_probability(model, row, answer)
         for layer in range(n_layers):
             for head in range(n_heads):
 
-                def patch(where, z, head=head, row=row):
-                    z[len(row) - 1, head] = means[where, head]
+                def patch(where, z, head=head, places=places):
+                    z[places, head] = means[where, head]
                     return z
 
                 with heads_seen(model, [layer], patch):
@@ -106,15 +143,34 @@ def function_vector(model, means, heads):
 
 def steered_logits(model, row, vector, layer):
     """Logits [pos d_vocab] of one prompt with a vector added to the output of a block at the last token."""
-
-    def hook(module, args, output):
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        hidden = hidden.clone()
-        hidden[:, -1] += vector
-        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
-
-    handle = blocks(model)[layer].register_forward_hook(hook)
-    try:
+    with steered(model, vector, layer, -1):
         return logits(model, row)
-    finally:
-        handle.remove()
+
+
+def loss_and_gradient(model, row, answer, vector, layer):
+    """``-log P(answer)`` and its gradient [d_model] in a vector added after a block at the prompt's last token."""
+    vector = vector.detach().clone().requires_grad_()
+    with torch.enable_grad(), steered(model, vector, layer, len(row) - 1):
+        after = model(torch.tensor([row + answer[:-1]]), use_cache=False).logits[0, len(row) - 1 :]
+        loss = -answer_log_probability(after, answer)
+        return loss.detach(), torch.autograd.grad(loss, vector)[0]
+
+
+def distributed_logits(model, row, values):
+    """Logits [pos d_vocab] of one prompt with values [layer head d_head] added to every head's z at the last token."""
+
+    def add(layer, z):
+        z[-1] += values[layer]
+        return z
+
+    with heads_seen(model, range(len(values)), add):
+        return logits(model, row)
+
+
+def greedy(model, row, n_new, vector, layer):
+    """The most likely token ids, one after the other, a vector being added at the PROMPT's last token."""
+    tokens = list(row)
+    for _ in range(n_new):
+        with steered(model, vector, layer, len(row) - 1):
+            tokens.append(int(logits(model, tokens)[-1].argmax()))
+    return tokens[len(row) :]

@@ -1,0 +1,44 @@
+"""Fine-tuned function vectors: train the vector, one relation or all of them at once."""
+
+from fvlens.finetuning._baselines import Adapted, Baseline, act_add, few_shot, lora, soft_prompt
+from fvlens.finetuning._changes import LoRA, SoftPrompt
+from fvlens.finetuning._compare import (
+    Collateral,
+    Comparison,
+    collateral_change,
+    compare,
+    evaluate_adapted,
+    unrelated_prompts,
+)
+from fvlens.finetuning._finetune import FineTuned, FineTunedSet, finetune, finetune_many
+from fvlens.finetuning._set import VectorSet
+from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
+from fvlens.finetuning._training import History, Settings, TrainingState
+
+__all__ = [
+    "Adapted",
+    "Baseline",
+    "Collateral",
+    "Comparison",
+    "FineTuned",
+    "FineTunedSet",
+    "History",
+    "LoRA",
+    "Settings",
+    "SoftPrompt",
+    "TrainableDistributedVector",
+    "TrainableVector",
+    "TrainingState",
+    "VectorSet",
+    "act_add",
+    "collateral_change",
+    "compare",
+    "evaluate_adapted",
+    "few_shot",
+    "finetune",
+    "finetune_many",
+    "frozen",
+    "lora",
+    "soft_prompt",
+    "unrelated_prompts",
+]

@@ -1,0 +1,538 @@
+"""``finetune`` for one relation, ``finetune_many`` for all of them in one batch."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fvlens.finetuning._changes import Steered
+from fvlens.finetuning._set import VectorSet
+from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
+from fvlens.finetuning._training import (
+    Anchor,
+    DistributedAdapter,
+    History,
+    Loss,
+    Outcome,
+    Schedule,
+    Settings,
+    Task,
+    Training,
+    TrainingState,
+    VectorAdapter,
+    prompts_of,
+    run_training,
+)
+from fvlens.models import fingerprint, model_device
+from fvlens.relations import Pair, Relation, Split, load_relation
+from fvlens.suffix import Path, choose_path
+from fvlens.vectors import DistributedVector, FunctionVector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Pairs = Relation | Sequence[Pair | tuple[str, str]]
+Init = FunctionVector | DistributedVector | Literal["zero"]
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuned:
+    """A trained vector and how it came about.
+
+    Attributes:
+        vector: the vector at its best epoch.
+        history: curves over epochs.
+        best_epoch: the epoch that ``vector`` is of, chosen on the validation pairs; 0 is the start.
+        layer_scores: where several layers were tried, (layer, validation top-1, validation loss) of each.
+        settings: how it was trained.
+        lr: the learning rate used.
+        seed: seed of the minibatches' order.
+        seconds: time of the whole training, of all relations if several were trained together.
+        path: ``"weights"``, ``"kv"`` or ``"naive"``: how the gradients were computed.
+        complete: False if the training was interrupted.
+        state: to go on from, ``finetune(..., resume=state)``; of all relations trained together.
+    """
+
+    vector: FunctionVector | DistributedVector
+    history: History
+    best_epoch: int
+    layer_scores: tuple[tuple[int, float, float], ...]
+    settings: Settings
+    lr: float
+    seed: int
+    seconds: float
+    path: Path
+    complete: bool
+    state: TrainingState
+
+    @property
+    def relation(self) -> str:
+        """The relation's name."""
+        return self.vector.relation
+
+    @property
+    def method(self) -> str:
+        """Name of the method, beside those of the baselines."""
+        return "fine-tuned vector"
+
+    @property
+    def change(self) -> Steered:
+        """What it does to a forward pass: the vector is added."""
+        return Steered(self.vector)
+
+    @property
+    def n_trainable(self) -> int:
+        """Numbers that were trained."""
+        if isinstance(self.vector, FunctionVector):
+            return self.vector.vector.numel()
+        return len(self.vector.heads) * self.vector.values.shape[-1]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row an epoch: ``relation, epoch, train_loss, valid_loss, valid_top1, norm, cosine``."""
+        frame = self.history.to_dataframe()
+        frame.insert(0, "relation", self.relation)
+        return frame
+
+    def plot(self) -> "go.Figure":
+        """Losses, validation top-1, norm and cosine over epochs, the best epoch marked."""
+        from fvlens import plots
+
+        history = self.history
+        return plots.training_curves(
+            train_loss=history.train_loss,
+            valid_loss=history.valid_loss,
+            valid_top1=history.valid_top1,
+            norm=history.norm,
+            cosine=history.cosine,
+            marked=self.best_epoch,
+            title=f"Training of {self.relation or 'a vector'}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FineTunedSet:
+    """Relations trained in one batch.
+
+    Attributes:
+        runs: one :class:`FineTuned` a relation, in the order given.
+        seconds: time of the whole training.
+    """
+
+    runs: tuple[FineTuned, ...]
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """False if the training was interrupted."""
+        return all(run.complete for run in self.runs)
+
+    @property
+    def vectors(self) -> VectorSet:
+        """The trained vectors."""
+        return VectorSet(tuple(run.vector for run in self.runs if isinstance(run.vector, FunctionVector)))
+
+    def __len__(self) -> int:
+        """Number of relations."""
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[FineTuned]:
+        """The runs, in order."""
+        return iter(self.runs)
+
+    def __getitem__(self, name: str) -> FineTuned:
+        """The run of a relation.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        for run in self.runs:
+            if run.relation == name:
+                return run
+        raise ValueError(f"no training of {name!r} here; there are {', '.join(run.relation for run in self.runs)}.")
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The rows of :meth:`FineTuned.to_dataframe` of all relations."""
+        import pandas as pd
+
+        return pd.concat([run.to_dataframe() for run in self.runs], ignore_index=True)
+
+
+def _start(model: Any, init: FunctionVector | Literal["zero"], layer: int, check: bool) -> Tensor:
+    if isinstance(init, FunctionVector):
+        if check:
+            init.check(model)
+        return init.vector
+    return torch.zeros(model.cfg.d_model)
+
+
+def finetune(
+    model: Any,
+    pairs: Pairs,
+    *,
+    init: Init,
+    layer: int | Sequence[int] | None = None,
+    valid: Pairs | None = None,
+    loss: Loss = "cross_entropy",
+    l2: float = 0.0,
+    anchor: Anchor = "zero",
+    lr: float | None = None,
+    epochs: int = 20,
+    batch_size: int | None = 5,
+    schedule: Schedule = "cosine",
+    patience: int | None = None,
+    template: str | None = None,
+    relation: str | None = None,
+    path: Path | None = None,
+    max_memory: int | None = None,
+    resume: TrainingState | str | FilePath | None = None,
+    checkpoint: str | FilePath | None = None,
+    check: bool = True,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> FineTuned:
+    """Train a function vector on a few word pairs, with the model frozen.
+
+    ``L(v) = mean over pairs (x, y) of -log P(y | x; resid_l[-1] += v) + l2 ||v - anchor||^2`` over bare queries, by
+    Adam on v alone [digest]. Multi-token answers are trained whole, teacher-forced, with v at the query's last token.
+    The epoch, and the layer if several are given, are chosen on ``valid``: best top-1, then lowest loss [our choice;
+    the paper's is not known].
+
+    Args:
+        model: the model; its parameters, gradient flags and mode are as before afterwards.
+        pairs: training pairs, about 20.
+        init: what training starts from: a ``FunctionVector``, ``"zero"``, or a ``DistributedVector`` (each chosen head
+            then has numbers of its own, and training takes whole forward passes). For noise of the same norm give
+            ``fvlens.random_vector_like(vector, generator)``.
+        layer: the vector is added after this layer; by default that of ``init``. Of several, the best on ``valid``.
+        valid: validation pairs. Without them the last epoch is taken, and one layer must be given.
+        loss: ``"cross_entropy"`` or ``"perplexity"``.
+        l2: weight of ``||v - anchor||^2``.
+        anchor: ``"zero"``, or ``"init"``.
+        lr: learning rate; by default 3% of the residual stream's root mean square at that place.
+        epochs: passes over the pairs.
+        batch_size: pairs in a step; None for all.
+        schedule: ``"cosine"`` (down to zero over all epochs) or ``"constant"``.
+        patience: stop after this many epochs without a better validation score.
+        template: how queries are written; by default as the prompts behind ``init`` were, else ``"qa"``.
+        relation: name of the result; by default that of ``pairs`` or ``init``.
+        path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
+        max_memory: bytes for activations; by default chosen from what is free.
+        resume: a state, or a file of one, to go on from; all settings must be those it was saved under.
+        checkpoint: write the state to this file after every epoch.
+        check: ask ``init`` whether it was made on this model.
+        generator: draws the seed of the minibatches' order.
+        progress: show a progress bar. Interrupting gives the best vector so far, with a warning.
+
+    Returns:
+        :class:`FineTuned`.
+
+    Raises:
+        ValueError: no pairs; a setting out of range; no layer; several layers without ``valid``; a layer outside the
+            model; ``init`` of another model; a state that does not fit.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> g = torch.Generator().manual_seed(0)
+        >>> split = fvlens.load_relation("antonym").split(g)
+        >>> tuned = finetune(
+        ...     model, split.train[:20], init="zero", layer=1, valid=split.valid, epochs=5, generator=g, progress=False
+        ... )
+        >>> bool(tuned.history.train_loss[-1] < tuned.history.train_loss[0])
+        True
+
+    References:
+        Kang, Wu, Lu 2026, arXiv:2601.08169 (from digests of it).
+    """
+    if relation is None:
+        relation = pairs.name if isinstance(pairs, Relation) else "" if isinstance(init, str) else init.relation
+    seed = _seeds(1, generator)[0]
+    task = Task(relation, _pairs(pairs), _pairs(valid or ()), seed)
+    settings = Settings(
+        loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
+        patience=patience, template=template or getattr(init, "template", "") or "qa",
+    )  # fmt: skip
+    options = _Options(path, max_memory, resume, checkpoint, check, progress)
+    if isinstance(init, DistributedVector):
+        if layer is not None:
+            raise ValueError("finetune: a distributed vector acts at its heads' own layers; leave layer= out.")
+        return _finetune_distributed(model, task, init, settings, options)
+    if isinstance(init, str) and init != "zero":
+        raise ValueError(f"finetune: init={init!r}; expected a vector or 'zero'.")
+    return _finetune_over(model, [task], [init], layer, settings, options).runs[0]
+
+
+def finetune_many(
+    model: Any,
+    relations: Mapping[str, Split] | Sequence[str | Relation],
+    *,
+    init: Mapping[str, FunctionVector] | Sequence[FunctionVector] | Literal["zero"],
+    layer: int | Sequence[int] | None = None,
+    n_train: int | None = 20,
+    loss: Loss = "cross_entropy",
+    l2: float = 0.0,
+    anchor: Anchor = "zero",
+    lr: float | None = None,
+    epochs: int = 20,
+    batch_size: int | None = 5,
+    schedule: Schedule = "cosine",
+    patience: int | None = None,
+    template: str = "qa",
+    path: Path | None = None,
+    max_memory: int | None = None,
+    resume: TrainingState | str | FilePath | None = None,
+    checkpoint: str | FilePath | None = None,
+    check: bool = True,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> FineTunedSet:
+    """Train the vectors of many relations in one batched run.
+
+    Each relation has its own loss, minibatches, learning rate, best epoch and stop, so every vector is the one that
+    :func:`finetune` gives with the seed recorded in its run, up to float rounding.
+
+    Args:
+        model: the model.
+        relations: names, ``Relation``s (split here by ``generator``), or name -> ``Split``.
+        init: the start of each vector: by name, in the order of ``relations``, or ``"zero"``.
+        layer: the layer of all vectors; by default that of ``init``. Of several, the best in mean validation top-1.
+        n_train: training pairs of each relation, the first of its train part; None for all.
+        loss, l2, anchor, lr, epochs, batch_size, schedule, patience, template, path, max_memory, resume, checkpoint,
+            check, generator, progress: as for :func:`finetune`.
+
+    Returns:
+        :class:`FineTunedSet`; ``.vectors`` is a :class:`VectorSet`.
+
+    Raises:
+        ValueError: as for :func:`finetune`; no relations; a relation without a start.
+    """
+    if isinstance(relations, Mapping):
+        splits = dict(relations)
+    else:
+        found = [load_relation(one) if isinstance(one, str) else one for one in relations]
+        names = [one.name for one in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"finetune_many: two relations are named {twice!r}; names must be unique.")
+        splits = {one.name: one.split(generator) for one in found}
+    if not splits:
+        raise ValueError("finetune_many: expected at least one relation, got none.")
+    if n_train is not None and n_train < 1:
+        raise ValueError(f"finetune_many: expected n_train of at least 1, or None for all pairs, got {n_train}.")
+    starts = _starts(init, list(splits))
+    seeds = _seeds(len(splits), generator)
+    tasks = [
+        Task(name, _pairs(split.train[:n_train]), _pairs(split.valid), seed)
+        for (name, split), seed in zip(splits.items(), seeds, strict=True)
+    ]
+    settings = Settings(
+        loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
+        patience=patience, template=template,
+    )  # fmt: skip
+    options = _Options(path, max_memory, resume, checkpoint, check, progress)
+    return _finetune_over(model, tasks, starts, layer, settings, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a training runs, none of which changes its numbers."""
+
+    path: Path | None
+    max_memory: int | None
+    resume: TrainingState | str | FilePath | None
+    checkpoint: str | FilePath | None
+    check: bool
+    progress: bool
+
+
+def _seeds(n: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(2**31, (n,), generator=generator).tolist()
+
+
+def _pairs(pairs: Pairs) -> tuple[Pair, ...]:
+    return tuple(Pair(*pair) for pair in pairs)
+
+
+def _starts(
+    init: Mapping[str, FunctionVector] | Sequence[FunctionVector] | Literal["zero"], names: list[str]
+) -> list[FunctionVector | Literal["zero"]]:
+    if isinstance(init, str):
+        if init != "zero":
+            raise ValueError(f"finetune_many: init={init!r}; expected 'zero' or function vectors.")
+        return ["zero"] * len(names)
+    if isinstance(init, Mapping):
+        missing = [name for name in names if name not in init]
+        if missing:
+            raise ValueError(f"finetune_many: init has no vector of {', '.join(missing)}.")
+        return [init[name] for name in names]
+    if len(init) != len(names):
+        raise ValueError(f"finetune_many: {len(names)} relations, but {len(init)} vectors to start from.")
+    return list(init)
+
+
+def _layers(
+    model: Any, layer: int | Sequence[int] | None, starts: Sequence[FunctionVector | Literal["zero"]], has_valid: bool
+) -> list[int]:
+    """The layers to try."""
+    if layer is None:
+        found = {start.layer for start in starts if isinstance(start, FunctionVector)}
+        if len(found) != 1:
+            said = f"the starts are of layers {sorted(found)}" if found else "init='zero' does not say where"
+            raise ValueError(f"finetune: {said}; give layer=.")
+        return list(found)
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    outside = [one for one in layers if not 0 <= one < model.cfg.n_layers]
+    if not layers or outside:
+        raise ValueError(f"finetune: expected layers in 0..{model.cfg.n_layers - 1}, got {outside or layers}.")
+    if len(layers) > 1 and not has_valid:
+        raise ValueError("finetune: several layers, but no validation pairs to choose by; give valid= or one layer.")
+    return layers
+
+
+def _finetune_over(
+    model: Any,
+    tasks: Sequence[Task],
+    starts: Sequence[FunctionVector | Literal["zero"]],
+    layer: int | Sequence[int] | None,
+    settings: Settings,
+    options: _Options,
+) -> FineTunedSet:
+    """The best layer's training: best mean top-1 on the validation pairs, then lowest mean loss."""
+    layers = _layers(model, layer, starts, all(task.valid for task in tasks))
+    if len(layers) == 1:
+        return _finetune_at(model, tasks, starts, layers[0], settings, options)
+    if options.resume is not None or options.checkpoint is not None:
+        raise ValueError(f"finetune: resume and checkpoint are for the training of one layer, got layers {layers}.")
+    results: list[FineTunedSet] = []
+    scores: list[tuple[int, float, float]] = []
+    for one in layers:
+        try:
+            result = _finetune_at(model, tasks, starts, one, settings, options)
+        except KeyboardInterrupt:  # before its first epoch
+            if not results:
+                raise
+            warnings.warn(f"finetune was interrupted: {len(results)} of {len(layers)} layers are done.", stacklevel=3)
+            break
+        results.append(result)
+        top1 = [float(run.history.valid_top1[run.best_epoch]) for run in result]
+        losses = [float(run.history.valid_loss[run.best_epoch]) for run in result]
+        scores.append((one, sum(top1) / len(top1), sum(losses) / len(losses)))
+        if not result.complete:
+            break
+    best = max(range(len(results)), key=lambda i: (scores[i][1], -scores[i][2]))
+    complete = len(results) == len(layers) and results[-1].complete
+    seconds = sum(result.seconds for result in results)
+    runs = (
+        dataclasses.replace(run, layer_scores=tuple(scores), complete=complete, seconds=seconds)
+        for run in results[best]
+    )
+    return FineTunedSet(tuple(runs), seconds)
+
+
+def _finetune_at(
+    model: Any,
+    tasks: Sequence[Task],
+    starts: Sequence[FunctionVector | Literal["zero"]],
+    layer: int,
+    settings: Settings,
+    options: _Options,
+) -> FineTunedSet:
+    for task in tasks:
+        if not task.train:
+            raise ValueError(f"finetune: no training pairs of {task.name or 'this relation'}.")
+    if options.check:
+        for start in starts:
+            if isinstance(start, FunctionVector):
+                start.check(model)
+    rows = [torch.zeros(model.cfg.d_model) if isinstance(start, str) else start.vector for start in starts]
+    trainable = TrainableVector(torch.stack(rows), layer, device=model_device(model))
+    what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
+    prompts = prompts_of(model, tasks, settings.template)
+    with frozen(model):
+        path, reason = choose_path(model, options.path)
+        if path == "naive" and options.path is None:
+            warnings.warn(f"finetune takes whole forward passes, which is slow ({reason}).", stacklevel=4)
+        training = Training(tasks, VectorAdapter(model, prompts, trainable, path, options.max_memory), settings)
+        state, complete, seconds = _run(training, options, what)
+    mark = fingerprint(model)
+    runs = []
+    at = 0
+    for task, start, outcome in zip(tasks, starts, training.outcomes(), strict=True):
+        n_pairs = len(task.train) + len(task.valid)
+        vector = FunctionVector(
+            vector=outcome.values,
+            layer=layer,
+            heads=start.heads if isinstance(start, FunctionVector) else (),
+            relation=task.name,
+            fingerprint=mark,
+            kind="fine-tuned",
+            template=settings.template,
+            data_hash=prompts.select(range(at, at + n_pairs)).data_hash,
+            seed=task.seed,
+        )
+        at += n_pairs
+        runs.append(_fine_tuned(vector, task, outcome, settings, state, complete, seconds, path))
+    return FineTunedSet(tuple(runs), seconds)
+
+
+def _finetune_distributed(
+    model: Any, task: Task, init: DistributedVector, settings: Settings, options: _Options
+) -> FineTuned:
+    if not task.train:
+        raise ValueError(f"finetune: no training pairs of {task.name or 'this relation'}.")
+    if options.check:
+        init.check(model)
+    if options.path not in (None, "naive"):
+        raise ValueError(
+            f"finetune: path={options.path!r}, but a distributed vector is trained by whole passes ('naive')."
+        )
+    trainable = TrainableDistributedVector(init).to(model_device(model))
+    prompts = prompts_of(model, [task], settings.template)
+    with frozen(model):
+        adapter = DistributedAdapter(model, prompts, trainable, options.max_memory)
+        training = Training([task], adapter, settings)
+        state, complete, seconds = _run(training, options, f"fine-tuning {task.name or 'heads'}")
+    outcome = training.outcomes()[0]
+    with torch.no_grad():
+        trainable.values.copy_(outcome.values.view_as(trainable.values))
+    vector = trainable.to_vector(model, relation=task.name)
+    return _fine_tuned(vector, task, outcome, settings, state, complete, seconds, "naive")
+
+
+def _run(training: Training, options: _Options, what: str) -> tuple[TrainingState, bool, float]:
+    if options.resume is not None:
+        state = options.resume
+        training.restore(state if isinstance(state, TrainingState) else TrainingState.load(state))
+    checkpoint = None if options.checkpoint is None else FilePath(options.checkpoint)
+    return run_training(training, progress=options.progress, what=what, checkpoint=checkpoint)
+
+
+def _fine_tuned(
+    vector: FunctionVector | DistributedVector,
+    task: Task,
+    outcome: Outcome,
+    settings: Settings,
+    state: TrainingState,
+    complete: bool,
+    seconds: float,
+    path: Path,
+) -> FineTuned:
+    return FineTuned(
+        vector=vector,
+        history=outcome.history,
+        best_epoch=outcome.best_epoch,
+        layer_scores=(),
+        settings=settings,
+        lr=outcome.lr,
+        seed=task.seed,
+        seconds=seconds,
+        path=path,
+        complete=complete,
+        state=state,
+    )

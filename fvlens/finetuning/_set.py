@@ -1,0 +1,194 @@
+"""Many vectors of one model and one layer, in order."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fvlens.models import Fingerprint
+from fvlens.relations import list_relations, load_relation
+from fvlens.vectors import FunctionVector, check_model, read_tensors, vector_from, vector_header, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SET_FORMAT = "fvlens-vector-set-1"
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSet:
+    """An ordered collection of vectors of one model and layer, such as the basis of a composite vector.
+
+    Attributes:
+        vectors: the vectors; their relations' names are unique.
+        categories: a category for each, ``""`` where unknown.
+
+    Raises:
+        ValueError: no vectors; vectors of several models or layers; a name that occurs twice; not one category each.
+
+    Example:
+        >>> import torch, fvlens
+        >>> mark = fvlens.fingerprint(fvlens.load_model("rel-small", device="cpu"))
+        >>> def make(name, seed):
+        ...     values = torch.randn(mark.d_model, generator=torch.Generator().manual_seed(seed))
+        ...     return fvlens.FunctionVector(values, 1, (), name, mark)
+        >>> basis = VectorSet((make("antonym", 0), make("synonym", 1)))
+        >>> basis.matrix.shape == (2, mark.d_model), basis["synonym"].relation, basis.select(["antonym"]).names
+        (True, 'synonym', ('antonym',))
+    """
+
+    vectors: tuple[FunctionVector, ...]
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.vectors:
+            raise ValueError("VectorSet: expected at least one vector, got none.")
+        object.__setattr__(self, "vectors", tuple(self.vectors))
+        first = self.vectors[0]
+        names = [vector.relation for vector in self.vectors]
+        for vector in self.vectors:
+            differences = first.fingerprint.differences(vector.fingerprint)
+            if differences:
+                raise ValueError(
+                    f"VectorSet: {first.relation!r} and {vector.relation!r} are of two models "
+                    f"({'; '.join(differences)})."
+                )
+            if vector.layer != first.layer:
+                raise ValueError(
+                    f"VectorSet: {first.relation!r} is of layer {first.layer}, {vector.relation!r} of {vector.layer}; "
+                    "bring them together with at_layer()."
+                )
+            if names.count(vector.relation) > 1:
+                raise ValueError(f"VectorSet: two vectors are named {vector.relation!r}; names must be unique.")
+        categories = tuple(self.categories) or tuple(_category(name) for name in names)
+        if len(categories) != len(names):
+            raise ValueError(f"VectorSet: {len(names)} vectors, but {len(categories)} categories.")
+        object.__setattr__(self, "categories", categories)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The relations' names, in order."""
+        return tuple(vector.relation for vector in self.vectors)
+
+    @property
+    def layer(self) -> int:
+        """All vectors are added after this layer."""
+        return self.vectors[0].layer
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The model."""
+        return self.vectors[0].fingerprint
+
+    @property
+    def matrix(self) -> Float[Tensor, "relation d_model"]:
+        """The vectors as rows."""
+        return torch.stack([vector.vector for vector in self.vectors])
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+        return len(self.vectors)
+
+    def __iter__(self) -> Iterator[FunctionVector]:
+        """The vectors, in order."""
+        return iter(self.vectors)
+
+    def __getitem__(self, key: str | int) -> FunctionVector:
+        """A vector by its relation's name, or by its place.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if isinstance(key, int):
+            return self.vectors[key]
+        if key not in self.names:
+            raise ValueError(f"no vector of {key!r} in this set; it holds {', '.join(self.names)}.")
+        return self.vectors[self.names.index(key)]
+
+    def select(self, names: Iterable[str] | None = None, *, category: str | None = None) -> "VectorSet":
+        """The vectors of these names, in the order given, or of one category.
+
+        Raises:
+            ValueError: no names, an unknown one, or nothing of that category.
+        """
+        chosen = list(self.names if names is None else names)
+        if not chosen:
+            raise ValueError("select: expected at least one name, got none.")
+        index = [self.names.index(self[name].relation) for name in chosen]
+        index = [i for i in index if category is None or self.categories[i] == category]
+        if not index:
+            raise ValueError(f"select: nothing of category {category!r} among {', '.join(chosen)}.")
+        return VectorSet(tuple(self.vectors[i] for i in index), tuple(self.categories[i] for i in index))
+
+    def check(self, model: Any) -> None:
+        """Raise ``ValueError`` if the vectors were made on another model."""
+        check_model(self.fingerprint, model, f"the set of {len(self)} vectors")
+
+    def similarity(self) -> Float[Tensor, "relation relation"]:
+        """Cosine similarity of every pair of vectors."""
+        rows = torch.nn.functional.normalize(self.matrix, dim=1)
+        return rows @ rows.T
+
+    def plot(self) -> "go.Figure":
+        """Similarity of every pair of vectors."""
+        from fvlens import plots
+
+        return plots.similarity(self.similarity(), list(self.names), title=f"Cosine similarity of {len(self)} vectors")
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a vector and dimension: ``relation, category, kind, layer, dimension, value``."""
+        import pandas as pd
+
+        d_model = self.matrix.shape[1]
+        return pd.DataFrame(
+            {
+                "relation": [name for name in self.names for _ in range(d_model)],
+                "category": [category for category in self.categories for _ in range(d_model)],
+                "kind": [vector.kind for vector in self.vectors for _ in range(d_model)],
+                "layer": self.layer,
+                "dimension": list(range(d_model)) * len(self),
+                "value": self.matrix.flatten().numpy(),
+            }
+        )
+
+    def save(self, path: str | FilePath) -> FilePath:
+        """Write the set to one safetensors file, metadata in its header. Replaces an existing file at once."""
+        header = {
+            "categories": list(self.categories),
+            "vectors": [vector_header(vector) for vector in self.vectors],
+        }
+        return write_tensors(FilePath(path), {"matrix": self.matrix}, header, SET_FORMAT)
+
+    @classmethod
+    def load(cls, path: str | FilePath, *, model: Any = None) -> "VectorSet":
+        """Read what :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+            model: if given, the vectors must have been made on this model.
+
+        Raises:
+            ValueError: no such file; not a vector set, or a damaged one; or vectors of another model than ``model``.
+        """
+        path = FilePath(path)
+        tensors, header = read_tensors(path, SET_FORMAT)
+        try:
+            rows, entries = tensors["matrix"], header["vectors"]
+            if len(rows) != len(entries):
+                raise ValueError(f"{len(rows)} rows, but {len(entries)} vectors in the header")
+            vectors = tuple(vector_from(row, entry) for row, entry in zip(rows, entries, strict=True))
+            loaded = cls(vectors, tuple(str(category) for category in header["categories"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: damaged vector set ({type(error).__name__}: {error}).") from error
+        if model is not None:
+            loaded.check(model)
+        return loaded
+
+
+def _category(name: str) -> str:
+    return load_relation(name).category if name in list_relations() else ""

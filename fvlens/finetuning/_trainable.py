@@ -1,0 +1,208 @@
+"""Trainable steerings: parameters that ``fvlens.inject`` adds to the activations like any vector."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fvlens.interventions import resid_hook, z_hook
+from fvlens.models import fingerprint
+from fvlens.types import Head, HeadLike, as_heads, is_bridge
+from fvlens.vectors import DistributedVector, FunctionVector
+
+
+class TrainableVector(nn.Module):
+    """A vector of the residual stream as a parameter: ``resid_l[-1] := resid_l[-1] + v`` with a gradient to v.
+
+    For several relations there is a row each. Every row is a parameter of its own, so that an optimiser with memory,
+    such as Adam, treats each relation as if it were alone.
+
+    Args:
+        init: what training starts from: a ``FunctionVector``, several of them, or a tensor ``[d_model]`` or ``[relation
+            d_model]``.
+        layer: the vector is added after this layer; by default that of ``init``.
+        device: where the parameters are; ``inject`` moves what it adds to the model's device in any case.
+
+    Raises:
+        ValueError: no vector; a tensor that has not one or two axes; ``layer`` neither given nor one in all vectors.
+
+    Example:
+        >>> import torch, fvlens
+        >>> from torch.nn.functional import cross_entropy
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> pairs = fvlens.load_relation("antonym").pairs[:20]
+        >>> prompts = fvlens.build_prompts(model, pairs, n_shots=0, generator=torch.Generator())
+        >>> trained = TrainableVector(torch.zeros(model.cfg.d_model), layer=1)
+        >>> optimiser = torch.optim.Adam(trained.parameters(), lr=0.3)
+        >>> losses = []
+        >>> with frozen(model), fvlens.inject(model, trained):
+        ...     for _ in range(5):
+        ...         logits = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
+        ...         loss = cross_entropy(logits, prompts.first_answer_token)
+        ...         optimiser.zero_grad()
+        ...         loss.backward()
+        ...         _ = optimiser.step()
+        ...         losses.append(loss.item())
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        init: FunctionVector | Sequence[FunctionVector] | Float[Tensor, "*relation d_model"],
+        layer: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(init, FunctionVector):
+            layers, values = {init.layer}, init.vector
+        elif isinstance(init, Tensor):
+            layers, values = set(), init
+        else:
+            layers = {vector.layer for vector in init}
+            values = torch.stack([vector.vector for vector in init]) if len(init) else torch.empty(0)
+        if values.ndim not in (1, 2) or not values.numel():
+            raise ValueError(
+                f"TrainableVector: expected [d_model] or [relation d_model], got shape {list(values.shape)}."
+            )
+        if layer is None:
+            if len(layers) != 1:
+                said = f"the vectors are of layers {sorted(layers)}" if layers else "a tensor does not say its layer"
+                raise ValueError(f"TrainableVector: {said}; give layer=.")
+            layer = layers.pop()
+        self.layer = layer
+        self.is_single = values.ndim == 1
+        rows = values.detach().float().to(device).reshape(-1, values.shape[-1])
+        self.rows = nn.ParameterList([nn.Parameter(row.clone()) for row in rows])
+
+    @property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        """The one vector.
+
+        Raises:
+            ValueError: there are several relations.
+        """
+        if not self.is_single:
+            raise ValueError(f"vector: there are {len(self.rows)} relations; use .matrix or .of(rows).")
+        return self.rows[0]
+
+    @property
+    def matrix(self) -> Float[Tensor, "relation d_model"]:
+        """All vectors, a row a relation."""
+        return torch.stack(list(self.rows))
+
+    def additions(self) -> Mapping[str, Float[Tensor, "*batch d_model"]]:
+        """What ``inject`` adds. Of several relations row i goes to prompt i; :meth:`of` assigns them otherwise."""
+        return {resid_hook(self.layer): self.vector if self.is_single else self.matrix}
+
+    def of(self, rows: Int[Tensor, " batch"]) -> "Rows":
+        """A steering for a batch of prompts: prompt i gets the vector of relation ``rows[i]``."""
+        return Rows(self, rows)
+
+    def check(self, model: Any) -> None:
+        """Nothing to refuse: whether the shape fits, ``inject`` checks itself."""
+
+    def to_vector(self, like: FunctionVector, *, kind: str = "fine-tuned") -> FunctionVector:
+        """The one vector, detached, with the provenance of ``like``."""
+        return dataclasses.replace(like, vector=self.vector.detach(), layer=self.layer, kind=kind)
+
+
+class Rows:
+    """The rows of a trainable vector that belong to the prompts of one batch."""
+
+    def __init__(self, whole: TrainableVector, rows: Int[Tensor, " batch"]) -> None:
+        self.whole, self.rows = whole, rows
+
+    def additions(self) -> Mapping[str, Float[Tensor, "batch d_model"]]:
+        return {resid_hook(self.whole.layer): self.whole.matrix[self.rows.to(self.whole.rows[0].device)]}
+
+    def check(self, model: Any) -> None:
+        self.whole.check(model)
+
+
+class TrainableDistributedVector(nn.Module):
+    """One parameter ``[d_head]`` for each chosen head, added to that head's own z at the last token.
+
+    Args:
+        init: a ``DistributedVector``, or the number ``[head d_head]`` of each of ``heads``.
+        heads: the heads, if ``init`` is a tensor.
+        n_layers, n_heads: the model's shape, if ``init`` is a tensor.
+
+    Raises:
+        ValueError: the heads are not of the model, or are not as many as ``init`` has rows.
+    """
+
+    def __init__(
+        self,
+        init: DistributedVector | Float[Tensor, "head d_head"],
+        *,
+        heads: Iterable[HeadLike] | None = None,
+        n_layers: int | None = None,
+        n_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(init, DistributedVector):
+            chosen, (n_layers, n_heads) = list(init.heads), init.values.shape[:2]
+            values = torch.stack([init.values[head] for head in chosen])
+        elif heads is None or n_layers is None or n_heads is None:
+            raise ValueError("TrainableDistributedVector: a tensor needs heads=, n_layers= and n_heads= beside it.")
+        else:
+            chosen, values = as_heads(heads, n_layers, n_heads), init
+        if len(chosen) != len(values):
+            raise ValueError(f"TrainableDistributedVector: {len(chosen)} heads, but {len(values)} rows of numbers.")
+        self.heads: tuple[Head, ...] = tuple(chosen)
+        self.shape = (int(n_layers), int(n_heads))
+        self.values = nn.Parameter(values.detach().float().clone())
+
+    def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
+        """What ``inject`` adds: zero to heads that were not chosen."""
+        found = {}
+        for layer in sorted({head.layer for head in self.heads}):
+            own = [i for i, head in enumerate(self.heads) if head.layer == layer]
+            index = torch.tensor([self.heads[i].head for i in own], device=self.values.device)
+            zeros = torch.zeros(self.shape[1], self.values.shape[1], device=self.values.device)
+            found[z_hook(layer)] = zeros.index_copy(0, index, self.values[own])
+        return found
+
+    def check(self, model: Any) -> None:
+        """Nothing to refuse: whether the shape fits, ``inject`` checks itself."""
+
+    def to_vector(self, model: Any, *, relation: str = "") -> DistributedVector:
+        """The trained numbers, detached, as a ``DistributedVector`` of this model."""
+        values = torch.zeros(*self.shape, self.values.shape[1])
+        for head, row in zip(self.heads, self.values.detach().cpu(), strict=True):
+            values[head] = row
+        return DistributedVector(
+            values=values,
+            heads=self.heads,
+            relation=relation,
+            fingerprint=fingerprint(model),
+            kind="fine-tuned distributed",
+        )
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """While open, the model's parameters take no gradient and the model is in evaluation mode.
+
+    Flags and modes of all its parts are put back on any exit.
+    """
+    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    whole = [model, model.original_model] if is_bridge(model) else [model]  # a bridge does not count all its modules
+    modes = [(module, module.training) for module in dict.fromkeys(part for one in whole for part in one.modules())]
+    try:
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode

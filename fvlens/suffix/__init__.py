@@ -1,0 +1,106 @@
+"""The exact fast path: run a prompt once, then run again only what a patch can change.
+
+A patch at position p changes nothing at earlier positions (causal mask) and nothing below the patched layer. The
+algorithm has three phases:
+
+1. *Prefix.* Each prompt runs once. Kept are the keys and values of the prefix (every position before the suffix) and,
+   at the suffix, the residual stream before each layer and every head's output z. The suffix is the last token, or more
+   when positions further left are patched or an answer of several tokens is scored.
+2. *Patch.* At layer l the patched copies ("variants") of a prompt differ from the kept run by one head's z, so that the
+   attention of layer l needs no second run: its output changes by ``(new z - z) @ W_O``.
+3. *Suffix.* From layer l upward all variants of all prompts go through the blocks together; they share the prefix's
+   keys and values. Variants of lower layers are already on their way and travel in the same batch.
+
+The result equals the naive loop over hooks up to float rounding. Counted gain at one suffix token: ``(1 + L H) T / (T +
+L H / 2)`` for L layers, H heads and T tokens (see :func:`counted_gain`).
+
+Two implementations share this plan. ``weights`` (HookedTransformer) runs the blocks' own norms, MLPs and projections,
+but its own attention, so that the prefix is not copied for each variant. ``kv`` goes through the model's own blocks and
+a frozen key/value cache, layer by layer: ``start_at_layer`` of a HookedTransformer, or the Hugging Face model inside a
+TransformerBridge, whose lower blocks then hand on what they are given. Where neither applies, callers fall back to
+``naive``, whole forward passes with hooks, and say so.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
+from fvlens.suffix._paths import PATHS, Path, choose_path, counted_gain, has_hooks, why_not_kv, why_not_weights
+from fvlens.suffix._reader import Reader, open_reader
+from fvlens.suffix._run import SuffixRun, wide_logits
+from fvlens.types import is_bridge
+
+
+def run_prefix(
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    attention_mask: Int[Tensor, "prompt pos"],
+    *,
+    n_suffix: int = 1,
+    path: Path = "weights",
+) -> SuffixRun:
+    """Run prompts once and keep what patched suffixes need.
+
+    Args:
+        model: the model.
+        tokens: prompts, left-padded, with the answer's tokens (all but the last) appended where several are scored.
+        attention_mask: 1 for real tokens, 0 for padding.
+        n_suffix: number of last positions that patches may change.
+        path: ``"weights"`` or ``"kv"``.
+
+    Raises:
+        ValueError: ``n_suffix`` is not between 1 and the number of positions.
+    """
+    n_pos = tokens.shape[1]
+    if not 1 <= n_suffix <= n_pos:
+        raise ValueError(f"run_prefix: expected n_suffix between 1 and {n_pos} (the prompt length), got {n_suffix}.")
+    device = next(model.parameters()).device
+    tokens, attention_mask = tokens.to(device), attention_mask.to(device)
+    if is_bridge(model):
+        from fvlens.suffix._bridge import run_bridge
+
+        return run_bridge(model, tokens, attention_mask, n_suffix)
+    from fvlens.suffix._hooked import run_hooked
+
+    return run_hooked(model, tokens, attention_mask, n_suffix, path)
+
+
+def steered_resid(
+    run: SuffixRun, layer: int, vector: Float[Tensor, "*prompt d_model"]
+) -> Float[Tensor, "prompt 1 suffix d_model"]:
+    """Final residual stream with a vector added after ``layer`` at the first suffix position (differentiable).
+
+    Args:
+        run: prompts that were run once.
+        layer: the vector is added after this layer.
+        vector: one vector for all prompts, or one for each.
+    """
+    after = run.resid_after(layer)
+    first = (after[:, 0] + vector).to(after.dtype)[:, None]
+    resid = torch.cat([first, after[:, 1:]], dim=1)[:, None]
+    return run.continue_from(layer + 1, resid)
+
+
+__all__ = [
+    "PATHS",
+    "Path",
+    "Reader",
+    "Slices",
+    "SuffixRun",
+    "choose_path",
+    "counted_gain",
+    "halving",
+    "has_hooks",
+    "in_batches",
+    "open_reader",
+    "plan_batch",
+    "plan_slices",
+    "run_prefix",
+    "steered_resid",
+    "why_not_kv",
+    "why_not_weights",
+    "wide_logits",
+]

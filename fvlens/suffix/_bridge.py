@@ -1,0 +1,217 @@
+"""The fast path over ``TransformerBridge``, which leaves the walk over the layers to the Hugging Face model inside.
+
+Nothing of that model is written again here. A suffix is run by the model's own forward, with a cache that hands out the
+prefix and keeps nothing, while every block below the start hands on what it is given; the residual stream is set at the
+first block that runs, and read behind the last. Masks, positions, windows and soft caps are thus the model's own.
+"""
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from fvlens.interventions import hooked, resid_hook, resid_pre_hook, z_hook
+from fvlens.suffix._run import Patch, SuffixRun, is_half, wide_logits
+
+
+class _FrozenLayer(DynamicLayer):
+    """Keys and values of a prefix, shared by all variants of a prompt: new ones are joined to them, not kept."""
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "prompt kv_head prefix d_head"],
+        values: Float[Tensor, "prompt kv_head prefix d_head"],
+        n_variants: int,
+    ) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.prefix = keys, values
+        self.n_variants = n_variants
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            torch.cat([old.repeat_interleave(self.n_variants, dim=0).to(new.device), new], dim=-2)
+            for old, new in zip(self.prefix, (key_states, value_states), strict=True)
+        )
+        return keys, values
+
+
+class _Enough(Exception):
+    """Raised behind the last block, where everything wanted is known: the unembedding would be wasted."""
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeRun(SuffixRun):
+    """The wrapped model's own forward. Keys and values are ``[prompt kv_head prefix d_head]``, rotated."""
+
+    def _run_from(self, layer: int, resid: Tensor, patch: Patch | None) -> Tensor:
+        model = self.model
+        n_prompts, n_variants = resid.shape[:2]
+        cache = Cache(layers=[_FrozenLayer(*kv, n_variants) for kv in zip(self.keys, self.values, strict=True)])
+        edits: dict[str, Any] = {resid_pre_hook(layer): lambda old: resid.flatten(0, 1).to(old)}
+        if patch is not None:
+            edits[z_hook(layer)] = patch.apply
+        with _skipping(model, range(layer)), hooked(model, edits):
+            final = _behind_last_block(
+                model,
+                self.suffix_tokens.repeat_interleave(n_variants, dim=0),
+                attention_mask=self.attention_mask.repeat_interleave(n_variants, dim=0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return final.to(resid.device).unflatten(0, (n_prompts, n_variants))
+
+    def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        model = self.model
+        flat = resid.reshape(-1, 1, resid.shape[-1])
+        last = resid_hook(model.cfg.n_layers - 1)
+        tokens = torch.zeros(flat.shape[:2], dtype=torch.long, device=resid.device)
+        edits = {last: lambda old: flat.to(old)}
+        with _skipping(model, range(model.cfg.n_layers)), wide_unembedding(model), hooked(model, edits):
+            logits = model(tokens)
+        return logits.to(resid.device).reshape(*resid.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """While open, these modules compute something else."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
+
+
+def _skipping(model: Any, layers: range) -> contextlib.AbstractContextManager[None]:
+    """While open, these blocks hand on their input."""
+    return _replaced({model.blocks[layer]: _hand_on(model.blocks[layer]) for layer in layers})
+
+
+def wide_unembedding(model: Any) -> contextlib.AbstractContextManager[None]:
+    """While open, a model in half precision gives float32 logits, if its unembedding is a plain linear map."""
+    linear = model.unembed.original_component
+    if type(linear) is not torch.nn.Linear or not is_half(linear.weight.dtype):
+        return contextlib.nullcontext()
+    return _replaced({linear: lambda hidden_states: wide_logits(hidden_states, linear.weight.T, linear.bias)})
+
+
+def _hand_on(block: Any) -> Any:
+    length = _lengths[block]
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = block.hook_out(hidden_states)  # where the residual stream behind the block is set
+        return hidden_states if length is None else (hidden_states, *[None] * (length - 1))
+
+    return forward
+
+
+_lengths: "weakref.WeakKeyDictionary[Any, int | None]" = weakref.WeakKeyDictionary()
+"""Block -> how many things it gives its model, as seen when a prefix was run; None for a bare tensor."""
+
+
+def _behind_last_block(model: Any, tokens: Tensor, **options: Any) -> Tensor:
+    """The residual stream behind the last block; the rest of the forward is not run."""
+    found: list[Tensor] = []
+
+    def stop(resid: Tensor) -> None:
+        found.append(resid)
+        raise _Enough
+
+    with hooked(model, {resid_hook(model.cfg.n_layers - 1): stop}), contextlib.suppress(_Enough):
+        model(tokens, **options)
+    return found[0]
+
+
+def run_bridge(
+    model: Any, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"], n_suffix: int
+) -> BridgeRun:
+    """Run prompts once through the bridge and keep what patched suffixes need."""
+    n_layers = model.cfg.n_layers
+    n_prefix = tokens.shape[1] - n_suffix
+    cache = DynamicCache()
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def see(value: Tensor) -> None:
+            kept[name] = value[:, -n_suffix:].detach().clone()
+
+        return see
+
+    def note(block: Any, args: Any, output: Any) -> None:
+        _lengths[block] = len(output) if isinstance(output, tuple) else None
+
+    final = resid_hook(n_layers - 1)
+    names = [final, *(name(layer) for layer in range(n_layers) for name in (resid_pre_hook, z_hook))]
+    handles = [block.register_forward_hook(note) for block in model.blocks]
+    try:
+        with torch.no_grad(), hooked(model, {name: keep(name) for name in names}):
+            last_only = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
+            model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **last_only)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept_layers: list[Any] = cache.layers
+    device = tokens.device  # a model split over devices leaves each layer's on its own
+    return BridgeRun(
+        model=model,
+        path="kv",
+        keys=tuple(layer.keys[:, :, :n_prefix].contiguous() for layer in kept_layers),
+        values=tuple(layer.values[:, :, :n_prefix].contiguous() for layer in kept_layers),
+        resid_pre=torch.stack([kept[resid_pre_hook(layer)].to(device) for layer in range(n_layers)]),
+        z=torch.stack([kept[z_hook(layer)].to(device) for layer in range(n_layers)]),
+        resid_final=kept[final].to(device),
+        attention_mask=attention_mask,
+        suffix_tokens=tokens[:, -n_suffix:],
+    )
+
+
+_verdicts: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()
+
+
+def why_not_exact(model: Any) -> str | None:
+    """Why suffixes over this bridge's cache differ from whole passes, or None; tried out once a model."""
+    if model not in _verdicts:
+        with torch.no_grad():
+            _verdicts[model] = _try_out(model)
+    return _verdicts[model]
+
+
+def _try_out(model: Any) -> str | None:
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    n_pos, n_suffix = min(12, cfg.n_ctx), 2
+    tokens = torch.randint(cfg.d_vocab, (2, n_pos), generator=generator).to(device)
+    mask = torch.ones_like(tokens)
+    mask[1, : n_pos // 3] = 0
+    try:
+        whole = model(tokens, attention_mask=mask)[:, -n_suffix:]
+        run = run_bridge(model, tokens, mask, n_suffix)
+        if len(run.keys) != cfg.n_layers:
+            return f"{len(run.keys)} of {cfg.n_layers} layers keep keys and values"
+        pairs = [(run.logits(run.resid_final), whole)]
+        for layer in (0, cfg.n_layers // 2):
+            pairs.append((run.continue_from(layer, run.resid_pre[layer][:, None])[:, 0], run.resid_final))
+    except Exception as error:  # whatever a stranger's forward may raise: the naive path still works
+        return f"its blocks cannot be run over a cache ({type(error).__name__}: {error})"
+    bound = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
+    worst = max(float((ours - theirs).float().norm() / theirs.float().norm()) for ours, theirs in pairs)
+    return None if worst <= bound else f"a suffix over its cache differs from a whole pass by {worst:.1e}"
+
+
+def accepts_logits_to_keep(model: Any) -> bool:
+    """Whether the wrapped model can be told to unembed the last positions only."""
+    return "logits_to_keep" in inspect.signature(model.original_model.forward).parameters

@@ -1,0 +1,360 @@
+"""How much goes through a model at once: estimates in bytes, slices that fit them, and what to do when they do not.
+
+One estimate serves everything that runs prompts. It counts what is alive at the worst moment: copies of weights that a
+pass makes, what is kept of a prompt, one block's activations (the larger of attention and MLP), the keys and values
+that patched copies need, and logits. Its factors are measured on the allocations of both classes of model.
+"""
+
+import gc
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from fvlens.models import free_memory
+from fvlens.suffix._paths import Path
+from fvlens.types import is_bridge
+
+_T = TypeVar("_T")
+
+_MOST_ROWS = 128
+"""Rows of an automatic batch at most: more is no faster (see tests/benchmarks/test_cost.py)."""
+_MOST_LOGITS = 64 * 1024 * 1024
+"""Numbers in one slice of logits at most."""
+_ASSUMED = 4 * 1024**3
+"""Free bytes where the system does not tell."""
+
+
+# --- the estimate ---
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes that a model's activations take.
+
+    Attributes:
+        size: bytes of a number.
+        n_layers, n_heads, n_kv_heads, d_head, d_model, d_mlp, d_vocab: the model's shape.
+        bridge: the model is a ``TransformerBridge``.
+        holds_patterns: every layer holds on to its attention pattern, as a bridge's joint attention does.
+        unembeds_all: a pass cannot be told to unembed its last positions only.
+    """
+
+    size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_model: int
+    d_mlp: int
+    d_vocab: int
+    bridge: bool
+    holds_patterns: bool
+    unembeds_all: bool
+
+    @classmethod
+    def of(cls, model: Any) -> "Estimate":
+        """The estimate for a model."""
+        cfg, bridge = model.cfg, is_bridge(model)
+        unembeds_all = False
+        if bridge:
+            from fvlens.suffix._bridge import accepts_logits_to_keep
+
+            unembeds_all = not accepts_logits_to_keep(model)
+        attn_only = bool(getattr(cfg, "attn_only", False))
+        return cls(
+            size=cfg.dtype.itemsize,
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+            d_head=cfg.d_head,
+            d_model=cfg.d_model,
+            d_mlp=0 if attn_only else cfg.d_mlp or 4 * cfg.d_model,
+            d_vocab=cfg.d_vocab,
+            bridge=bridge,
+            holds_patterns=bridge and hasattr(getattr(model.blocks[0], "attn", None), "_pattern"),
+            unembeds_all=unembeds_all,
+        )
+
+    @property
+    def weights(self) -> int:
+        """Copies of weights that a pass makes in a block: HookedTransformer spreads out grouped heads, a bridge splits
+        a joint projection of queries, keys and values.
+        """
+        copies = 3 if self.bridge else 4 if self.n_kv_heads < self.n_heads else 1
+        return copies * self.size * self.d_model * self.n_heads * self.d_head
+
+    @property
+    def unembedding(self) -> int:
+        """The copy that HookedTransformer makes of its unembedding whenever it unembeds."""
+        return 0 if self.bridge else self.size * self.d_model * self.d_vocab
+
+    @property
+    def logits(self) -> int:
+        """One row of logits, in single precision too, and what its normalisation takes."""
+        return (self.size + 8) * self.d_vocab
+
+    def activations(self, n_tokens: int, n_keys: int, *, gradients: bool = False) -> int:
+        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks."""
+        scores = 17 * self.n_heads * n_keys  # four copies in single precision, one mask
+        attention = self.size * 8 * max(self.d_model, self.n_heads * self.d_head) + scores
+        mlp = self.size * (4 * self.d_mlp + 6 * self.d_model)
+        held = self.n_layers * self.size * self.n_heads * n_keys if self.holds_patterns else 0
+        block = self.n_layers * (attention + mlp) if gradients else max(attention, mlp)
+        return n_tokens * (block + held)
+
+    def cache(self, n_tokens: int) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.size * n_tokens * self.n_layers * self.n_kv_heads * self.d_head
+
+    def forward(self, n_pos: int, *, n_read: int, keep: bool) -> int:
+        """A prompt that runs once, ``n_read`` of its positions unembedded, its keys and values kept or not."""
+        kept = self.cache(n_pos) if keep else 0
+        return self.activations(n_pos, n_pos) + kept + self.logits * (n_pos if self.unembeds_all else n_read)
+
+    def kept(self, n_pos: int, n_suffix: int) -> int:
+        """What remains of a prompt's run: keys, values, residual streams and heads' outputs."""
+        return self.cache(n_pos) + n_suffix * self.size * self.n_layers * (self.d_model + self.n_heads * self.d_head)
+
+    def prefix(self, n_pos: int, n_suffix: int) -> int:
+        """A prompt's run, with what is kept of it, which is copied out of the run's cache."""
+        running = self.forward(n_pos, n_read=1 if self.bridge else 0, keep=True)
+        kept = self.kept(n_pos, n_suffix)
+        return max(running + kept - self.cache(n_pos), self.cache(n_pos) + kept)
+
+    def variant(self, n_pos: int, n_suffix: int, path: Path, *, gradients: bool = False) -> int:
+        """A patched copy on its way through a block, and on the kv path its copies of the prefix."""
+        needed = self.activations(n_suffix, n_pos, gradients=gradients) + (self.logits if gradients else 0)
+        if path == "kv":
+            width = 3 * self.n_heads * (self.n_layers if gradients else 1)
+            if not self.bridge:  # its cache takes the copies of all layers at once
+                width += 2 * self.n_layers * self.n_kv_heads
+            needed += self.size * n_pos * width * self.d_head
+        return needed
+
+    def result(self, n_suffix: int) -> int:
+        """A patched copy's residual stream after the last layer, twice while they are joined."""
+        return 2 * n_suffix * self.size * self.d_model
+
+
+def bound(model: Any, max_memory: int | None = None) -> int:
+    """Bytes that activations may take.
+
+    By default a quarter of what is free, at most 1 GiB on a CPU and 8 GiB on a GPU; of a model that is split, on the
+    fullest of its devices.
+    """
+    if max_memory is not None:
+        return max_memory
+    free = []
+    for device in {parameter.device for parameter in model.parameters()}:
+        found = free_memory(device)
+        ceiling = 8 * 1024**3 if device.type == "cuda" else 1024**3
+        free.append(min((_ASSUMED if found is None else found) // 4, ceiling))
+    return min(free)
+
+
+# --- slices ---
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """How work is cut to stay inside a memory bound.
+
+    Attributes:
+        prompts: prompts that go through together.
+        variants: patched copies of each that go through together.
+        logits: rows that are unembedded together.
+    """
+
+    prompts: int
+    variants: int
+    logits: int = 1
+
+    def over_prompts(self, n: int) -> Iterator[slice]:
+        """Slices that cover ``n`` prompts."""
+        return _slices(n, self.prompts)
+
+    def over_variants(self, n: int) -> Iterator[slice]:
+        """Slices that cover ``n`` variants."""
+        return _slices(n, self.variants)
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(n, start + size)) for start in range(0, n, size))
+
+
+def plan_slices(
+    model: Any,
+    *,
+    n_pos: int,
+    n_suffix: int,
+    n_variants: int,
+    path: Path,
+    max_memory: int | None,
+    gradients: bool = False,
+) -> Slices:
+    """How many prompts and variants go through together.
+
+    Args:
+        model: the model.
+        n_pos, n_suffix: positions of a prompt, and of its suffix.
+        n_variants: patched copies of a prompt, each with one head patched.
+        path: the path taken.
+        max_memory: bytes for activations; by default a quarter of what is free, at most 1 GiB on a CPU and 8 GiB on a
+            GPU.
+        gradients: the variants run with gradients, all of them through the same blocks.
+
+    Raises:
+        ValueError: ``max_memory`` is too small for a single prompt with a single variant.
+    """
+    estimate = Estimate.of(model)
+    available = bound(model, max_memory)
+    kept, prefix = estimate.kept(n_pos, n_suffix), estimate.prefix(n_pos, n_suffix)
+    variant = estimate.variant(n_pos, n_suffix, path, gradients=gradients)
+    result = estimate.result(n_suffix)
+
+    def running(variants: int) -> int:
+        """Variants in a block at the same time: on the kv path those of one layer."""
+        return min(variants, estimate.n_heads) if path == "kv" and not gradients else variants
+
+    def need(prompts: int, variants: int) -> int:
+        alive = prompts * (kept + variants * result)
+        return max(
+            estimate.weights + prompts * prefix,
+            estimate.weights + alive + prompts * running(variants) * variant,
+            estimate.unembedding + alive + estimate.logits,
+        )
+
+    least = need(1, 1)
+    if least > available:
+        raise ValueError(_too_small(available, n_pos, " with one patched copy", least))
+    variants = _largest(n_variants, lambda n: need(1, n) <= available)
+    prompts = 1
+    if variants == n_variants:
+        prompts = _largest(available // kept, lambda n: need(n, variants) <= available)
+    rest = available - estimate.unembedding - prompts * (kept + variants * result)
+    logits = min(rest // estimate.logits, _MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
+    return Slices(prompts=prompts, variants=variants, logits=max(1, logits))
+
+
+def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
+    return (
+        f"max_memory={available} bytes is too small: one prompt of {n_pos} tokens{what} needs about {least} bytes; "
+        "give more memory or shorter prompts."
+    )
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to ``most`` that fits; 1 fits, and so does whatever is below one that does."""
+    low, high = 1, max(1, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def plan_batch(
+    model: Any,
+    *,
+    n_pos: int,
+    n_read: int = 1,
+    keep: bool = False,
+    max_memory: int | None = None,
+    most: int = _MOST_ROWS,
+) -> int:
+    """How many prompts run together in plain forward passes: a power of 2, so that free memory seldom changes it.
+
+    Args:
+        model: the model.
+        n_pos: positions of a prompt, with whatever follows it.
+        n_read: positions whose logits are read.
+        keep: keys and values are kept.
+        max_memory: bytes for activations; by default chosen from what is free, as by :func:`plan_slices`.
+
+    Raises:
+        ValueError: ``max_memory`` was given and is too small for a single prompt.
+    """
+    estimate = Estimate.of(model)
+    available = bound(model, max_memory)
+    fixed = max(estimate.weights, estimate.unembedding)
+    row = estimate.forward(n_pos, n_read=n_read, keep=keep)
+    if max_memory is not None and fixed + row > available:
+        raise ValueError(_too_small(available, n_pos, "", fixed + row))
+    rows = min(_MOST_ROWS, max(1, (available - fixed) // row))
+    return 1 << (rows.bit_length() - 1)
+
+
+# --- when memory runs out all the same ---
+
+_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",  # Linux, macOS
+    "DefaultCPUAllocator: not enough memory",  # Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def halving(work: Callable[[slice, int], _T], slices: Iterable[slice], *, variants: int = 1, what: str) -> Iterator[_T]:
+    """Results of ``work`` for slices of prompts; smaller slices from where memory runs out.
+
+    First the number of prompts is halved, then the number of variants. What did not fit is done again from its start,
+    so ``work`` must leave nothing behind that counts unless it returns. On Linux the CPU's memory seldom runs out by an
+    error (the kernel ends the process instead): there, what helps is the plan.
+
+    Args:
+        work: called with a slice of prompts and the number of variants that may go through together.
+        slices: slices of prompts, one behind the other.
+        variants: patched copies of each prompt that go through together.
+        what: the function that the user called, for messages.
+
+    Raises:
+        MemoryError: a single prompt with a single variant is too much.
+    """
+    waiting = deque(slices)
+    most: int | None = None
+    while waiting:
+        rows = waiting.popleft()
+        n = rows.stop - rows.start
+        if most is not None and n > most:
+            waiting.appendleft(slice(rows.start + most, rows.stop))
+            rows, n = slice(rows.start, rows.start + most), most
+        try:
+            result = work(rows, variants)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if n == 1 and variants == 1:
+                raise MemoryError(
+                    f"{what}: out of memory with a single prompt; use shorter prompts (fewer demonstrations), a "
+                    "smaller dtype, or a device with more memory."
+                ) from error
+        else:
+            yield result
+            continue
+        # only here, behind the except clause, nothing holds what the failed attempt had made
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        waiting.appendleft(rows)
+        if n > 1:
+            most = n // 2
+            text = f"{n} prompts together; going on with {most}"
+        else:
+            text = f"{variants} patched copies of a prompt together; going on with {variants // 2}"
+            variants //= 2
+        warnings.warn(f"{what}: out of memory with {text}.", stacklevel=2)
+
+
+def in_batches(work: Callable[[slice], _T], n: int, size: int, *, what: str) -> Iterator[_T]:
+    """:func:`halving` over ``n`` prompts in batches of ``size``."""
+    return halving(lambda rows, _: work(rows), _slices(n, size), what=what)

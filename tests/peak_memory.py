@@ -1,0 +1,81 @@
+"""Memory that a fresh process takes for exact effects under a bound: `python peak_memory.py hooked weights 33554432`.
+
+Prints JSON: for each bound, bytes of resident memory beyond what the process held before the call, at its highest.
+First as the C library does it, which keeps much of what tensors give back ("kept"), then with every larger block given
+back to the system ("returned"). Linux with glibc only: the high-water mark is set back before each call.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from checkpoints import VOCABULARY
+from conftest import random_model
+from transformers import AutoTokenizer
+
+import fvlens
+from fvlens.models import embedded_folder
+
+M_MMAP_THRESHOLD = -3
+"""glibc's number for the size from which a block is the system's own."""
+SHAPE = dict(n_layers=6, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=512)
+
+
+def bridged(n_layers=4, **settings):
+    """A bridge to a random GPT-2, or with settings to a Llama, 8 heads and d_model 256."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    if settings:
+        shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=n_layers, num_attention_heads=8)
+        config, name = LlamaConfig(vocab_size=VOCABULARY, **shape, **settings), "LlamaForCausalLM"
+    else:
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=256, n_layer=n_layers, n_head=8, n_positions=512)
+        name = "GPT2LMHeadModel"
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        made = AutoModelForCausalLM.from_config(config).eval()
+    model = build_bridge_from_module(made, name, hf_config=config, dtype=torch.float32)
+    model.tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    return model
+
+
+def resident(which):
+    """``VmRSS``, the resident memory now, or ``VmHWM``, its high-water mark; in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def settled():
+    """Give back what is free, set the high-water mark back, and return the resident memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def main(kind, path, *bounds):
+    torch.set_num_threads(1)
+    model = bridged(6) if kind == "bridge" else random_model(**SHAPE)
+    g = torch.Generator().manual_seed(0)
+    pairs = fvlens.load_relation("antonym")
+    clean = fvlens.build_prompts(model, pairs, n_prompts=2, n_shots=2, generator=g)
+    prompts = fvlens.build_prompts(model, pairs, n_prompts=32, n_shots=14, labels="permuted", generator=g)
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    fvlens.indirect_effects(model, prompts.select([0]), means, path=path, progress=False)  # whatever is made once
+    found = {}
+    for mode in ("kept", "returned"):
+        if mode == "returned":
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
+        for bound in bounds:
+            before = settled()
+            fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
+            found.setdefault(mode, []).append(resident("VmHWM") - before)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,486 @@
+"""Batches chosen from free memory, smaller ones where memory runs out, and the memory that is really taken."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import build, word_prompts
+from checkpoints import save
+from conftest import random_model
+from peak_memory import bridged
+
+import fvlens
+from fvlens import _checkpoints
+from fvlens.suffix import (
+    _memory,
+    halving,
+    has_hooks,
+    in_batches,
+    open_reader,
+    plan_batch,
+    run_prefix,
+)
+from fvlens.suffix._memory import Estimate, is_out_of_memory
+from fvlens.types import Head
+
+PAIRS = [("hot", "coldishness"), ("big", "smallx"), ("happy", "sad"), ("up", "zzqq"), ("wet", "dry"), ("in", "out")]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def starving(model, most):
+    """Memory for ``most`` rows in the first block's MLP; more raise. Gives the rows that went in."""
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append((*args, *kwargs.values())[0].shape[0])
+        if seen[-1] > most:
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    handle = model.blocks[0].mlp.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+        assert not has_hooks(model)
+
+
+def halvings(caught, what):
+    """The sizes named by warnings, all of which must be about halving: prompts, then copies."""
+    pattern = rf"{what}: out of memory with (\d+) (prompts|patched copies of a prompt) together; going on with (\d+)\."
+    found = [re.fullmatch(pattern, str(one.message)) for one in caught]
+    assert all(found), [str(one.message) for one in caught]
+    assert all(issubclass(one.category, UserWarning) for one in caught)
+    return [(match[2].split()[0], int(match[1]), int(match[3])) for match in found]
+
+
+def quiet(function):
+    """What a call gives, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return function(), caught
+
+
+# --- the rule itself ---
+
+
+def test_work_is_cut_in_halves_from_where_it_fails():
+    tried, done = [], []
+
+    def work(rows, variants):
+        tried.append((rows.start, rows.stop))
+        if rows.stop - rows.start > (5 if rows.start < 20 else 2):
+            raise torch.OutOfMemoryError("full")
+        done.extend(range(rows.start, rows.stop))
+        return rows.stop - rows.start
+
+    sizes, caught = quiet(lambda: list(in_batches(lambda rows: work(rows, 1), 30, 12, what="it")))
+    assert done == list(range(30))
+    assert sizes == 7 * [3] + 9 * [1]
+    assert halvings(caught, "it") == [("prompts", 12, 6), ("prompts", 6, 3), ("prompts", 3, 1)]
+    assert tried[:4] == [(0, 12), (0, 6), (0, 3), (3, 6)]  # on from the slice that failed
+    assert len(tried) == len(sizes) + 3
+
+
+def test_variants_are_halved_when_a_single_prompt_is_too_much():
+    done = []
+
+    def work(rows, variants):
+        if (rows.stop - rows.start) * variants > 3:
+            raise MemoryError
+        done.append((rows.start, variants))
+
+    _, caught = quiet(lambda: list(halving(work, [slice(0, 2), slice(2, 4)], variants=12, what="it")))
+    assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert halvings(caught, "it") == [("prompts", 2, 1), ("patched", 12, 6), ("patched", 6, 3)]
+
+
+def test_a_single_prompt_that_does_not_fit_is_an_error():
+    def work(rows):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    with pytest.raises(MemoryError, match="it: out of memory with a single prompt; use shorter prompts") as error:
+        list(in_batches(work, 3, 1, what="it"))
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_other_errors_pass_unchanged():
+    def work(rows):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        list(in_batches(work, 4, 4, what="it"))
+
+
+def test_what_a_failed_attempt_held_is_free_before_the_next():
+    held, alive = [], []
+
+    def work(rows):
+        alive.append([ref() is not None for ref in held])
+        big = torch.zeros(1000)
+        held.append(weakref.ref(big))
+        if rows.stop - rows.start > 1:
+            raise torch.OutOfMemoryError("full")
+        return rows
+
+    quiet(lambda: list(in_batches(work, 4, 4, what="it")))
+    assert alive[:3] == [[], [False], [False, False]]
+
+
+def test_the_messages_of_allocators_are_known():
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as error:  # no computer has an exbibyte
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    windows = "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
+    assert is_out_of_memory(RuntimeError(windows))
+    assert not is_out_of_memory(RuntimeError("expected scalar type Half but found Float"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator: not enough memory"))
+
+
+# --- the same results where memory runs out ---
+
+
+def message_at_one(what):
+    return pytest.raises(MemoryError, match=f"{what}: out of memory with a single prompt; use shorter prompts")
+
+
+@pytest.mark.parametrize("positions", ["last", "demonstration_label"])
+def test_means(tiny, generator, positions):
+    prompts = word_prompts(tiny, generator, n_prompts=11)
+    kwargs = dict(positions=positions, progress=False)
+    expected = fvlens.mean_head_activations(tiny, prompts, **kwargs).z
+    with starving(tiny, 3) as seen:
+        means, caught = quiet(lambda: fvlens.mean_head_activations(tiny, prompts, **kwargs))
+    assert halvings(caught, "mean_head_activations") == [("prompts", 11, 5), ("prompts", 5, 2)]
+    assert seen == [11, 5, 2, 2, 1, 2, 2, 2]
+    torch.testing.assert_close(means.z, expected, rtol=1e-6, atol=1e-6)
+    with starving(tiny, 0), message_at_one("mean_head_activations"):
+        fvlens.mean_head_activations(tiny, prompts, batch_size=1, **kwargs)
+
+
+class OwnRows:
+    """A vector of its own for each pair, so that a shift of one row shows."""
+
+    def additions(self):
+        return {"blocks.1.hook_resid_post": torch.randn(6, 32, generator=seeded(1))}
+
+    def check(self, model):
+        pass
+
+
+@pytest.mark.parametrize("setting", ["zero_shot", "icl"])
+def test_scores(tiny, setting):
+    kwargs = dict(setting=setting, demonstrations=fvlens.load_relation("plural").pairs[:20], n_shots=2)
+
+    def run(**size):
+        return fvlens.evaluate(tiny, PAIRS, vector=OwnRows(), generator=seeded(), **kwargs, **size)
+
+    expected = run()
+    with starving(tiny, 2):
+        found, caught = quiet(run)
+    assert halvings(caught, "evaluate") == [("prompts", 6, 3), ("prompts", 3, 1)]
+    for name in ("probabilities", "log_probabilities"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.ranks, expected.ranks)
+    assert (found.predictions, found.queries) == (expected.predictions, expected.queries)
+    with starving(tiny, 0), message_at_one("evaluate"):
+        run(batch_size=1)
+
+
+def test_generated_answers(tiny):
+    def run(**size):
+        return fvlens.generate_answers(tiny, PAIRS, max_new_tokens=3, generator=seeded(), **size)
+
+    expected = run()
+    with starving(tiny, 3):
+        found, caught = quiet(run)
+    assert halvings(caught, "generate_answers") == [("prompts", 6, 3)]
+    assert found.raw_texts == expected.raw_texts
+    with starving(tiny, 0), message_at_one("generate_answers"):
+        run(batch_size=1)
+
+
+def test_filter_set(model):
+    right = fvlens.load_relation("antonym").pairs[:13]
+    pairs = [(pair.input, pair.output if i % 2 else right[0].output) for i, pair in enumerate(right)]
+
+    def run(**size):
+        return fvlens.filter_correct(model, pairs, demonstrations=right, n_shots=2, generator=seeded(), **size)
+
+    expected = run()
+    assert 3 < len(expected) < len(pairs) - 3
+    with starving(model, 6):
+        found, caught = quiet(run)
+    assert halvings(caught, "filter_correct") == [("prompts", 13, 6)]
+    assert found == expected
+    with starving(model, 0), message_at_one("filter_correct"):
+        run(batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """HookedTransformer in double precision; attention inside a bridge is of single precision in any case."""
+    folder = save("llama", tmp_path_factory.mktemp("llama"))
+    return dict(
+        hooked=build("grouped-query", dtype=torch.float64),
+        bridge=fvlens.load_model(folder, device="cpu", backend="bridge"),
+    )
+
+
+CASES = [
+    ("hooked", dict(path="weights")),
+    ("hooked", dict(path="kv")),
+    ("hooked", dict(path="naive")),
+    ("hooked", dict(path="kv", answer="whole")),
+    ("bridge", dict(path="kv")),
+    ("hooked", dict(method="atp")),
+    ("hooked", dict(method="ig")),
+    ("hooked", dict(method="ig", path="naive", n_steps=2)),
+    ("hooked", dict(method="lrp")),
+    ("bridge", dict(method="atp")),
+]
+
+
+@pytest.mark.parametrize("kind, settings", CASES, ids=[f"{kind}-{'-'.join(map(str, s.values()))}" for kind, s in CASES])
+def test_indirect_effects(models, generator, kind, settings):
+    model = models[kind]
+    prompts = word_prompts(model, generator, n_prompts=6, n_shots=2)
+    means = fvlens.mean_head_activations(model, word_prompts(model, generator, labels="true"), progress=False)
+    means = dataclasses.replace(means, z=2 * means.z)
+
+    def run():
+        return fvlens.indirect_effects(model, prompts, means, progress=False, **settings)
+
+    expected = run()
+    assert expected.cie.abs().max() > 1e-3
+    with starving(model, 4) as seen:
+        found, caught = quiet(run)
+    named = halvings(caught, "indirect_effects")
+    assert named[0] == ("prompts", 6, 3)
+    assert all(new == old // 2 for _, old, new in named)
+    assert sum(rows > 4 for rows in seen) == len(named)  # one warning a failure
+    rounding = dict(rtol=1e-6 if kind == "hooked" else 1e-4, atol=1e-6)
+    torch.testing.assert_close(found.cie, expected.cie, **rounding)
+    torch.testing.assert_close(found.baseline, expected.baseline, **rounding)
+    assert found.complete
+    assert len(found.cie) == len(prompts)
+
+    def fails():
+        with message_at_one("indirect_effects"):
+            run()
+
+    with starving(model, 0):
+        _, caught = quiet(fails)
+    assert halvings(caught, "indirect_effects")[:2] == [("prompts", 6, 3), ("prompts", 3, 1)]
+
+
+# --- batches chosen from free memory ---
+
+
+def test_a_batch_fits_what_is_free(tiny, monkeypatch):
+    estimate = Estimate.of(tiny)
+    fixed = max(estimate.weights, estimate.unembedding)
+    row = estimate.forward(50, n_read=1, keep=False)
+    for n_rows, expected in ((0.5, 1), (1, 1), (2, 2), (3.9, 2), (4, 4), (127, 64), (128, 128), (10**6, 128)):
+        free = 4 * (fixed + int(n_rows * row)) + 4
+        monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
+        assert plan_batch(tiny, n_pos=50) == expected
+    assert plan_batch(tiny, n_pos=50, max_memory=fixed + 9 * row) == 8
+    least = fixed + row
+    message = f"max_memory={least - 1} bytes is too small: one prompt of 50 tokens needs about {least} bytes; give more"
+    with pytest.raises(ValueError, match=message):
+        plan_batch(tiny, n_pos=50, max_memory=least - 1)
+
+
+def test_everything_asks_for_the_batch_that_fits(tiny, monkeypatch):
+    """With little memory free, no call runs all rows together; given a batch size, each runs exactly that many."""
+    prompts = word_prompts(tiny, seeded(), n_shots=0, n_prompts=9)
+    pairs = [*PAIRS, ("a", "b"), ("c", "d"), ("e", "f")]
+    means = fvlens.mean_head_activations(tiny, prompts, progress=False)
+    estimate = Estimate.of(tiny)
+    fixed = max(estimate.weights, estimate.unembedding)
+    few = 4 * (fixed + 4 * estimate.forward(5, n_read=1, keep=False))
+    calls = dict(
+        means=lambda **size: fvlens.mean_head_activations(tiny, prompts, progress=False, **size),
+        scores=lambda **size: fvlens.evaluate(tiny, pairs, generator=seeded(), **size),
+        answers=lambda **size: fvlens.generate_answers(tiny, pairs, max_new_tokens=1, generator=seeded(), **size),
+        filtered=lambda **size: fvlens.filter_correct(tiny, pairs, n_shots=1, generator=seeded(), **size),
+        naive=lambda: fvlens.indirect_effects(tiny, prompts, means, path="naive", progress=False),
+    )
+    for name, call in calls.items():
+        for free, most in ((few, 4), (10**12, 9)):
+            monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
+            with starving(tiny, 10**9) as seen:
+                quiet(call)
+            assert (max(seen) == most) if most == 9 else (1 <= max(seen) <= most), name
+        if name != "naive":
+            with starving(tiny, 10**9) as seen:
+                quiet(lambda call=call: call(batch_size=5))
+            assert set(seen) == {5, 4}, name
+            with pytest.raises(ValueError, match="expected batch_size"):
+                call(batch_size=0)
+
+
+def test_a_split_model_is_bounded_by_its_fullest_device(monkeypatch):
+    class Split:
+        def parameters(self):
+            return [torch.empty(1, device=device) for device in ("cpu", "meta", "meta")]
+
+    free = {"cpu": 4000, "meta": 1000}
+    monkeypatch.setattr(_memory, "free_memory", lambda device: free[device.type])
+    assert _memory.bound(Split()) == 250
+    free["meta"] = None
+    assert _memory.bound(Split()) == 1000
+    assert _memory.bound(Split(), 7) == 7
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_dot_", ".")).write_text(text)
+
+
+def test_limits_of_containers_count(tmp_path):
+    own = tmp_path / "cgroup"
+    own.write_text("0::/a/b\n")
+    root = tmp_path / "v2"
+    write(root)
+    assert _checkpoints.cgroup_room(root, own) is None
+    write(root / "a/b", memory_dot_max="max\n", memory_dot_current="70\n", memory_dot_stat="anon 1\ninactive_file 5\n")
+    assert _checkpoints.cgroup_room(root, own) is None
+    write(root / "a", memory_dot_max="1000\n", memory_dot_current="300\n", memory_dot_stat="inactive_file 20\n")
+    assert _checkpoints.cgroup_room(root, own) == 720
+    write(root / "a/b", memory_dot_max="100\n")
+    assert _checkpoints.cgroup_room(root, own) == 35
+    write(root / "a/b", memory_dot_current="500\n")
+    assert _checkpoints.cgroup_room(root, own) == 0
+    own.write_text("12:cpu,cpuacct:/a\n4:memory:/elsewhere\n0::/\n")
+    v1 = tmp_path / "v1"
+    names = dict(memory_dot_limit_in_bytes="1000", memory_dot_usage_in_bytes="400")
+    write(v1 / "memory", **names, memory_dot_stat="inactive_file 1\ntotal_inactive_file 30\n")
+    assert _checkpoints.cgroup_room(v1, own) == 630
+    assert _checkpoints.cgroup_room(v1, tmp_path / "absent") is None
+
+
+def test_free_memory_heeds_the_container(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(_checkpoints, "cgroup_room", lambda: 12345)
+    assert _checkpoints.free_memory(cpu) == 12345
+    monkeypatch.setattr(_checkpoints, "cgroup_room", lambda: 2**62)
+    assert 0 < _checkpoints.free_memory(cpu) < 2**50
+
+
+# --- the estimate against what is really allocated ---
+
+
+def allocated(function):
+    """Most bytes that tensors made in a call held at the same time, and what the call gives."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most, result
+
+
+def test_the_measure_of_allocations():
+    def work():
+        a = torch.zeros(1000, 1000)
+        b = a + 1
+        del a
+        return (b * 2 + 1).sum()  # b, 2 b, and 2 b + 1
+
+    most, _ = allocated(work)
+    assert 12_000_000 <= most < 12_001_000
+
+
+def hooked_model(**settings):
+    return random_model(n_layers=4, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=256, d_vocab=2000, **settings)
+
+
+GROUPED = dict(
+    n_key_value_heads=4, positional_embedding_type="rotary", rotary_dim=32, normalization_type="RMS", gated_mlp=True,
+    act_fn="silu",
+)  # fmt: skip
+SHAPES = {
+    "hooked": (hooked_model, {}, ("weights", "kv")),
+    "hooked-grouped": (hooked_model, GROUPED, ("weights", "kv")),
+    "bridge": (bridged, {}, ("kv",)),
+    "bridge-grouped": (bridged, dict(num_key_value_heads=4), ("kv",)),
+}
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_estimate_holds_what_is_allocated(name):
+    make, settings, paths = SHAPES[name]
+    model = make(**settings)
+    estimate = Estimate.of(model)
+
+    def check(taken, fixed, rest, most):
+        """``fixed`` copies of weights need not lie beside the rest; the rest is no more than so many times too much."""
+        assert taken <= 1.02 * (fixed + rest), (taken, fixed, rest)
+        assert rest <= most * taken, (taken, fixed, rest)
+
+    fixed, unembedding = estimate.weights, estimate.unembedding
+    heads = [Head(layer, head) for layer in range(4) for head in range(8)]
+    values = torch.zeros(32, 32)
+    for n_pos, n_suffix in ((24, 1), (160, 1), (160, 12)):
+        tokens = torch.randint(2000, (3, n_pos), generator=seeded())
+        mask, targets = torch.ones_like(tokens), torch.ones(3, n_suffix, dtype=torch.long)
+
+        def read(keep, tokens=tokens, mask=mask):
+            return open_reader(model, 3, keep=keep).read(tokens, mask, n_read=2)
+
+        with torch.inference_mode():
+            read(False)  # a bridge holds on to something of its last pass, which it has then
+            for keep in (False, True):
+                taken, _ = allocated(lambda keep=keep: read(keep))
+                check(taken, max(fixed, unembedding), 3 * estimate.forward(n_pos, n_read=2, keep=keep), 2.5)
+            for path in paths:
+                shape = dict(n_suffix=n_suffix, path=path)
+                taken, run = allocated(lambda s=shape, t=tokens, m=mask: run_prefix(model, t, m, **s))
+                check(taken, fixed, 3 * estimate.prefix(n_pos, n_suffix), 2.5)
+                kept = [*run.keys, *run.values, run.resid_pre, run.z, run.resid_final]
+                size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+                check(size, 0, 3 * estimate.kept(n_pos, n_suffix), 1.2)
+                taken, resid = allocated(lambda run=run, t=targets: run.patched(heads, values, t.bool()))
+                together = 32 if path == "weights" else 8
+                planned = together * estimate.variant(n_pos, n_suffix, path) + 32 * estimate.result(n_suffix)
+                check(taken, fixed, 3 * planned, 2.5)
+                taken, _ = allocated(lambda run=run, r=resid, t=targets: run.log_probs(r, t, at_once=20))
+                planned = 96 * estimate.result(n_suffix) + 20 * estimate.logits
+                check(taken, unembedding, planned, 4)
+
+
+# --- the memory of a process against the bound ---
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux sets the high-water mark back")
+@pytest.mark.parametrize("kind, path", [("hooked", "weights"), ("hooked", "kv"), ("bridge", "kv")])
+def test_a_process_stays_inside_the_bound(kind, path):
+    bounds = [48 * 2**20, 192 * 2**20]
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), kind, path, *map(str, bounds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout.splitlines()[-1])
+    for bound, kept, returned in zip(bounds, peaks["kept"], peaks["returned"], strict=True):
+        assert returned <= 1.1 * bound, (peaks, bounds)
+        assert kept <= 2 * bound, (peaks, bounds)
+    assert peaks["returned"][1] >= 2 * peaks["returned"][0]  # more memory is put to use
+    assert peaks["returned"][1] >= 0.5 * bounds[1], (peaks, bounds)

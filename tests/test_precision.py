@@ -1,0 +1,400 @@
+"""bfloat16 and float16 models: what is summed in float32, and how near the numbers come to a float32 model's.
+
+Bars leave about three times the error that was measured on these prompts; what was measured, the worst of all classes
+and paths, stands behind them in brackets. ``python -m fvlens.zoo.precision`` measures more relations and prompts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+
+import checkpoints
+import pytest
+import torch
+from matrix import BACKENDS
+
+import fvlens
+from fvlens.metrics import spearman, top_k_overlap
+from fvlens.models import fingerprint
+from fvlens.prompts import TokenClass
+from fvlens.suffix import open_reader, run_prefix, steered_resid, wide_logits
+from fvlens.zoo import precision as zoo_precision
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+PATHS = {"hooked": ("weights", "kv", "naive"), "bridge": ("kv", "naive")}
+BOTH = [(backend, precision) for backend in BACKENDS for precision in HALF]
+EACH = [(backend, precision, path) for backend, precision in BOTH for path in PATHS[backend]]
+NAME = "animal-german"
+
+
+@functools.cache
+def loaded(backend, precision, folder="rel-small"):
+    return fvlens.load_model(folder, device="cpu", dtype=getattr(torch, precision), backend=backend)
+
+
+def built(model, n_prompts, *, labels="true", n_shots=4):
+    """Prompts of one relation, the same for every model; every other one is shorter, and so left-padded."""
+    split = fvlens.load_relation(NAME).split(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    long, short = (
+        fvlens.build_prompts(
+            model,
+            split.train,
+            queries=split.valid,
+            n_prompts=n_prompts // 2,
+            n_shots=shots,
+            labels=labels,
+            relation=NAME,
+            generator=generator,
+        )
+        for shots in (n_shots, n_shots - 1)
+    )
+    width = long.tokens.shape[1] - short.tokens.shape[1]
+    assert width > 0
+    fill = {"tokens": 0, "attention_mask": 0, "token_classes": int(TokenClass.PADDING)}
+    fields = {
+        name: torch.cat([getattr(long, name), torch.nn.functional.pad(getattr(short, name), (width, 0), value=value)])
+        for name, value in fill.items()
+    }
+    for name in ("queries", "demonstrations", "texts"):
+        fields[name] = getattr(long, name) + getattr(short, name)
+    return dataclasses.replace(long, answer_tokens=torch.cat([long.answer_tokens, short.answer_tokens]), **fields)
+
+
+@functools.cache
+def effects_of(backend, precision, path, folder="rel-small", n_prompts=4):
+    """Effects of a few prompts and the vector of the 10 best heads."""
+    model = loaded(backend, precision, folder)
+    means = fvlens.mean_head_activations(model, built(model, 2 * n_prompts), progress=False)
+    effects = fvlens.indirect_effects(model, built(model, n_prompts, labels="random"), means, path=path, progress=False)
+    return effects, fvlens.function_vector(model, means, heads=effects.top(10), layer=1)
+
+
+@contextlib.contextmanager
+def captured(model, *names):
+    """Activations by hook name: one tensor a forward."""
+    found = {name: [] for name in names}
+    points = [model.hook_dict[name] for name in names]
+    for name, point in zip(names, points, strict=True):
+        point.add_hook(lambda activation, hook, name=name: found[name].append(activation.detach().clone()))
+    try:
+        yield found
+    finally:
+        for point in points:
+            point.remove_hooks()
+
+
+def exact_logits(model, normed):
+    """The unembedding in float64 of what the model itself gives it."""
+    unembed = model.unembed
+    return normed.double() @ unembed.W_U.double() + unembed.b_U.double()
+
+
+# --- sums ---
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_means_of_large_values_are_not_rounded(backend, precision):
+    """With a large common part in every z, a half-precision sum of it loses what the prompts differ by."""
+    model = fvlens.load_model("rel-small", device="cpu", dtype=HALF[precision], backend=backend)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.W_V.mul_(0.1)
+        bias = [
+            block.attn.b_V if backend == "hooked" else block.attn.v.original_component.bias for block in model.blocks
+        ]
+        for values in bias:
+            values += 20.3
+    prompts = built(model, 40, n_shots=1)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    with captured(model, *names) as found:
+        means = fvlens.mean_head_activations(model, prompts, batch_size=4, progress=False)
+    assert means.z.dtype == torch.float32
+    seen = [torch.cat([z[:, -1] for z in found[name]]) for name in names]
+    assert all(len(z) == 40 and z.dtype == HALF[precision] for z in seen)
+    expected = torch.stack([z.double().mean(dim=0) for z in seen])
+    assert expected.abs().mean() > 15
+    torch.testing.assert_close(means.z.double(), expected, rtol=1e-6, atol=1e-6)
+    half = torch.stack([sum(part.sum(dim=0) for part in z.split(4)) / 40 for z in seen])
+    assert (half.double() - expected).abs().max() > 1e-3  # what this test would see
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_vectors_are_summed_in_float32(backend, precision):
+    _, vector = effects_of(backend, precision, "kv")
+    model = loaded(backend, precision)
+    means = fvlens.mean_head_activations(model, built(model, 8), progress=False)
+    expected = torch.zeros(model.cfg.d_model, dtype=torch.float64)
+    rounded = expected.clone()
+    for layer, head in vector.heads:
+        weight = model.blocks[layer].attn.W_O[head].detach()
+        expected += means.z[layer, head].double() @ weight.double()
+        rounded += (means.z[layer, head].to(weight.dtype) @ weight).double()
+    assert vector.vector.dtype == torch.float32
+    assert (vector.vector - expected).norm() < 1e-6 * expected.norm()
+    assert (rounded - expected).norm() > 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_logits_and_probabilities_are_not_rounded(backend, precision):
+    model = loaded(backend, precision)
+    prompts = built(model, 4, labels="random")
+    answers = prompts.answer_tokens[:, 0]
+    with captured(model, "unembed.hook_in") as found, torch.no_grad():
+        reader = open_reader(model, len(prompts), keep=False)
+        logits = reader.read(prompts.tokens, prompts.attention_mask, n_read=1)[:, 0]
+        own = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
+        run = run_prefix(model, prompts.tokens, prompts.attention_mask, path="kv")
+        logs = run.log_probs(run.resid_final[:, None], answers[:, None])[:, 0, 0]
+    expected = exact_logits(model, found["unembed.hook_in"][0].flatten(0, -2))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own, expected.to(own.dtype), rtol=2**-8, atol=0.02)  # the model itself is left as it is
+    assert (own.double() - expected).abs().max() > 1e-3
+    expected_logs = expected.log_softmax(dim=-1).gather(-1, answers[:, None])[:, 0]
+    suffix = exact_logits(model, found["unembed.hook_in"][-1].flatten(0, -2))
+    torch.testing.assert_close(
+        logs.double(), suffix.log_softmax(dim=-1).gather(-1, answers[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
+    for path in PATHS[backend]:
+        effects, _ = effects_of(backend, precision, path)
+        eps = torch.finfo(HALF[precision]).eps
+        torch.testing.assert_close(effects.baseline.double().log(), expected_logs, rtol=0, atol=eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_have_no_ties_of_rounding(backend):
+    """A token tied with the answer does not count against it, so that rounded logits would flatter the model."""
+    model = loaded(backend, "bfloat16")
+    pairs = list(fvlens.load_relation(NAME))
+    with captured(model, "unembed.hook_in") as found:
+        score = fvlens.evaluate(model, pairs, batch_size=len(pairs), generator=torch.Generator().manual_seed(0))
+    exact = exact_logits(model, found["unembed.hook_in"][0].flatten(0, -2))
+    answers = torch.tensor([model.tokenizer(f" {pair.output}", add_special_tokens=False).input_ids for pair in pairs])
+    answers = answers[:, :1]
+    ranks = (exact > exact.gather(-1, answers)).sum(dim=-1)
+    assert torch.equal(score.ranks, ranks)
+    rounded = exact.bfloat16()
+    assert not torch.equal((rounded > rounded.gather(-1, answers)).sum(dim=-1), ranks)
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_wide_logits_in_slices(precision, monkeypatch):
+    from fvlens.suffix import _run
+
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (8, 21), (21,)))
+    rows, weight, bias = (x.to(HALF[precision]) for x in (rows, weight, bias))
+    monkeypatch.setattr(_run, "_WEIGHT_SLICE", 8 * 5)
+    expected = rows.double() @ weight.double() + bias.double()
+    torch.testing.assert_close(wide_logits(rows, weight, bias).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(wide_logits(rows, weight).double(), expected - bias.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_decoded_logits_are_not_rounded(backend, precision):
+    model = loaded(backend, precision)
+    _, vector = effects_of(backend, precision, "kv")
+    with torch.no_grad():
+        normed = model.ln_final(vector.vector.to(HALF[precision])[None, None])[0, 0]
+    exact = normed.double() @ model.W_U.double()
+    best = exact.topk(10)
+    found = vector.decode(model, 10)
+    assert [text for text, _ in found] == [model.tokenizer.decode([token]) for token in best.indices.tolist()]
+    assert [value for _, value in found] == pytest.approx(best.values.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_an_injected_sum_is_rounded_once(backend, precision):
+    """``round(x + v)``, not ``round(x + round(v))``; the fast path does the same."""
+    model = loaded(backend, precision)
+    prompts = built(model, 6)
+    _, vector = effects_of(backend, precision, "kv")
+    name = "blocks.1.hook_resid_post"
+    with torch.no_grad(), captured(model, name) as plain:
+        model(prompts.tokens, attention_mask=prompts.attention_mask)
+    with torch.no_grad(), fvlens.inject(model, vector, scale=0.7), captured(model, name) as steered:
+        model(prompts.tokens, attention_mask=prompts.attention_mask)
+    before, after = plain[name][0], steered[name][0]
+    assert after.dtype == HALF[precision]
+    assert torch.equal(after[:, :-1], before[:, :-1])
+    once = (before[:, -1].float() + 0.7 * vector.vector).to(HALF[precision])
+    twice = before[:, -1] + (0.7 * vector.vector).to(HALF[precision])
+    assert torch.equal(after[:, -1], once)
+    assert not torch.equal(once, twice)
+    with torch.no_grad():
+        run = run_prefix(model, prompts.tokens, prompts.attention_mask, path="kv")
+        top = model.cfg.n_layers - 1
+        fast = steered_resid(run, top, vector.vector)[:, 0, 0]
+    assert torch.equal(fast, (run.resid_final[:, 0].float() + vector.vector).to(HALF[precision]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_shared_vector_are_summed_in_float32(backend):
+    """The gradient of one vector for all prompts is the sum of those of one vector a prompt."""
+    model = loaded(backend, "bfloat16")
+    prompts = built(model, 6)
+    _, vector = effects_of(backend, "bfloat16", "kv")
+
+    class Steering:
+        def __init__(self, values):
+            self.values = values
+
+        def additions(self):
+            return {"blocks.1.hook_resid_post": self.values}
+
+        def check(self, model):
+            pass
+
+    def gradient(values):
+        values.requires_grad_()
+        with fvlens.inject(model, Steering(values)):
+            logits = open_reader(model, len(prompts), keep=False).read(prompts.tokens, prompts.attention_mask, n_read=1)
+        logits[:, 0].log_softmax(dim=-1).gather(-1, prompts.answer_tokens[:, :1]).sum().backward()
+        return values.grad
+
+    shared = gradient(vector.vector.clone())
+    each = gradient(vector.vector.expand(len(prompts), -1).clone())
+    expected = each.double().sum(dim=0)
+    assert (shared - expected).norm() < 1e-6 * expected.norm()
+    assert (expected.bfloat16().double() - expected).norm() > 1e-4 * expected.norm()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+# --- how near to float32 ---
+
+BARS = {
+    "bfloat16": dict(spearman=0.99, difference=0.003, cosine=0.9999),  # [0.9967, 0.0011, 0.999998]
+    "float16": dict(spearman=0.998, difference=0.0006, cosine=0.99999),  # [0.9993, 0.0002, 0.9999999]
+}
+"""For the embedded model: AIE against float32, its largest difference, and the function vectors."""
+
+
+@pytest.mark.parametrize(("backend", "precision", "path"), EACH)
+def test_effects_come_close_to_float32(backend, precision, path):
+    bars = BARS[precision]
+    effects, vector = effects_of(backend, precision, path)
+    reference, expected = effects_of(backend, "float32", "naive")
+    assert effects.path == path
+    assert effects.cie.dtype == effects.baseline.dtype == torch.float32
+    assert bool(effects.cie.isfinite().all())
+    ours, theirs = effects.aie.flatten(), reference.aie.flatten()
+    assert spearman(ours, theirs) > bars["spearman"]
+    assert (ours - theirs).abs().max() < bars["difference"]
+    assert top_k_overlap(ours, theirs, 10) >= 0.9
+    assert vector.cosine(expected) > bars["cosine"]
+    # and the ways to compute agree within the precision: an eps of a probability of 1
+    naive, _ = effects_of(backend, precision, "naive")
+    assert (effects.cie - naive.cie).abs().max() < torch.finfo(HALF[precision]).eps
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_left_padding_changes_no_more_than_rounding(backend, precision):
+    """Attention masks at the lowest number of the precision give no NaN, and hide the padding."""
+    model = loaded(backend, precision)
+    prompts = built(model, 6, labels="random")
+    padded = open_reader(model, len(prompts), keep=False)
+    with torch.no_grad():
+        together = padded.read(prompts.tokens, prompts.attention_mask, n_read=1)[:, 0].softmax(dim=-1)
+        for row, length in enumerate(prompts.attention_mask.sum(dim=1).tolist()):
+            alone = open_reader(model, 1, keep=False).read(
+                prompts.tokens[row : row + 1, -length:], torch.ones(1, length, dtype=torch.long), n_read=1
+            )
+            difference = (alone[0, 0].softmax(dim=-1) - together[row]).abs().max()
+            assert difference < 4 * torch.finfo(HALF[precision]).eps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: checkpoints.save(name, tmp_path_factory.mktemp(name)) for name in ("llama", "gemma2")}
+
+
+RANDOM_BARS = {
+    "bfloat16": dict(spearman=0.93, cosine=0.98),  # [0.965, 0.992]
+    "float16": dict(spearman=0.98, cosine=0.9998),  # [0.993, 0.99992]
+}
+"""For random weights, whose 12 effects are alike: AIE against float32, and the effects of all prompts."""
+
+
+@pytest.mark.parametrize(("backend", "precision", "path"), EACH)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_effects_of_other_architectures_come_close_to_float32(folders, name, backend, precision, path):
+    bars = RANDOM_BARS[precision]
+    effects, _ = effects_of(backend, precision, path, folders[name], 16)
+    reference, _ = effects_of(backend, "float32", "naive", folders[name], 16)
+    assert bool(effects.cie.isfinite().all()) and effects.cie.abs().max() > 0
+    ours, theirs = effects.cie.flatten(), reference.cie.flatten()
+    assert spearman(effects.aie.flatten(), reference.aie.flatten()) > bars["spearman"]
+    assert torch.cosine_similarity(ours, theirs, dim=0) > bars["cosine"]
+
+
+# --- whose vector it is ---
+
+
+@pytest.mark.parametrize(("backend", "precision"), BOTH)
+def test_a_vector_belongs_to_its_precision(tmp_path, backend, precision):
+    _, vector = effects_of(backend, precision, "kv")
+    path = vector.save(tmp_path / "half.safetensors")
+    again = fvlens.FunctionVector.load(path, model=loaded(backend, precision))
+    assert torch.equal(again.vector, vector.vector)
+    assert (again.fingerprint.dtype, fingerprint(loaded(backend, precision)).dtype) == (precision, precision)
+    single = loaded(backend, "float32")
+    message = rf"made on model 'rel-small', not on this one .*dtype: {precision} / float32"
+    with pytest.raises(ValueError, match=message):
+        fvlens.FunctionVector.load(path, model=single)
+    with pytest.raises(ValueError, match=message), fvlens.inject(single, again):
+        pass
+    tokens = built(single, 2).tokens
+    with torch.no_grad():
+        plain = single(tokens)
+        with fvlens.inject(single, again, check=False):
+            steered = single(tokens)
+    assert bool(steered.isfinite().all()) and (steered - plain)[:, -1].abs().max() > 0.1
+
+
+# --- the table ---
+
+
+def effects_with(aie):
+    """Effects of one prompt with this AIE map."""
+    effects, _ = effects_of(BACKENDS[0], "float32", "naive")
+    cie = torch.tensor(aie, dtype=torch.float32).reshape(1, 3, 4)
+    return dataclasses.replace(effects, cie=cie, baseline=torch.zeros(1))
+
+
+def test_compare_counts_heads_above_the_error():
+    theirs = [0.5, -0.4, 0.3, 0.2, 0.02, 0.01, 0.0, -0.01, -0.02, 0.011, 0.012, 0.013]
+    ours = [0.5, -0.4, 0.2, 0.3, 0.02, 0.01, 0.0, -0.01, -0.02, 0.011, 0.012, 0.013]
+    found = zoo_precision.compare(effects_with(ours), effects_with(theirs))
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["clear"] == pytest.approx(4 / 12)
+    assert found["spearman_clear"] == pytest.approx(1 - 6 * 2 / (4 * 15))  # two neighbours of four swapped
+    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (12 * 143))
+    assert found["overlap"] == 1.0
+    far = zoo_precision.compare(effects_with([-x for x in theirs]), effects_with(theirs))
+    assert far["clear"] == 0 and math.isnan(far["spearman_clear"])
+
+
+def test_the_table_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(zoo_precision, "N_CLEAN", 8)
+    monkeypatch.setattr(zoo_precision, "N_CORRUPTED", 4)
+    out = tmp_path / "table.json"
+    zoo_precision.main(["--relations", NAME, "--backends", "bridge", "--precisions", "bfloat16", "--out", str(out)])
+    found = json.loads(out.read_text())
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| bridge", precision, labels]
+        for precision in ("other prompts", "bfloat16")
+        for labels in ("permuted", "random")
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+    rows = {(row["precision"], row["labels"]): row for row in found["rows"]}
+    for labels in ("permuted", "random"):
+        half, other = rows["bfloat16", labels], rows["other prompts", labels]
+        assert half["spearman"]["mean"] > 0.98  # [0.99]
+        assert half["difference"]["mean"] < 0.2 * other["difference"]["mean"]
+        by_relation = [r for r in found["by_relation"] if (r["precision"], r["labels"]) == ("bfloat16", labels)]
+        assert [r["overlap"] for r in by_relation] == [half["overlap"]["mean"]]
