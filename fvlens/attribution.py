@@ -380,16 +380,16 @@ def indirect_effects(
       each factor of a product, softmax by its plain gradient; see :func:`~fvlens.screens.relevance_rules`). Unit:
       logits. Only the label tokens as keys are our variant [choice]. ``note`` says which rules were applied.
 
-    A screen is cheaper than exact effects only where there are many heads. Counted in tokens that pass through the
-    model, with T tokens a prompt, L layers, H heads a layer and a backward pass as two forward ones, exact effects cost
-    ``T + L H / 2``, ``atp`` and ``lrp`` ``T + 3``, and ``ig`` ``T + 3 L m / 2`` with m steps, so that ``ig`` pays only
-    beyond ``3 m`` heads a layer.
+    What a screen saves depends on the number of heads. Counted in tokens that pass through the model, with T tokens a
+    prompt, L layers, H heads a layer and a backward pass as two forward ones, exact effects cost ``T + L H / 2``,
+    ``atp`` and ``lrp`` ``T + 3``, and ``ig`` ``T + 3 L m / 2`` with m steps, so that ``ig`` pays only beyond ``3 m``
+    heads a layer.
 
     Screens give false negatives. ``atp`` sees the slope at z~ only: it misses a head behind an attention pattern that
     is saturated (a slope of nearly 0 and a large change further on), and a head whose direct effect and effect through
-    later layers cancel at first order. ``ig`` follows the line to mean z and finds both; but it moves the heads of a
-    layer together, and misses a head whose effect another one cancels. ``tests/test_screens.py`` builds one model for
-    each. ``recheck`` then helps only if the head is among the ``recheck`` best of the screen.
+    the MLPs and layers behind it cancel at first order. ``ig`` follows the line to mean z and finds both; but it moves
+    the heads of a layer together, and misses a head whose effect another one cancels. ``tests/test_screens.py`` builds
+    one model for each. ``recheck`` then helps only if the head is among the ``recheck`` best of the screen.
 
     Args:
         model: the model.

@@ -87,6 +87,8 @@ def run(
     layer: Annotated[
         int | None, typer.Option("--layer", help="Inject after this layer [default: best on valid].")
     ] = None,
+    n_train: Annotated[int, typer.Option("--n-train", min=1, help="Pairs that the vector is fine-tuned on.")] = 20,
+    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes over them; 0: no fine-tuning.")] = 20,
     template: TemplateOption = "qa",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -94,14 +96,23 @@ def run(
     backend: BackendOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """The whole chain on one relation: heads, function vector, controls, report."""
+    """The whole chain on one relation: heads, function vector, fine-tuning, controls, report."""
     from fvlens.report import Loading, RunOptions, run_relation, write_run
     from fvlens.universal import read_heads
 
     found = load_relation(relation)
     ranked = {"n_heads": n_heads, "labels": labels}
     chosen: dict[str, Any] = {name: value for name, value in ranked.items() if value is not None}
-    options = RunOptions(seed=seed, n_shots=n_shots, n_prompts=n_prompts, layer=layer, template=template, **chosen)
+    options = RunOptions(
+        seed=seed,
+        n_shots=n_shots,
+        n_prompts=n_prompts,
+        layer=layer,
+        template=template,
+        n_train=n_train,
+        epochs=epochs,
+        **chosen,
+    )
     if heads_file is not None and chosen:
         option = f"--{next(iter(chosen)).replace('_', '-')}"
         raise ValueError(

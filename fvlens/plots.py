@@ -393,11 +393,12 @@ def curves(
             xref="paper", yref="paper", x=1, y=spot, xshift=8, xanchor="left", yanchor="middle", align="left",
             showarrow=False, text=f"{_lines(name)}<br>{value:.3g}", font={"size": 12, "color": GREY},
         )  # fmt: skip
-    layout = _layout(title, height=height, note=note)
-    layout["margin"] |= {"r": right, "t": layout["margin"]["t"] + 26}
-    figure.update_layout(
-        **layout, showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "yref": "paper"}
-    )
+    entry = round(_CHARACTER * max(len(name) for name in lines)) + 8  # and a sample of the line before it
+    n_rows = math.ceil(len(lines) / max(1, (WIDTH - 64 - right) // (entry + 46)))
+    layout = _layout(title, height=height + 20 * (n_rows - 1), note=note)
+    layout["margin"] |= {"r": right, "t": layout["margin"]["t"] + 6 + 20 * n_rows}
+    legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "entrywidth": entry}
+    figure.update_layout(**layout, showlegend=True, legend=legend)
     places = [math.log10(value) for value in xs] if log_x else xs
     pad = 0.03 * (places[-1] - places[0]) or 0.5
     shown = _thinned(places, WIDTH - 80 - right)

@@ -1,8 +1,8 @@
 """The whole chain on one relation, its files, a report page that works offline, and the same run again.
 
 :func:`run_relation` goes from word pairs to a controlled function vector, :func:`write_run` writes
-``vector.safetensors``, ``results.json`` and ``report.html``. ``results.json`` names everything that the numbers depend
-on, so that :func:`rerun` can repeat the run from it and say what differs.
+``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json`` and ``report.html``. ``results.json`` names
+everything that the numbers depend on, so that :func:`rerun` can repeat the run from it and say what differs.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ import torch
 from fvlens.activations import HeadMeans
 from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, evaluate, layer_sweep
-from fvlens.metrics import Interval
+from fvlens.finetuning import FineTuned, finetune, finetune_many
+from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.models import Fingerprint, fingerprint, load_model, model_device
 from fvlens.prompts import get_template
 from fvlens.relations import Relation, Split, list_relations, load_relation
@@ -44,8 +45,9 @@ Source = Literal["permuted", "random", "file"]
 Backend = Literal["hooked", "bridge"]
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 PACKAGES = ("fvlens", "torch", "transformer-lens", "transformers", "tokenizers", "numpy")
-SCHEMA = 2
+SCHEMA = 3
 """Version of ``results.json``: which fields it has and what they mean."""
+VECTOR_FILE, TUNED_FILE = "vector.safetensors", "vector-finetuned.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class RunOptions:
         template: how prompts are written.
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
+        n_train: pairs that the fine-tuned vector is trained on, the first of the train part.
+        epochs: passes over them; 0 leaves the training out.
     """
 
     seed: int = 0
@@ -98,13 +102,15 @@ class RunOptions:
     template: str = "qa"
     n_random: int = 10
     n_others: int = 3
+    n_train: int = 20
+    epochs: int = 20
 
     def __post_init__(self) -> None:
         if self.labels not in RANKINGS:
             raise ValueError(f"labels={self.labels!r}; expected one of {', '.join(RANKINGS)}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}.")
-        for name in ("n_shots", "n_prompts", "n_heads", "n_random"):
+        for name in ("n_shots", "n_prompts", "n_heads", "n_random", "n_train"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
         if self.n_corrupted < 2:
@@ -113,6 +119,8 @@ class RunOptions:
             )
         if self.n_others < 0:
             raise ValueError(f"n_others: expected 0 or more, got {self.n_others}.")
+        if self.epochs < 0:
+            raise ValueError(f"epochs: expected 0 or more, got {self.epochs}; 0 leaves the training out.")
         get_template(self.template)
 
 
@@ -173,11 +181,38 @@ def _processor() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuned:
+    """The fine-tuned vector of a run, and what it does on the test pairs.
+
+    Attributes:
+        run: the training.
+        vector: what it gave.
+        evaluation: its scores on bare queries.
+        others: the same queries under each fine-tuned vector of another relation.
+        other: mean top-1 under those and its 95% interval over queries; None without other relations.
+        decoded: the tokens it decodes to, with their logits.
+    """
+
+    run: FineTuned
+    vector: FunctionVector
+    evaluation: Evaluation
+    others: tuple[Evaluation, ...]
+    other: tuple[float, Interval] | None
+    decoded: tuple[tuple[str, float], ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were run."""
+        return len(self.run.history) - 1
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """Everything a run found.
 
     ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: both rankings, or ``"file"`` alone
-    if the heads were given. ``effects`` has the rankings, and is empty for given heads.
+    if the heads were given. ``effects`` has the rankings, and is empty for given heads. ``tuned`` is None if
+    ``options.epochs`` is 0.
     """
 
     relation: str
@@ -201,6 +236,7 @@ class RunResult:
     given: GivenHeads | None = None
     loading: Loading | None = None
     command: tuple[str, ...] | None = None
+    tuned: Tuned | None = None
 
     @property
     def source(self) -> Source:
@@ -223,6 +259,11 @@ class RunResult:
         """Number of test pairs."""
         return len(self.split.test)
 
+    @property
+    def n_trained(self) -> int:
+        """Number of pairs that the fine-tuned vector was trained on."""
+        return len(self.split.train[: self.options.n_train])
+
     def control(self, kind: Kind) -> tuple[float, Interval]:
         """Mean top-1 and interval of one kind of control, ``"random_vector"`` or ``"other_relation"``."""
         return self.controls.summary(kind)
@@ -239,9 +280,15 @@ class RunResult:
             score = self.steered[source]
             text = f"function vector, {len(vector.heads)} {self.described(source)}, layer {vector.layer}"
             rows.append((text, score.top1, score.interval))
+        tuned = self.tuned
+        if tuned is not None:
+            text = f"fine-tuned vector, {self.n_trained} pairs, {tuned.epochs} epochs, layer {tuned.vector.layer}"
+            rows.append((text, tuned.evaluation.top1, tuned.evaluation.interval))
         rows.append((f"{self.options.n_random} random vectors of the same norm", *self.control("random_vector")))
         if self.others:
             rows.append((f"vectors of other relations ({', '.join(self.others)})", *self.control("other_relation")))
+        if tuned is not None and tuned.other is not None:
+            rows.append(("fine-tuned vectors of the same other relations", *tuned.other))
         rows.append((f"{self.options.n_random} sets of random heads", *self.control("random_heads")))
         return rows
 
@@ -298,7 +345,11 @@ def run_relation(
     command: Sequence[str] | None = None,
     progress: bool = True,
 ) -> RunResult:
-    """Find the heads of a relation, build its function vector, choose its layer on valid, and test it against controls.
+    """Find the heads of a relation, build its function vector, choose its layer on valid, fine-tune it, and test both.
+
+    The fine-tuned vector starts from the function vector and stays at its layer; its epoch is chosen on valid too. The
+    other relations' vectors are trained the same way, as its control. Training draws from generators of its own, so all
+    other numbers are the same without it.
 
     Args:
         model: the model.
@@ -347,19 +398,23 @@ def run_relation(
         vectors[name] = vector.at_layer(sweeps[name].best_layer if options.layer is None else options.layer)
 
     used = {relation.name: relation.data_hash}
-    others = []
+    others: list[FunctionVector] = []
+    other_splits: dict[str, Split] = {}
     for name in other_relations(relation, options.n_others, generator):
         other = load_relation(name)
         used[name] = other.data_hash
         wanted = (options.labels,) if heads is None else ()
+        other_splits[name] = other.split(generator)
         other_means, other_effects = find_heads(
-            model, other.split(generator), options, name, generator, rankings=wanted, progress=progress
+            model, other_splits[name], options, name, generator, rankings=wanted, progress=progress
         )
         chosen = other_effects[options.labels].top(options.n_heads) if heads is None else heads.heads
         others.append(function_vector(model, other_means, heads=chosen, layer=vectors[source].layer))
 
-    in_context: dict[str, Any] = {"demonstrations": split.train, "n_shots": options.n_shots, **common}
     vector = vectors[source]
+    trained = _train(model, split, options, vector, other_splits, others, progress) if options.epochs else None
+
+    in_context: dict[str, Any] = {"demonstrations": split.train, "n_shots": options.n_shots, **common}
     table = finished(
         controls(
             model,
@@ -402,14 +457,63 @@ def run_relation(
         given=heads,
         loading=loading,
         command=None if command is None else tuple(command),
+        tuned=None if trained is None else _tuned(model, split, options, *trained),
     )
+
+
+def _fresh(options: RunOptions) -> torch.Generator:
+    """A generator of its own for one part of the fine-tuning, so that it moves no other number of the run."""
+    return torch.Generator().manual_seed(options.seed)
+
+
+def _train(
+    model: Any,
+    split: Split,
+    options: RunOptions,
+    vector: FunctionVector,
+    other_splits: Mapping[str, Split],
+    others: Sequence[FunctionVector],
+    progress: bool,
+) -> tuple[FineTuned, list[FunctionVector]]:
+    """The vector's training at its own layer, and the other relations' vectors after the same training."""
+    how: dict[str, Any] = {"epochs": options.epochs, "template": options.template, "progress": progress}
+    pairs = split.train[: options.n_train]
+    run = finished(finetune(model, pairs, init=vector, valid=split.valid, generator=_fresh(options), **how))
+    if not others:
+        return run, []
+    many = finetune_many(model, other_splits, init=others, n_train=options.n_train, generator=_fresh(options), **how)
+    return run, list(finished(many).vectors)
+
+
+def _tuned(model: Any, split: Split, options: RunOptions, run: FineTuned, others: Sequence[FunctionVector]) -> Tuned:
+    """The scores of trained vectors on the test pairs."""
+    assert isinstance(run.vector, FunctionVector)
+
+    def score(vector: FunctionVector) -> Evaluation:
+        return evaluate(
+            model,
+            split.test,
+            vector=vector,
+            template=options.template,
+            relation=run.relation,
+            generator=_fresh(options),
+        )
+
+    evaluation, controls = score(run.vector), tuple(score(other) for other in others)
+    other = None
+    if controls:
+        scores = torch.stack([one.correct.double() for one in controls]).mean(dim=0)
+        other = (scores.mean().item(), bootstrap_interval(scores, generator=_fresh(options)))
+    return Tuned(run, run.vector, evaluation, controls, other, tuple(run.vector.decode(model, k=10)))
 
 
 def results_json(result: RunResult) -> dict[str, Any]:
     """The numbers of a run, and everything they depend on, as plain JSON values.
 
     ``fv_top1``, ``layer`` and ``heads`` are those of the saved vector, and so are the controls; ``rankings`` has both
-    rankings. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a file.
+    rankings. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a file. What begins
+    with ``ffv`` belongs to the fine-tuned vector and is null where none was trained; ``ffv_cosine`` is that to the
+    function vector.
     """
 
     def heads(source: Source) -> list[list[int | float | None]]:
@@ -425,7 +529,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
     main, random = result.steered[result.source], result.steered.get("random")
     random_vector, random_vector_interval = result.control("random_vector")
     other = result.control("other_relation") if result.others else None
-    provenance, given = result.provenance, result.given
+    provenance, given, tuned = result.provenance, result.given, result.tuned
     return {
         "schema": SCHEMA,
         "relation": result.relation,
@@ -436,10 +540,20 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "shuffled_top1": result.shuffled.top1,
         "fv_top1": main.top1,
         "fv_random_labels_top1": None if random is None else random.top1,
+        "ffv_top1": None if tuned is None else tuned.evaluation.top1,
         "random_vector_top1": random_vector,
         "other_relation_top1": None if other is None else other[0],
+        "other_relation_ffv_top1": None if tuned is None or tuned.other is None else tuned.other[0],
         "random_heads_top1": result.control("random_heads")[0],
         "layer": result.vector.layer,
+        "ffv_layer": None if tuned is None else tuned.vector.layer,
+        "ffv_epochs": None if tuned is None else tuned.epochs,
+        "ffv_best_epoch": None if tuned is None else tuned.run.best_epoch,
+        "ffv_lr": None if tuned is None else tuned.run.lr,
+        "ffv_n_train": None if tuned is None else result.n_trained,
+        "ffv_cosine": None if tuned is None else tuned.vector.cosine(result.vector),
+        "fv_norm": result.vector.norm(),
+        "ffv_norm": None if tuned is None else tuned.vector.norm(),
         "heads_source": "ranking" if given is None else "file",
         "heads": heads(result.source),
         "n_test": result.n_test,
@@ -450,8 +564,10 @@ def results_json(result: RunResult) -> dict[str, Any]:
             "shuffled_top1": span(result.shuffled.interval),
             "fv_top1": span(main.interval),
             "fv_random_labels_top1": None if random is None else span(random.interval),
+            "ffv_top1": None if tuned is None else span(tuned.evaluation.interval),
             "random_vector_top1": span(random_vector_interval),
             "other_relation_top1": None if other is None else span(other[1]),
+            "other_relation_ffv_top1": None if tuned is None or tuned.other is None else span(tuned.other[1]),
         },
         "rankings": {
             ranking: {
@@ -466,7 +582,9 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "shuffled_probability": result.shuffled.probability,
         "other_relations": list(result.others),
         "path": next((effects.path for effects in result.effects.values()), None),
+        "ffv_path": None if tuned is None else tuned.run.path,
         "decoded": [list(pair) for pair in result.decoded],
+        "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
         "options": asdict(result.options) | {"heads_file": None if given is None else given.path},
         "loading": None if result.loading is None else asdict(result.loading),
         "command": None if result.command is None else list(result.command),
@@ -482,21 +600,30 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "versions": provenance.versions,
         "code_hash": provenance.code_hash,
         "platform": provenance.platform,
+        "ffv_seconds": None if tuned is None else tuned.run.seconds,
         "seconds": result.seconds,
     }
 
 
 def write_run(result: RunResult, folder: str | Path) -> list[Path]:
-    """Write ``vector.safetensors``, ``results.json`` and ``report.html``; other files in the folder stay.
+    """Write ``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json`` and ``report.html``.
+
+    Other files in the folder stay. An earlier run's fine-tuned vector is removed where this run trained none, so that
+    the files are those of one run.
 
     Returns:
         The files written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vector = result.vector.save(folder / "vector.safetensors")
-    numbers = _write_text(folder / "results.json", json.dumps(results_json(result), indent=2, allow_nan=False) + "\n")
-    return [vector, numbers, write_report(folder / "report.html", result)]
+    files = [result.vector.save(folder / VECTOR_FILE)]
+    if result.tuned is not None:
+        files.append(result.tuned.vector.save(folder / TUNED_FILE))
+    else:
+        (folder / TUNED_FILE).unlink(missing_ok=True)
+    numbers = json.dumps(results_json(result), indent=2, allow_nan=False) + "\n"
+    files.append(_write_text(folder / "results.json", numbers))
+    return [*files, write_report(folder / "report.html", result)]
 
 
 def write_figure(path: str | Path, figure: "go.Figure") -> Path:
@@ -519,11 +646,12 @@ class _Sample:
     query: str
     expected: str
     answers: tuple[tuple[str, bool], ...]
-    """Predicted word and whether it is right: without the vector, with it, with demonstrations."""
+    """Predicted word and whether it is right: bare, with the function vector, fine-tuned if there is one, and shown."""
 
 
 def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
-    shown = (result.zero_shot, result.steered[result.source], result.icl)
+    tuned = () if result.tuned is None else (result.tuned.evaluation,)
+    shown = (result.zero_shot, result.steered[result.source], *tuned, result.icl)
     columns = [list(zip(one.predictions, one.correct.tolist(), strict=True)) for one in shown]
     return [
         _Sample(pair.input, pair.output, tuple((words[i][0].strip(), words[i][1]) for words in columns))
@@ -569,25 +697,58 @@ def write_report(path: str | Path, result: RunResult) -> Path:
             plots.decoded(list(words), list(scores)),
         )
     )
+
+    def drawn(figure: "go.Figure", first: bool = False) -> str:
+        # the first figure brings plotly's script along, so that the page needs no network
+        return figure.to_html(full_html=False, include_plotlyjs=first, config={"displayModeBar": False})
+
     blocks = [
-        {
-            "title": title,
-            "text": text,
-            # the first figure brings plotly's script along, so that the page needs no network
-            "html": figure.to_html(full_html=False, include_plotlyjs=index == 0, config={"displayModeBar": False}),
-        }
+        {"title": title, "text": text, "html": drawn(figure, first=index == 0)}
         for index, (title, text, figure) in enumerate(figures)
     ]
-    rows = [
-        (name, f"{value:.3f}", "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}")
-        for name, value, interval in result.summary()
-    ]
+    rows = [_row(*row) for row in result.summary()]
     page_folder = Path(path).parent
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     text = page.render(
-        result=result, rows=rows, figures=blocks, samples=_samples(result), provenance=_told(result, page_folder)
+        result=result,
+        rows=rows,
+        figures=blocks,
+        tuned=None if result.tuned is None else _tuned_section(result, result.tuned, drawn),
+        samples=_samples(result),
+        provenance=_told(result, page_folder),
     )
     return _write_text(Path(path), text)
+
+
+def _row(name: str, value: float, interval: Interval | None) -> tuple[str, str, str]:
+    return name, f"{value:.3f}", "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+def _tuned_section(result: RunResult, tuned: Tuned, drawn: Callable[["go.Figure"], str]) -> dict[str, Any]:
+    """What the page shows of the fine-tuned vector."""
+    run, untuned, score = tuned.run, result.steered[result.source], tuned.evaluation
+    rows: list[tuple[str, float, Interval | None]] = [
+        ("bare query", result.zero_shot.top1, result.zero_shot.interval),
+        ("function vector", untuned.top1, untuned.interval),
+        ("fine-tuned vector", score.top1, score.interval),
+    ]
+    if tuned.other is not None:
+        rows.append((f"fine-tuned vectors of other relations ({', '.join(result.others)})", *tuned.other))
+    rows.append((f"{result.options.n_shots} clean demonstrations", result.icl.top1, result.icl.interval))
+    chosen = f"epoch {run.best_epoch} of {tuned.epochs}" + ("" if run.best_epoch else ", the start: none was better")
+    return {
+        "text": f"The function vector, trained further on the bare queries of {result.n_trained} training pairs; the "
+        f"model stays as it is. Chosen on the {len(result.split.valid)} validation pairs: {chosen}. Added "
+        f"after layer {tuned.vector.layer}, as the function vector is; cosine similarity to it "
+        f"{tuned.vector.cosine(result.vector):.2f}; norm {tuned.vector.norm():.2f}, of the function vector "
+        f"{result.vector.norm():.2f}. Trained in {run.seconds:.1f}\N{NO-BREAK SPACE}s.",
+        "rows": [_row(*row) for row in rows],
+        "curves": drawn(run.plot()),
+        "decoded": [
+            ((repr(before), f"{a:.2f}"), (repr(after), f"{b:.2f}"))
+            for (before, a), (after, b) in zip(result.decoded, tuned.decoded, strict=True)
+        ],
+    }
 
 
 def _told(result: RunResult, folder: Path) -> dict[str, str]:
@@ -614,6 +775,14 @@ def _told(result: RunResult, folder: Path) -> dict[str, str]:
         "attribution path": numbers["path"] or "none: the heads were given",
         "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, "
         f"norm {result.vector.norm():.2f}",
+    }
+    if result.tuned is not None:
+        run = result.tuned.run
+        rows["fine-tuned vector"] = (
+            f"{result.n_trained} pairs, epoch {run.best_epoch} of {result.tuned.epochs}, learning rate {run.lr:.3g}, "
+            f"order of pairs by seed {run.seed}, path {run.path}, {run.seconds:.1f} seconds"
+        )
+    rows |= {
         "versions": ", ".join(f"{name} {version}" for name, version in source.versions.items())
         + f" (code {source.code_hash})",
         "machine": ", ".join(f"{key} {value}" for key, value in source.platform.items() if value is not None),
@@ -640,7 +809,7 @@ _PROVENANCE = {
 }
 """Fields of ``results.json`` that say what the numbers depend on, and what kind of thing each is."""
 _SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
-_NOT_COMPARED = ("seconds", "command")
+_NOT_COMPARED = ("seconds", "ffv_seconds", "command")
 _ABSENT = "(absent)"
 
 
@@ -881,7 +1050,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     found = []
     for name in dict.fromkeys([*before, *after]):
         a, b = before.get(name, _ABSENT), after.get(name, _ABSENT)
-        kind = (_PROVENANCE | {"path": "setting"}).get(name.replace("[", ".").partition(".")[0])
+        kind = (_PROVENANCE | {"path": "setting", "ffv_path": "setting"}).get(name.replace("[", ".").partition(".")[0])
         if a == b and type(a) is type(b):
             continue
         if kind is None and _is_number(a) and _is_number(b):
@@ -897,9 +1066,8 @@ def _results(content: dict[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in content if key not in (*_PROVENANCE, *_SETTINGS, *_NOT_COMPARED)}
 
 
-def _compare_vectors(old: FunctionVector | None, new: FunctionVector) -> list[Difference]:
-    """What differs in two vector files, one row for all numbers of the vector."""
-    name = "vector.safetensors"
+def _compare_vectors(name: str, old: FunctionVector | None, new: FunctionVector) -> list[Difference]:
+    """What differs in two vector files of this name, one row for all numbers of the vector."""
     if old is None:
         return [Difference("data", name, _ABSENT, "written")]
     if old.vector.shape != new.vector.shape:
@@ -923,7 +1091,7 @@ def rerun(
 ) -> Rerun:
     """Repeat a run from its files, with the same settings and seed, and compare every number.
 
-    On the same machine and versions all numbers come out equal, as long as the batches do. The vector's file is
+    On the same machine and versions all numbers come out equal, as long as the batches do. The vectors' files are
     compared too. Heads that came from a file are taken from ``results.json``, so a file that has changed or gone is
     only reported.
 
@@ -955,8 +1123,8 @@ def rerun(
         raise ValueError(f"rerun: {out} holds the run itself; give another folder for the second one.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"rerun: {out} is a file; give a folder.")
-    saved = folder / "vector.safetensors"
-    vector = FunctionVector.load(saved) if saved.exists() else None
+    names = [VECTOR_FILE, *([TUNED_FILE] if recorded.options.epochs else [])]
+    saved = {name: FunctionVector.load(folder / name) if (folder / name).exists() else None for name in names}
     if model is None:
         if recorded.loading is None:
             raise ValueError(
@@ -980,8 +1148,12 @@ def rerun(
     files = write_run(result, out)
     # through JSON, as the first run's numbers went
     old, new = _results(recorded.content), _results(json.loads(json.dumps(results_json(result))))
-    differences = [*changes, *_differences(old, new), *_compare_vectors(vector, result.vector)]
-    n_numbers = sum(_is_number(value) for _, value in _leaves(new)) + (0 if vector is None else len(vector.vector))
+    differences = [*changes, *_differences(old, new)]
+    made = [result.vector, *([] if result.tuned is None else [result.tuned.vector])]
+    for (name, before), vector in zip(saved.items(), made, strict=True):
+        differences += _compare_vectors(name, before, vector)
+    n_numbers = sum(_is_number(value) for _, value in _leaves(new))
+    n_numbers += sum(len(vector.vector) for vector in saved.values() if vector is not None)
     return Rerun(folder, out, float(tolerance), n_numbers, tuple(differences), result, tuple(files))
 
 
@@ -996,14 +1168,16 @@ _PAGE = """<!DOCTYPE html>
   body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; color: #222; background: #fff;
          max-width: 760px; margin: 2rem auto; padding: 0 1rem; }
   h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+  h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
   p.lead, p.note { color: #555; margin-top: .2rem; }
   table { border-collapse: collapse; width: 100%; font-size: .92rem; }
   th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
-  td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-  td.right { color: #00664b; } td.wrong { color: #9c4a00; }
+  .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+  td.right { color: #00664b; white-space: nowrap; } td.wrong { color: #9c4a00; }
   td.value { overflow-wrap: anywhere; }
   .figure { overflow-x: auto; }
-  @media (max-width: 600px) { table { display: block; overflow-x: auto; } }
+  @media (max-width: 600px) { table { display: block; overflow-x: auto; font-size: .85rem; }
+                              th, td { padding-right: .4rem; } }
 </style>
 </head>
 <body>
@@ -1013,7 +1187,8 @@ _PAGE = """<!DOCTYPE html>
 
 <h2>Summary</h2>
 <table id="summary">
-<thead><tr><th>zero-shot on test unless said otherwise</th><th>top-1</th><th>95% interval</th></tr></thead>
+<thead><tr><th>zero-shot on test unless said otherwise</th><th class="number">top-1</th>
+<th class="number">95% interval</th></tr></thead>
 <tbody>
 {% for name, value, interval in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td>
 <td class="number">{{ interval }}</td></tr>
@@ -1032,10 +1207,39 @@ _PAGE = """<!DOCTYPE html>
 <div class="figure">{{ figure.html | safe }}</div>
 {% endfor %}
 
+{% if tuned %}
+<h2>Fine-tuned vector</h2>
+<p id="training" class="note">{{ tuned.text }}</p>
+<table id="tuned">
+<thead><tr><th>zero-shot on test unless said otherwise</th><th class="number">top-1</th>
+<th class="number">95% interval</th></tr></thead>
+<tbody>
+{% for name, value, interval in tuned.rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td>
+<td class="number">{{ interval }}</td></tr>
+{% endfor %}</tbody>
+</table>
+
+<div class="figure">{{ tuned.curves | safe }}</div>
+
+<h3>What both vectors decode to</h3>
+<p class="note">Tokens whose unembedding each vector points to most, with their logits. Descriptive only.</p>
+<table id="decoded">
+<thead><tr><th></th><th>function vector</th><th>logit</th><th>fine-tuned</th><th>logit</th></tr></thead>
+<tbody>
+{% for pair in tuned.decoded %}<tr><td class="number">{{ loop.index }}</td>
+{% for word, logit in pair %}<td>{{ word }}</td><td class="number">{{ logit }}</td>
+{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+
+<h3>Before and after</h3>
+{% else %}
 <h2>Sample predictions</h2>
+{% endif %}
 <p class="note">Test queries in their split order. &#10003; marks an answer whose first token is right.</p>
 <table id="samples">
-<thead><tr><th>query</th><th>answer</th><th>bare</th><th>with the vector</th>
+<thead><tr><th>query</th><th>answer</th><th>bare</th><th>function vector</th>
+{% if tuned %}<th>fine-tuned</th>{% endif %}
 <th>{{ result.options.n_shots }}-shot</th></tr>
 </thead>
 <tbody>

@@ -1,8 +1,7 @@
 """Memory that a fresh process takes for exact effects under a bound: `python peak_memory.py hooked weights 33554432`.
 
 Prints JSON: for each bound, bytes of resident memory beyond what the process held before the call, at its highest.
-First as the C library does it, which keeps much of what tensors give back ("kept"), then with every larger block given
-back to the system ("returned"). Linux with glibc only: the high-water mark is set back before each call.
+Linux only: the high-water mark is set back before each call.
 """
 
 import ctypes
@@ -19,21 +18,20 @@ from transformers import AutoTokenizer
 import fvlens
 from fvlens.models import embedded_folder
 
-M_MMAP_THRESHOLD = -3
-"""glibc's number for the size from which a block is the system's own."""
 SHAPE = dict(n_layers=6, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=512)
 
 
-def bridged(n_layers=4, **settings):
-    """A bridge to a random GPT-2, or with settings to a Llama, 8 heads and d_model 256."""
+def bridged(n_layers=4, *, n_heads=8, d_model=256, **grouped):
+    """A bridge to a random GPT-2, or with settings for grouped heads to a Llama."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-    if settings:
-        shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=n_layers, num_attention_heads=8)
-        config, name = LlamaConfig(vocab_size=VOCABULARY, **shape, **settings), "LlamaForCausalLM"
+    if grouped:
+        shape = dict(hidden_size=d_model, intermediate_size=4 * d_model, num_hidden_layers=n_layers)
+        config = LlamaConfig(vocab_size=VOCABULARY, **shape, num_attention_heads=n_heads, **grouped)
+        name = "LlamaForCausalLM"
     else:
-        config = GPT2Config(vocab_size=VOCABULARY, n_embd=256, n_layer=n_layers, n_head=8, n_positions=512)
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=d_model, n_layer=n_layers, n_head=n_heads, n_positions=512)
         name = "GPT2LMHeadModel"
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
@@ -66,14 +64,11 @@ def main(kind, path, *bounds):
     prompts = fvlens.build_prompts(model, pairs, n_prompts=32, n_shots=14, labels="permuted", generator=g)
     means = fvlens.mean_head_activations(model, clean, progress=False)
     fvlens.indirect_effects(model, prompts.select([0]), means, path=path, progress=False)  # whatever is made once
-    found = {}
-    for mode in ("kept", "returned"):
-        if mode == "returned":
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
-        for bound in bounds:
-            before = settled()
-            fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
-            found.setdefault(mode, []).append(resident("VmHWM") - before)
+    found = []
+    for bound in bounds:
+        before = settled()
+        fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
+        found.append(resident("VmHWM") - before)
     print(json.dumps(found))
 
 

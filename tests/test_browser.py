@@ -16,7 +16,7 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-N_FIGURES = 6
+N_FIGURES = 7
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,11 @@ def test_odd_names_are_shown_and_not_run(visit, result):
     name = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
     rename = lambda parts: {key: dataclasses.replace(part, relation=name) for key, part in parts.items()}  # noqa: E731
     odd = dataclasses.replace(result, relation=name, effects=rename(result.effects), decoded=((name, 1.0),))
+    vector = dataclasses.replace(result.tuned.vector, relation=name)
+    run = dataclasses.replace(result.tuned.run, vector=vector)
+    odd = dataclasses.replace(
+        odd, tuned=dataclasses.replace(result.tuned, run=run, vector=vector, decoded=((name, 1.0),))
+    )
     seen = visit(odd)
     assert seen.complaints == []
     assert seen.page.evaluate("document.images.length") == 0

@@ -24,7 +24,7 @@ from fvlens.universal import UniversalHeads
 DATA = Path(fvlens.__file__).parent / "relations" / "data"
 REQUIRED = (
     "relation model seed icl_top1 zero_shot_top1 shuffled_top1 fv_top1 fv_random_labels_top1 random_vector_top1 "
-    "other_relation_top1 layer heads n_test versions seconds"
+    "other_relation_top1 layer heads n_test versions seconds ffv_top1 ffv_layer ffv_epochs ffv_seconds"
 ).split()
 
 
@@ -103,7 +103,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     )
     assert (code, err) == (0, "")
     assert {file.name for file in tmp_path.iterdir()} == {
-        "keep.txt", "results.json", "report.html", "vector.safetensors"
+        "keep.txt", "results.json", "report.html", "vector.safetensors", "vector-finetuned.safetensors"
     }  # fmt: skip
     assert (tmp_path / "keep.txt").read_text() == "mine"
     read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -123,13 +123,14 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
         ("bare query", "zero_shot_top1"),
         ("function vector, 6 heads by permuted labels", "fv_top1"),
         ("function vector, 6 heads by random labels", "fv_random_labels_top1"),
+        ("fine-tuned vector, 20 pairs, 20 epochs", "ffv_top1"),
         ("10 random vectors of the same norm", "random_vector_top1"),
         ("vectors of other relations", "other_relation_top1"),
     ):
         (row,) = [values for name, values in shown.items() if name.startswith(start)]
         low, high = read["intervals"][key]
         assert row == [f"{read[key]:.2f}", f"{low:.2f} to {high:.2f}"]
-    for name in ("vector.safetensors", "results.json", "report.html"):
+    for name in ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html"):
         assert f"wrote {tmp_path / name}\n" in out
 
 
@@ -145,6 +146,7 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
     code, _, err = call(
         "run", "plural", "--model", "rel-small", "--seed", 7, "--n-shots", 4, "--n-prompts", 20, "--n-heads", 5,
         "--labels", "random", "--layer", 2, "--template", "arrow", "--device", "cpu",
+        "--n-train", 9, "--epochs", 3,
     )  # fmt: skip
     assert (code, err) == (2, "fvlens: enough\n")
     options, command = seen.pop("options"), seen.pop("command")
@@ -154,10 +156,26 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
     assert command[:6] == ["fvlens", "run", "plural", "--model", "rel-small", "--seed"]
     assert (options.seed, options.n_shots, options.n_prompts, options.n_heads) == (7, 4, 20, 5)
     assert (options.labels, options.layer, options.template) == ("random", 2, "arrow")
+    assert (options.n_train, options.epochs) == (9, 3)
     call("run", "plural")
     assert seen["options"] == RunOptions()
     assert (seen["loading"], seen["command"]) == (Loading(), ["fvlens", "run", "plural"])
     assert list(tmp_path.iterdir()) == []  # a run that fails leaves no folder
+
+
+def test_training_can_be_left_out(call, tmp_path):
+    args = ("run", "plural", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, "--out", tmp_path, "--quiet")
+    assert call(*args)[0] == 0
+    trained = json.loads((tmp_path / "results.json").read_text())
+    code, out, err = call(*args, "--epochs", 0)
+    assert (code, err) == (0, "")
+    assert "fine-tuned" not in out
+    assert not (tmp_path / "vector-finetuned.safetensors").exists()
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert (read["ffv_top1"], read["ffv_layer"], read["options"]["epochs"]) == (None, None, 0)
+    assert trained["ffv_top1"] is not None
+    for name in ("icl_top1", "fv_top1", "other_relation_top1", "random_heads_top1", "heads", "decoded"):
+        assert read[name] == trained[name]
 
 
 def test_results_go_to_a_folder_named_after_the_relation(call, model, monkeypatch, tmp_path):
@@ -166,7 +184,7 @@ def test_results_go_to_a_folder_named_after_the_relation(call, model, monkeypatc
     code, out, _ = call("run", "antonym", "--quiet")
     assert code == 0
     assert {file.name for file in (tmp_path / "fvlens-antonym").iterdir()} == {
-        "vector.safetensors", "results.json", "report.html"
+        "vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html"
     }  # fmt: skip
     assert "wrote fvlens-antonym/report.html" in out
 
@@ -195,7 +213,9 @@ def test_run_with_default_settings_takes_less_than_a_minute(tmp_path):
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     # what the run is for: the vector does the task, and the controls do not
-    assert read["fv_top1"] > max(read["zero_shot_top1"], read["random_vector_top1"], read["other_relation_top1"])
+    controls = max(read["zero_shot_top1"], read["random_vector_top1"], read["other_relation_top1"])
+    assert read["fv_top1"] > controls
+    assert read["ffv_top1"] > max(controls, read["other_relation_ffv_top1"])
 
 
 def test_the_way_a_model_is_loaded_reaches_it_and_the_files(call, model, monkeypatch, tmp_path):
@@ -240,8 +260,9 @@ def test_rerun_gives_the_same_run(call, run_folder, tmp_path):
     lines = out.splitlines()
     again = run_folder.with_name("[1] run-rerun")
     assert lines[0] == "changed since the first run: nothing that the numbers depend on"
-    assert lines[1:4] == [f"wrote {again / name}" for name in ("vector.safetensors", "results.json", "report.html")]
-    assert re.fullmatch(r"the same run: \d+ numbers compared, all equal", lines[4])
+    names = ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html")
+    assert lines[1:5] == [f"wrote {again / name}" for name in names]
+    assert re.fullmatch(r"the same run: \d+ numbers compared, all equal", lines[5])
     read = json.loads((again / "results.json").read_text())
     assert read["command"] == ["fvlens", "rerun", str(run_folder), "--quiet"]
 
@@ -263,11 +284,12 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
     rows = cells(out)[1:]
     assert rows[:2] == [[str(folder)], ["what differs", "first run", "this run", "difference"]]
     now = fvlens.load_relation("plural").data_hash
-    assert rows[2:6] == [
+    assert rows[2:7] == [
         ["data", "data_hash", "0123456789abcdef", now],
         ["version", "versions.torch", "0.1", importlib.metadata.version("torch")],
         ["number", "icl_top1", f"{right - 0.125}", f"{right}", "1.2e-01"],
         ["data", "vector.safetensors", "(absent)", "written"],
+        ["data", "vector-finetuned.safetensors", "(absent)", "written"],
     ]
     n = re.fullmatch(
         r"not the same run: 1 results differ beyond 1e-05 \((\d+) numbers compared, largest difference 1\.2e-01\)", last
@@ -280,8 +302,8 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
 
 def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
     assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
-    (tmp_path / "results.json").write_text('{"schema": 1}')
-    assert "results.json: schema: expected 2, got 1" in refused("rerun", tmp_path)
+    (tmp_path / "results.json").write_text('{"schema": 2}')
+    assert "results.json: schema: expected 3, got 2" in refused("rerun", tmp_path)
     content = json.loads((run_folder / "results.json").read_text())
     for change, message in (
         ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
@@ -639,6 +661,8 @@ def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
         (["run", "antonym", "--n-shots", "0"], "'--n-shots': Input should be greater than or equal to 1"),
         (["run", "antonym", "--n-heads", "33"], "n_heads=33: expected at most 16, half of the model's 32 heads"),
         (["run", "antonym", "--layer", "4"], "layer=4: expected 0..3."),
+        (["run", "antonym", "--n-train", "0"], "'--n-train': Input should be greater than or equal to 1"),
+        (["run", "antonym", "--epochs", "-1"], "'--epochs': Input should be greater than or equal to 0"),
         (["run", "antonym", "--nosuch"], "No such option: --nosuch"),
         (["run", "antonym", "--n-shots", "60"], "60"),
         (["run", "antonym", "--device", "nosuch"], "nosuch"),

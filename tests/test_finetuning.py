@@ -401,10 +401,9 @@ def test_test_pairs_change_nothing_and_validation_pairs_decide(model):
         other = trained(split.valid[:6], test)
         assert torch.equal(other.vector.vector, first.vector.vector)
         assert torch.equal(other.history.valid_loss, first.history.valid_loss)
-    adverse = trained([(a, "the") for a, _ in split.valid[:6]], split.test)
-    scores = list(zip(adverse.history.valid_top1.tolist(), (-adverse.history.valid_loss).tolist(), strict=True))
-    assert adverse.best_epoch == scores.index(max(scores)) != first.best_epoch
-    assert torch.equal(adverse.history.train_loss, first.history.train_loss)  # they choose, and train nothing
+    seen = trained(split.train[:10], split.test)  # pairs that training makes better to its end
+    assert seen.best_epoch == 3 > first.best_epoch
+    assert torch.equal(seen.history.train_loss, first.history.train_loss)  # validation pairs choose, and train nothing
 
 
 # --- many at once ---

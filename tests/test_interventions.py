@@ -216,9 +216,7 @@ def test_inject_at_each_residual_hook_equals_a_hand_written_hook(tiny, generator
     vector = normal(32, generator=generator)
     tokens = torch.randint(5, 500, (2, 6), generator=generator)
     if kind == "hook_resid_mid" and is_bridge(tiny):
-        with pytest.raises(
-            ValueError, match="cannot be steered on a TransformerBridge: there it is"
-        ):
+        with pytest.raises(ValueError, match="cannot be steered on a TransformerBridge: there it is"):
             opened(inject(tiny, Fixed({f"blocks.1.{kind}": vector})))
         return
 

@@ -21,6 +21,7 @@ from runs import SMALL, small_run
 
 import fvlens
 from fvlens import FunctionVector, Relation, report, universal
+from fvlens.finetuning import finetune
 from fvlens.relations import Pair
 from fvlens.report import (
     Difference,
@@ -38,7 +39,10 @@ from fvlens.report import (
 from fvlens.types import Head
 from fvlens.universal import read_heads
 
-TINY = RunOptions(n_shots=2, n_prompts=4, n_corrupted=3, n_heads=3, n_random=2, n_others=0)
+TINY = RunOptions(n_shots=2, n_prompts=4, n_corrupted=3, n_heads=3, n_random=2, n_others=0, epochs=2)
+
+
+FILES = ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html")
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +77,7 @@ def watched(model):
         return build
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("universal", "evaluation"):
+        for module in ("universal", "evaluation", "finetuning._training"):
             target = f"fvlens.{module}.build_prompts"
             patch.setattr(target, spy(module, fvlens.build_prompts))
         began = time.monotonic()
@@ -172,7 +176,13 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "random_vector_top1": of_kind(result, "random_vector"),
         "other_relation_top1": of_kind(result, "other_relation"),
         "random_heads_top1": of_kind(result, "random_heads"),
+        "ffv_top1": right(result.tuned.evaluation),
+        "other_relation_ffv_top1": np.mean([right(one) for one in result.tuned.others], axis=0),
     }
+    before, after = (one.vector.double().numpy() for one in (vector, result.tuned.vector))
+    history = result.tuned.run.history
+    # best top-1, then lowest loss, then the earlier epoch
+    epochs = list(zip((-history.valid_top1).tolist(), history.valid_loss.tolist(), strict=True))
     intervals = numbers["intervals"]
     assert set(intervals) == {"level", *scores} - {"random_heads_top1"}
     assert intervals["level"] == 0.95
@@ -181,12 +191,20 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         if name in intervals:
             np.testing.assert_allclose(intervals[name], bootstrap(value), atol=1.5 / len(value), err_msg=name)
     expected = {
-        "schema": 2,
+        "schema": 3,
         "relation": "antonym",
         "model": "rel-small",
         "seed": 0,
         **{name: float(value.mean()) for name, value in scores.items()},
         "layer": best(result.sweeps["permuted"]),
+        "ffv_layer": best(result.sweeps["permuted"]),
+        "ffv_epochs": 20,
+        "ffv_best_epoch": epochs.index(min(epochs)),
+        "ffv_lr": result.tuned.run.lr,
+        "ffv_n_train": 20,
+        "ffv_cosine": float(before @ after / (np.linalg.norm(before) * np.linalg.norm(after))),
+        "fv_norm": float(np.linalg.norm(before)),
+        "ffv_norm": float(np.linalg.norm(after)),
         "heads_source": "ranking",
         "heads": ranked(result.effects["permuted"], 10),
         "rankings": {
@@ -204,10 +222,13 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "shuffled_probability": float(np.mean(result.shuffled.probabilities.tolist())),
         "other_relations": list(result.others),
         "path": "weights",
+        "ffv_path": result.tuned.run.path,
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
+        "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
         "options": {
             "seed": 0, "n_shots": 10, "n_prompts": 10, "n_corrupted": 4, "n_heads": 10, "labels": "permuted",
-            "layer": None, "template": "qa", "n_random": 2, "n_others": 1, "heads_file": None,
+            "layer": None, "template": "qa", "n_random": 2, "n_others": 1, "n_train": 20, "epochs": 20,
+            "heads_file": None,
         },
         "loading": None,
         "command": None,
@@ -223,6 +244,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "versions": result.provenance.versions,
         "code_hash": result.provenance.code_hash,
         "platform": result.provenance.platform,
+        "ffv_seconds": result.tuned.run.seconds,
         "seconds": result.seconds,
     }  # fmt: skip
     assert set(numbers) == set(expected)
@@ -230,6 +252,8 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         if name == "decoded":  # logits are tens, in float32
             assert [word for word, _ in numbers[name]] == [word for word, _ in value]
             np.testing.assert_allclose([v for _, v in numbers[name]], [v for _, v in value], rtol=1e-4)
+        elif name.endswith("norm"):  # over a hundred, in float32
+            assert numbers[name] == pytest.approx(value, rel=1e-6)
         else:
             assert same(numbers[name], value), (name, numbers[name], value)
 
@@ -258,6 +282,7 @@ def test_scores_are_those_of_a_plain_forward_pass(model, result, numbers):
     assert numbers["zero_shot_top1"] == pytest.approx(top1())
     assert numbers["fv_top1"] == pytest.approx(top1(result.vectors["permuted"]))
     assert numbers["fv_random_labels_top1"] == pytest.approx(top1(result.vectors["random"]))
+    assert numbers["ffv_top1"] == pytest.approx(top1(result.tuned.vector))
 
 
 def test_in_context_scores_are_those_of_the_prompts_that_were_built(model, numbers, watched):
@@ -297,11 +322,11 @@ def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
     assert same(read, results_json(result))
     assert isinstance(read["relation"], str)
     assert isinstance(read["model"], str)
-    for name in ("seed", "layer", "n_test"):
+    for name in ("seed", "layer", "n_test", "ffv_layer", "ffv_epochs", "ffv_best_epoch"):
         assert type(read[name]) is int, name
     for name in (
         "icl_top1", "zero_shot_top1", "shuffled_top1", "fv_top1", "fv_random_labels_top1", "random_vector_top1",
-        "other_relation_top1",
+        "other_relation_top1", "ffv_top1", "other_relation_ffv_top1",
     ):  # fmt: skip
         assert type(read[name]) is float, name
         assert 0 <= read[name] <= 1, name
@@ -311,6 +336,8 @@ def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
     assert read["n_test"] >= 60
     assert type(read["schema"]) is int
     assert type(read["seconds"]) is float
+    assert type(read["ffv_seconds"]) is float
+    assert 0 < read["ffv_seconds"] < read["seconds"]
     for name in ("fvlens", "torch", "transformer-lens"):
         assert read["versions"][name] == importlib.metadata.version(name)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", read["versions"]["python"])
@@ -326,8 +353,10 @@ def test_summary_shows_the_same_numbers(result, numbers):
         f"function vector, 10 heads by random labels, layer {numbers['rankings']['random']['layer']}": (
             "fv_random_labels_top1"
         ),
+        f"fine-tuned vector, 20 pairs, 20 epochs, layer {numbers['layer']}": "ffv_top1",
         "2 random vectors of the same norm": "random_vector_top1",
         f"vectors of other relations ({numbers['other_relations'][0]})": "other_relation_top1",
+        "fine-tuned vectors of the same other relations": "other_relation_ffv_top1",
         "2 sets of random heads": "random_heads_top1",
     }
     assert list(rows) == list(expected)
@@ -358,7 +387,10 @@ def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
         if prompts.labels != "random":  # random labels are answers of other relations
             assert not test & {pair.output for pair in shown}
         assert set(prompts.queries) <= set(split.valid)
-    others = {call.prompts.relation for _, call in found} - {"antonym"}
+    trained, trained_other = [call.prompts for _, call in found if call.module == "finetuning._training"]
+    assert trained.queries == split.train[:20] + split.valid
+    assert set(trained_other.queries) <= set(fvlens.load_relation(result.others[0]).pairs)
+    others = {call.prompts.relation for _, call in found if call.module != "finetuning._training"} - {"antonym"}
     assert others == set(result.others)
     for i in scored:  # the demonstrations of the scores are train pairs
         shown = {pair.input for row in calls[i].prompts.demonstrations for pair in row}
@@ -377,7 +409,8 @@ def test_options_reach_the_prompts(watched):
 def test_same_seed_gives_the_same_run_and_another_seed_another(tiny, tiny_result, numbers, watched):
     again, _, wall = watched
     assert 0 < again.seconds <= wall
-    assert {**results_json(again), "seconds": 0} == {**numbers, "seconds": 0}
+    timeless = {"seconds": 0, "ffv_seconds": 0}
+    assert {**results_json(again), **timeless} == {**numbers, **timeless}
     antonym = fvlens.load_relation("antonym")
     torch.randn(3)  # the global generator plays no part
     twice = run_relation(tiny, antonym, options=TINY, progress=False)
@@ -442,7 +475,7 @@ def test_layer_and_labels_can_be_chosen(tiny):
     assert results_json(found)["options"]["labels"] == "random"
 
 
-@pytest.mark.parametrize("part", ["indirect_effects", "layer_sweep", "controls"])
+@pytest.mark.parametrize("part", ["indirect_effects", "layer_sweep", "controls", "finetune"])
 def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
     """Its partial result would pass for the whole."""
     room = universal if part == "indirect_effects" else report
@@ -491,6 +524,171 @@ def test_with_random_labels_the_numbers_are_those_of_the_saved_vector(tiny):
     assert read["fv_random_labels_top1"] == read["fv_top1"]
     assert read["rankings"]["permuted"]["fv_top1"] == right(found.steered["permuted"]).mean()
     assert read["rankings"]["permuted"]["layer"] == found.vectors["permuted"].layer
+
+
+# --- the fine-tuned vector ---
+
+
+def test_the_fine_tuned_vector_is_that_of_finetune(model, result, numbers, tmp_path):
+    """Trained by hand from the saved vector, then scored from its file."""
+    write_run(result, tmp_path)
+    start, saved = (FunctionVector.load(tmp_path / f"vector{end}.safetensors") for end in ("", "-finetuned"))
+    split = fvlens.load_relation("antonym").split(torch.Generator().manual_seed(0))
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    tuned = finetune(model, split.train[:20], init=start, valid=split.valid, generator=g(), progress=False)
+    assert torch.equal(saved.vector, tuned.vector.vector)
+    assert (saved.kind, saved.layer, saved.heads) == ("fine-tuned", start.layer, start.heads)
+    assert (numbers["ffv_best_epoch"], numbers["ffv_lr"]) == (tuned.best_epoch, tuned.lr)
+    score = fvlens.evaluate(model, split.test, vector=saved, generator=g())
+    assert numbers["ffv_top1"] == score.top1
+    assert numbers["intervals"]["ffv_top1"] == [score.interval.low, score.interval.high]
+    assert not torch.equal(saved.vector, start.vector)
+
+
+def test_training_is_of_the_pairs_epochs_and_place_that_are_asked_for(tiny):
+    options = dataclasses.replace(TINY, n_train=3, epochs=1, layer=1, template="arrow", labels="random", n_others=1)
+    found = run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False)
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    split = fvlens.load_relation("plural").split(g())
+    tuned = finetune(
+        tiny, split.train[:3], init=found.vectors["random"], valid=split.valid, epochs=1, template="arrow",
+        generator=g(), progress=False,
+    )  # fmt: skip
+    assert torch.equal(found.tuned.vector.vector, tuned.vector.vector)
+    read = results_json(found)
+    assert (read["ffv_n_train"], read["ffv_epochs"], read["ffv_layer"]) == (3, 1, 1)
+    score = fvlens.evaluate(tiny, split.test, vector=found.tuned.vector, template="arrow", generator=g())
+    assert torch.equal(found.tuned.evaluation.probabilities, score.probabilities)
+    many = run_relation(
+        tiny, fvlens.load_relation("plural"), options=dataclasses.replace(TINY, n_train=10_000), progress=False
+    )
+    assert results_json(many)["ffv_n_train"] == len(split.train)
+
+
+def test_other_relations_learn_their_own_task(model, monkeypatch):
+    """What stands as a control is good at something."""
+    seen = {}
+    train = report.finetune_many
+
+    def watch(model, splits, **options):
+        seen.update(splits=splits, found=train(model, splits, **options), **options)
+        return seen["found"]
+
+    monkeypatch.setattr(report, "finetune_many", watch)
+    result = run_relation(
+        model, fvlens.load_relation("plural"), options=dataclasses.replace(SMALL, n_others=2), progress=False
+    )
+    assert tuple(seen["splits"]) == result.others == tuple(run.relation for run in seen["found"])
+    assert (seen["n_train"], seen["epochs"], seen["template"]) == (20, 20, "qa")
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    for name, run, start in zip(result.others, seen["found"], seen["init"], strict=True):
+        assert (start.relation, start.layer, run.vector.layer) == (name, result.vector.layer, result.vector.layer)
+        own = fvlens.evaluate(model, seen["splits"][name].valid, vector=run.vector, generator=g())
+        assert own.top1 == pytest.approx(run.history.valid_top1[run.best_epoch].item())
+        assert own.top1 > fvlens.evaluate(model, seen["splits"][name].valid, generator=g()).top1
+    scores = [
+        right(fvlens.evaluate(model, result.split.test, vector=run.vector, generator=g())) for run in seen["found"]
+    ]
+    read = results_json(result)
+    assert read["other_relation_ffv_top1"] == pytest.approx(np.mean(scores))
+    assert [right(one).tolist() for one in result.tuned.others] == [one.tolist() for one in scores]
+    interval = read["intervals"]["other_relation_ffv_top1"]
+    np.testing.assert_allclose(interval, bootstrap(np.mean(scores, axis=0)), atol=1.5 / result.n_test)
+
+
+def test_without_training_all_other_numbers_are_the_same(model, result, numbers, tmp_path):
+    plain = run_relation(
+        model, fvlens.load_relation("antonym"), options=dataclasses.replace(SMALL, epochs=0), progress=False
+    )
+    without = results_json(plain)
+    new = {"ffv_top1", "ffv_layer", "ffv_epochs", "ffv_best_epoch", "ffv_lr", "ffv_n_train", "ffv_cosine", "ffv_norm",
+           "ffv_path", "ffv_decoded", "ffv_seconds", "other_relation_ffv_top1"}  # fmt: skip
+    assert {name for name in numbers if "ffv" in name} == new
+    assert all(without[name] is None and numbers[name] is not None for name in new)
+    spans = {"ffv_top1", "other_relation_ffv_top1"}
+    assert all(without["intervals"][name] is None for name in spans)
+    assert numbers.keys() == without.keys()
+    for name in numbers.keys() - new - {"seconds", "options", "intervals"}:
+        assert without[name] == numbers[name], name
+    rest = lambda read: {key: value for key, value in read["intervals"].items() if key not in spans}  # noqa: E731
+    assert rest(without) == rest(numbers)
+    assert without["options"] == numbers["options"] | {"epochs": 0}
+    assert torch.equal(plain.vector.vector, result.vector.vector)
+    assert [name for name, *_ in plain.summary()] == [name for name, *_ in result.summary() if "tuned" not in name]
+
+    write_run(result, tmp_path)
+    files = write_run(plain, tmp_path)
+    assert [file.name for file in files] == ["vector.safetensors", "results.json", "report.html"]
+    assert not (tmp_path / "vector-finetuned.safetensors").exists()  # it was of another run
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Fine-tuned vector" not in page.texts["h2"]
+    assert "Sample predictions" in page.texts["h2"]
+    assert not {"tuned", "decoded"} & page.tables.keys()
+    assert "fine-tuned vector" not in dict(page.tables["provenance"])
+    assert {len(row) for row in page.tables["samples"]} == {5}
+
+
+def test_an_untrained_run_is_repeated_untrained(tiny, tmp_path):
+    options = dataclasses.replace(TINY, epochs=0)
+    write_run(run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False), tmp_path / "a")
+    (tmp_path / "a" / "vector-finetuned.safetensors").write_bytes(b"of something else")
+    done = rerun(tmp_path / "a", model=tiny, progress=False)
+    assert done.differences == ()
+    assert done.result.tuned is None
+
+
+def test_given_heads_are_trained_too(tiny, given, tmp_path):
+    write_run(given, tmp_path)
+    saved = FunctionVector.load(tmp_path / "vector-finetuned.safetensors")
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    pairs, valid = given.split.train[:20], given.split.valid
+    tuned = finetune(tiny, pairs, init=given.vector, valid=valid, epochs=2, generator=g(), progress=False)
+    assert torch.equal(saved.vector, tuned.vector.vector)
+    assert saved.heads == given.vector.heads
+    assert len(given.tuned.others) == 1
+
+
+def test_page_shows_the_training(page, result, numbers):
+    assert "Fine-tuned vector" in page.texts["h2"]
+    span = lambda key: "{:.3f} to {:.3f}".format(*numbers["intervals"][key])  # noqa: E731
+    expected = {
+        "bare query": "zero_shot_top1",
+        "function vector": "fv_top1",
+        "fine-tuned vector": "ffv_top1",
+        f"fine-tuned vectors of other relations ({result.others[0]})": "other_relation_ffv_top1",
+        "10 clean demonstrations": "icl_top1",
+    }
+    assert page.tables["tuned"][1:] == [[name, f"{numbers[key]:.3f}", span(key)] for name, key in expected.items()]
+    rows = zip(numbers["decoded"], numbers["ffv_decoded"], strict=True)
+    assert page.tables["decoded"][1:] == [
+        [str(i), repr(a), f"{x:.2f}", repr(b), f"{y:.2f}"] for i, ((a, x), (b, y)) in enumerate(rows, start=1)
+    ]
+    (text,) = [" ".join(text.split()) for text in page.texts["p"] if "trained further" in text]
+    for part in (
+        "bare queries of 20 training pairs",
+        f"Chosen on the {len(result.split.valid)} validation pairs: epoch {numbers['ffv_best_epoch']} of 20.",
+        f"Added after layer {numbers['ffv_layer']}",
+        f"cosine similarity to it {numbers['ffv_cosine']:.2f};",
+        f"norm {numbers['ffv_norm']:.2f}, of the function vector {numbers['fv_norm']:.2f}.",
+        f"Trained in {numbers['ffv_seconds']:.1f} s.",
+    ):
+        assert part in text
+    ours = [script for script in page.texts["script"] if "Training of antonym" in script]
+    (curves,) = ours
+    for name in ("training pairs", "validation pairs", "validation top-1", "norm", "cosine"):
+        assert f'"name":"{name}"' in curves
+    told = dict(page.tables["provenance"])["fine-tuned vector"]
+    run = result.tuned.run
+    assert told == (
+        f"20 pairs, epoch {run.best_epoch} of 20, learning rate {run.lr:.3g}, order of pairs by seed {run.seed}, "
+        f"path {run.path}, {run.seconds:.1f} seconds"
+    )
+
+
+def test_page_says_where_training_gained_nothing(result, tmp_path):
+    stayed = dataclasses.replace(result.tuned.run, best_epoch=0)
+    page = page_of(dataclasses.replace(result, tuned=dataclasses.replace(result.tuned, run=stayed)), tmp_path)
+    assert any("epoch 0 of 20, the start: none was better." in " ".join(text.split()) for text in page.texts["p"])
 
 
 # --- heads from a file ---
@@ -682,25 +880,27 @@ def test_a_run_repeated_from_its_files_is_the_same(first, folder):
     assert len(done.to_dataframe()) == 0
     assert done.out == folder.parent / "first-rerun"
     old, new = (json.loads((place / "results.json").read_text()) for place in (folder, done.out))
-    assert {**old, "seconds": 0, "command": None} == {**new, "seconds": 0}
+    timeless = {"seconds": 0, "ffv_seconds": 0}
+    assert {**old, **timeless, "command": None} == {**new, **timeless}
     assert old["command"] == ["fvlens", "run", "plural"]
     assert old["loading"] == {
         "model": "rel-small", "device": "cpu", "dtype": None, "revision": None, "backend": None
     }  # fmt: skip
-    vectors = [FunctionVector.load(place / "vector.safetensors") for place in (folder, done.out)]
-    assert torch.equal(vectors[0].vector, vectors[1].vector)
-    assert {file.name for file in done.files} == {"vector.safetensors", "results.json", "report.html"}
-    inputs = {"schema", "seed", "fingerprint", "options", "loading", "versions", "platform", "seconds"}
+    for name in ("vector.safetensors", "vector-finetuned.safetensors"):
+        vectors = [FunctionVector.load(place / name) for place in (folder, done.out)]
+        assert torch.equal(vectors[0].vector, vectors[1].vector)
+    assert {file.name for file in done.files} == set(FILES)
+    inputs = {"schema", "seed", "fingerprint", "options", "loading", "versions", "platform", "seconds", "ffv_seconds"}
     results = {key: value for key, value in old.items() if key not in inputs}
     found = re.findall(r"(?<=[\[ ])-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[,\]}])", json.dumps(results))
-    assert done.n_numbers == len(found) + first.fingerprint.d_model
+    assert done.n_numbers == len(found) + 2 * first.fingerprint.d_model
 
 
 def test_the_second_run_uses_the_settings_of_the_first(tiny, tmp_path):
     """Every option differs from its default, and the model is the one that is given."""
     options = RunOptions(
         seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", layer=1, template="arrow",
-        n_random=1, n_others=1,
+        n_random=1, n_others=1, n_train=4, epochs=2,
     )  # fmt: skip
     write_run(run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False), tmp_path / "a")
     done = rerun(tmp_path / "a", out=tmp_path / "b", model=tiny, command=["again"], progress=False)
@@ -765,6 +965,7 @@ def test_results_that_are_no_numbers_must_be_the_same(folder, model, remembered,
         ({"code_hash": "0" * 16}, "version", "code_hash"),
         ({"platform__threads": 77}, "platform", "platform.threads"),
         ({"path": "naive"}, "setting", "path"),
+        ({"ffv_path": "naive"}, "setting", "ffv_path"),
     ],
 )
 def test_what_the_numbers_depend_on_is_reported_but_no_failure(folder, model, remembered, changes, kind, name):
@@ -795,24 +996,26 @@ def test_a_changed_relation_changes_the_numbers_too(folder, model, monkeypatch):
     assert not done.agrees
 
 
-def test_the_vector_is_compared_number_by_number(folder, first, model, remembered):
-    path = folder / "vector.safetensors"
-    changed = first.vector.vector.clone()
+@pytest.mark.parametrize("name", ["vector.safetensors", "vector-finetuned.safetensors"])
+def test_the_vectors_are_compared_number_by_number(folder, first, model, remembered, name):
+    path = folder / name
+    vector = first.vector if name == "vector.safetensors" else first.tuned.vector
+    changed = vector.vector.clone()
     changed[5] += 0.5
-    dataclasses.replace(first.vector, vector=changed).save(path)
+    dataclasses.replace(vector, vector=changed).save(path)
     done = rerun(folder, model=model)
     (found,) = done.differences
-    assert (found.kind, found.name) == ("number", "vector.safetensors: norm")
-    a, b = changed[5].item(), first.vector.vector[5].item()
+    assert (found.kind, found.name) == ("number", f"{name}: norm")
+    a, b = changed[5].item(), vector.vector[5].item()
     assert found.size == pytest.approx(0.5 / max(1, abs(a), abs(b)))
-    assert (found.old, found.new) == pytest.approx((changed.norm().item(), first.vector.norm()))
+    assert (found.old, found.new) == pytest.approx((changed.norm().item(), vector.norm()))
     assert not done.agrees
     path.unlink()
     done = rerun(folder, model=model)
-    assert done.differences == (Difference("data", "vector.safetensors", "(absent)", "written"),)
+    assert done.differences == (Difference("data", name, "(absent)", "written"),)
     assert done.agrees
     path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=re.escape("vector.safetensors: not a safetensors file")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: not a safetensors file")):
         rerun(folder, model=model)
 
 
@@ -842,9 +1045,10 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": edit}, "schema: expected 2, got None; the file is of another version of fvlens"),
-        ({"schema": 99}, "schema: expected 2, got 99; the file is of another version of fvlens"),
-        ({"schema": "2"}, "schema: expected 2, got '2'; the file is of another version of fvlens"),
+        ({"schema": edit}, "schema: expected 3, got None; the file is of another version of fvlens"),
+        ({"schema": 99}, "schema: expected 3, got 99; the file is of another version of fvlens"),
+        ({"schema": "3"}, "schema: expected 3, got '3'; the file is of another version of fvlens"),
+        ({"schema": 2}, "schema: expected 3, got 2; the file is of another version of fvlens, so make the run again"),
         ({"relation": 3}, "relation: expected str, got 3."),
         ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
         ({"relation": edit}, "relation: the field is missing."),
@@ -853,6 +1057,9 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
         ({"options__n_shots": "4"}, "options.n_shots: expected int, got '4'."),
         ({"options__n_shots": True}, "options.n_shots: expected int, got True."),
         ({"options__n_shots": 0}, "options: n_shots: expected at least 1, got 0."),
+        ({"options__epochs": edit}, "options.epochs: the field is missing."),
+        ({"options__epochs": None}, "options.epochs: expected int, got None."),
+        ({"options__n_train": 0}, "options: n_train: expected at least 1, got 0."),
         ({"options__labels": "true"}, "options.labels: expected one of 'permuted', 'random', got 'true'."),
         ({"options__layer": 1.0}, "options.layer: expected int or null, got 1.0."),
         ({"options__template": "nosuch"}, "options: no template named 'nosuch'"),
@@ -911,7 +1118,7 @@ def test_recorded_heads_that_do_not_fit_are_refused(folder, heads, message):
     ("data", "message"),
     [
         (b"", "results.json: not a JSON file, or a truncated one ("),
-        (b'{"schema": 2', "results.json: not a JSON file, or a truncated one ("),
+        (b'{"schema": 3', "results.json: not a JSON file, or a truncated one ("),
         (b'{"schema": NaN}', "results.json: not a JSON file, or a truncated one (NaN is not a number)."),
         (b"[" * 100_000, "results.json: not a JSON file, or a truncated one ("),
         (b"\xff\x00", "results.json: not a JSON file, or a truncated one ("),
@@ -955,7 +1162,7 @@ def test_the_second_folder_stands_beside_the_first_by_any_name(folder, model, re
 
 def test_page_tells_how_to_repeat_the_run(first, result, tmp_path):
     files = write_run(first, tmp_path / "my folder")
-    told = dict(Page(files[2].read_text(encoding="utf-8")).tables["provenance"])
+    told = dict(Page(files[-1].read_text(encoding="utf-8")).tables["provenance"])
     mark = first.fingerprint
     assert told["model"] == f"rel-small (revision local, weights {mark.weights}, float32)"
     assert told["loaded with"] == "model rel-small, device cpu"
@@ -984,6 +1191,8 @@ def test_page_tells_how_to_repeat_the_run(first, result, tmp_path):
         ({"n_heads": 0}, "n_heads: expected at least 1, got 0."),
         ({"n_random": -3}, "n_random: expected at least 1, got -3."),
         ({"n_others": -1}, "n_others: expected 0 or more, got -1."),
+        ({"n_train": 0}, "n_train: expected at least 1, got 0."),
+        ({"epochs": -1}, "epochs: expected 0 or more, got -1; 0 leaves the training out."),
         ({"seed": -1}, "seed: expected 0 to 2**63 - 1, got -1."),
         ({"seed": 2**63}, f"seed: expected 0 to 2**63 - 1, got {2**63}."),
         ({"template": "nosuch"}, "no template named 'nosuch'; expected one of qa, arrow, colon"),
@@ -1041,7 +1250,7 @@ def test_files_are_written_beside_what_is_there(result, tmp_path):
     (folder / "results.json").write_text("old")
     (folder / "sub").mkdir()
     files = write_run(result, folder)
-    assert [file.name for file in files] == ["vector.safetensors", "results.json", "report.html"]
+    assert [file.name for file in files] == list(FILES)
     assert {file.name for file in folder.iterdir()} == {"notes.txt", "sub", *(file.name for file in files)}
     assert (folder / "notes.txt").read_text() == "mine"
     loaded = FunctionVector.load(folder / "vector.safetensors")
@@ -1055,7 +1264,7 @@ def test_missing_folders_are_made(tiny_result, tmp_path):
 
 
 def test_files_are_replaced_at_once(tiny_result, tmp_path, monkeypatch):
-    for name in ("results.json", "report.html", "vector.safetensors"):
+    for name in FILES:
         (tmp_path / name).write_text(f"old {name}")
     readers = {name: (tmp_path / name).open() for name in ("results.json", "report.html")}
     try:
@@ -1138,7 +1347,7 @@ def test_page_needs_nothing_from_elsewhere(page):
     assert len(libraries) == 1
     for script in page.texts["script"]:  # the library names servers, for maps that are not drawn; our part names none
         assert script in libraries or not re.search(r"https?:|fetch\(|import\(", script)
-    assert sum("Plotly.newPlot" in script for script in page.texts["script"] if script not in libraries) == 6
+    assert sum("Plotly.newPlot" in script for script in page.texts["script"] if script not in libraries) == 7
 
 
 def test_page_shows_the_numbers(page, result, numbers):
@@ -1161,14 +1370,15 @@ def test_page_shows_the_numbers(page, result, numbers):
 
 
 def test_samples_tick_the_right_answers_only(page, result):
-    columns = (result.zero_shot, result.steered["permuted"], result.icl)
+    columns = (result.zero_shot, result.steered["permuted"], result.tuned.evaluation, result.icl)
     expected = []
     for i, pair in enumerate(result.split.test[:15]):
         cells = [one.predictions[i] + (" ✓" if one.predictions[i] == pair.output else "") for one in columns]
         expected.append([pair.input, pair.output, *cells])
     assert page.tables["samples"][1:] == expected
     ticks = sum("✓" in cell for row in expected for cell in row)
-    assert 0 < ticks < 45
+    assert 0 < ticks < 60
+    assert page.tables["samples"][0] == ["query", "answer", "bare", "function vector", "fine-tuned", "10-shot"]
 
 
 def test_the_beginning_of_an_answer_is_not_the_answer(result, tmp_path):
@@ -1179,7 +1389,7 @@ def test_the_beginning_of_an_answer_is_not_the_answer(result, tmp_path):
     first = dataclasses.replace(result.icl, predictions=prefix, ranks=torch.zeros(n, dtype=torch.long))
     row = page_of(dataclasses.replace(result, zero_shot=wrong, icl=first), tmp_path).tables["samples"][1]
     assert row[2] == pair.output[:1]
-    assert row[4] == f"{pair.output[:1]} ✓"
+    assert row[5] == f"{pair.output[:1]} ✓"
 
 
 def test_figures_name_the_relation(page):
@@ -1194,7 +1404,8 @@ def test_odd_names_and_words_are_text(tiny, tiny_result, tmp_path):
     pairs = tuple(Pair(f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
     relation = Relation(name=name, pairs=pairs)
     found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
-    found = dataclasses.replace(found, decoded=(("</script><b>", 2.0), (" <i>", 1.0)))
+    decoded = (("</script><b>", 2.0), (" <i>", 1.0))
+    found = dataclasses.replace(found, decoded=decoded, tuned=dataclasses.replace(found.tuned, decoded=decoded))
     page = page_of(found, tmp_path)
     assert page.texts["h1"] == [name]
     assert page.texts["title"] == [f"{name}: function vector on <i>m</i>"]

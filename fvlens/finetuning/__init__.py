@@ -12,10 +12,21 @@ from fvlens.finetuning._compare import (
 )
 from fvlens.finetuning._finetune import FineTuned, FineTunedSet, finetune, finetune_many
 from fvlens.finetuning._set import VectorSet
+from fvlens.finetuning._studies import (
+    STUDIES,
+    Point,
+    Study,
+    init_study,
+    l2_study,
+    layer_study,
+    scale_study,
+    training_size_study,
+)
 from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.finetuning._training import History, Settings, TrainingState
 
 __all__ = [
+    "STUDIES",
     "Adapted",
     "Baseline",
     "Collateral",
@@ -24,8 +35,10 @@ __all__ = [
     "FineTunedSet",
     "History",
     "LoRA",
+    "Point",
     "Settings",
     "SoftPrompt",
+    "Study",
     "TrainableDistributedVector",
     "TrainableVector",
     "TrainingState",
@@ -38,7 +51,12 @@ __all__ = [
     "finetune",
     "finetune_many",
     "frozen",
+    "init_study",
+    "l2_study",
+    "layer_study",
     "lora",
+    "scale_study",
     "soft_prompt",
+    "training_size_study",
     "unrelated_prompts",
 ]

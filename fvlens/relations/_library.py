@@ -253,3 +253,22 @@ def library_words(names: Sequence[str] | None = None) -> list[str]:
     """All distinct words (inputs and outputs) of the library or of the named relations, sorted."""
     relations = [load_relation(name) for name in (list(_library()) if names is None else names)]
     return sorted({word for relation in relations for pair in relation.pairs for word in pair})
+
+
+def disjoint_relations(relation: Relation) -> list[str]:
+    """Names of the library's relations of other families that share no output with this one, sorted.
+
+    A vector of one of them cannot be right about this relation because the two have answers in common.
+
+    Example:
+        >>> import fvlens
+        >>> names = fvlens.relations.disjoint_relations(fvlens.load_relation("country-capital"))
+        >>> "antonym" in names, "country-city" in names
+        (True, False)
+    """
+    outputs = set(relation.outputs)
+    return [
+        name
+        for name, other in _library().items()
+        if name != relation.name and other.family != relation.family and outputs.isdisjoint(other.outputs)
+    ]

@@ -19,7 +19,7 @@ from fvlens.types import Head
 def unembedded(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Final norm, unembedding and soft cap of a HookedTransformer; float32 logits of a model in half precision."""
     cfg = model.cfg
-    flat = resid.reshape(1, -1, resid.shape[-1])
+    flat = resid.reshape(1, -1, resid.shape[-1]).to(model.unembed.W_U.device)  # the last one of a split model
     if cfg.normalization_type is not None:
         flat = model.ln_final(flat)
     unembed = model.unembed

@@ -171,18 +171,20 @@ class SuffixRun(abc.ABC):
             targets: the next tokens wanted.
             at_once: rows that are unembedded together, such as :attr:`Slices.logits` of a plan.
         """
-        wanted = targets[:, None].expand(-1, resid.shape[1], -1)
+        wanted = targets.to(resid.device)[:, None].expand(-1, resid.shape[1], -1)
         scored = wanted >= 0
-        found = torch.zeros(scored.shape, device=resid.device)
+        found = torch.zeros(scored.shape, device=targets.device)
         if not bool(scored.any()):
             return found
         rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
         parts = []
         for some, ids in zip(resid[scored].split(rows), wanted[scored].split(rows), strict=True):
             logits = self.logits(some).float()
-            parts.append(logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1))
+            ids = ids.to(logits.device)
+            chosen = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            parts.append(chosen.to(targets.device))
             del logits  # not beside those of the next slice
-        return found.masked_scatter(scored, torch.cat(parts))
+        return found.masked_scatter(scored.to(targets.device), torch.cat(parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.evaluation import evaluate, layer_sweep
-from fvlens.metrics import bootstrap_interval, spearman, top_k_overlap
+from fvlens.metrics import spearman, top_k_overlap
 from fvlens.models import load_model
 from fvlens.prompts import Prompts, build_prompts
 from fvlens.relations import Pair, list_relations, load_relation
 from fvlens.vectors import FunctionVector, function_vector
+from fvlens.zoo._table import markdown, mean_with_interval
 
 RANKINGS = ("permuted", "random")
 N_HEADS = 10
@@ -44,6 +45,8 @@ COLUMNS = {
     "top1": ("top-1", 3),
 }
 """Key of a score -> its heading and digits."""
+
+LABELS = {"backend": "class", "precision": "precision", "labels": "labels"}
 
 
 def compare(effects: IndirectEffects, reference: IndirectEffects) -> dict[str, float]:
@@ -159,30 +162,9 @@ def measure(
             bar.update()
         for (precision, labels), scores in found.items():
             row: dict[str, Any] = {"backend": backend, "precision": precision, "labels": labels}
-            for key in COLUMNS:
-                values = torch.tensor([one[key] for one in scores], dtype=torch.float64)
-                values = values[values.isfinite()]
-                if len(values):
-                    interval = bootstrap_interval(values, generator=torch.Generator().manual_seed(seed))
-                    row[key] = {"mean": float(values.mean()), "low": interval.low, "high": interval.high}
-                else:
-                    row[key] = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
-            rows.append(row)
+            rows.append(row | {key: mean_with_interval([one[key] for one in scores], seed) for key in COLUMNS})
     bar.close()
     return {"relations": list(names), "seed": seed, "rows": rows, "by_relation": by_relation}
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The rows of :func:`measure` as a Markdown table: ``mean [low, high]``."""
-    heads = ["class", "precision", "labels", *(name for name, _ in COLUMNS.values())]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for row in found["rows"]:
-        cells = [row["backend"], row["precision"], row["labels"]]
-        for key, (_, digits) in COLUMNS.items():
-            mean, low, high = (f"{row[key][name]:.{digits}f}" for name in ("mean", "low", "high"))
-            cells.append(f"{mean} [{low}, {high}]")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -200,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(args.model, names, args.seed, backends=args.backends, precisions=args.precisions)
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    tqdm.write(markdown(found))
+    tqdm.write(markdown(found["rows"], LABELS, COLUMNS))
 
 
 if __name__ == "__main__":
