@@ -1,4 +1,5 @@
-"""Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``relations``, ``models``, ``heads``, ``inject``.
+"""Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
+``inject``.
 
 Errors are one line with a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
 """
@@ -305,6 +306,92 @@ def compare(
     out.print(table)
     out.print(result.describe(), highlight=False, soft_wrap=True)
     _wrote(result.save(folder))
+    if not result.complete:
+        raise typer.Exit(130)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="training-size, layer, scale, l2 or init.")],
+    relation: Annotated[str, typer.Argument(help="Name of a library relation; see `fvlens relations`.")],
+    model: ModelOption = "rel-small",
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for table and figure [default: fvlens-RELATION].")
+    ] = None,
+    seed: SeedOption = 0,
+    n_seeds: Annotated[
+        int | None, typer.Option("--n-seeds", min=1, help="Trainings behind each point [default: 3 or 5].")
+    ] = None,
+    n_train: Annotated[
+        int | None, typer.Option("--n-train", min=1, help="Training pairs [default: 20; not for training-size].")
+    ] = None,
+    n_shots: ShotsOption = 10,
+    n_prompts: PromptsOption = 100,
+    n_heads: HeadsOption = 10,
+    labels: LabelsOption = "permuted",
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Inject after this layer [default: best on valid].")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training pairs.")] = 20,
+    template: TemplateOption = "qa",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    backend: BackendOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """What a fine-tuned vector depends on: training pairs, layer, scale, l2 or start."""
+    from fvlens.evaluation import layer_sweep
+    from fvlens.finetuning import STUDIES, Settings
+    from fvlens.report import Loading, write_figure
+    from fvlens.universal import finished, relation_effects
+    from fvlens.vectors import function_vector
+
+    if name not in STUDIES:
+        raise ValueError(f"no study named {name!r}; expected one of {', '.join(STUDIES)}.")
+    sized = name == "training-size"
+    if sized and n_train is not None:
+        raise ValueError("--n-train: the number of training pairs is what this study varies; leave it out.")
+    found = load_relation(relation)
+    folder = _folder(folder or Path(f"fvlens-{relation}"))
+    network = Loading(model, device, dtype, revision, backend).load()
+    generator = torch.Generator().manual_seed(seed)
+    split = found.split(generator, train=0.7 if sized else 0.45)
+    shared: dict[str, Any] = {
+        "template": template, "relation": relation, "generator": generator, "progress": not quiet
+    }  # fmt: skip
+    means, effects = relation_effects(
+        network, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), **shared
+    )
+    vector = function_vector(network, means, heads=effects[labels].top(n_heads), layer=layer or 0, seed=seed)
+    if layer is None:
+        vector = vector.at_layer(finished(layer_sweep(network, split.valid, vector, **shared)).best_layer)
+    given = {"n_seeds": n_seeds, "n_train": n_train}
+    result = STUDIES[name](
+        network, split, init=vector, settings=Settings(epochs=epochs, template=template), relation=relation,
+        generator=generator, progress=not quiet, **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    table = Table(result.x_title, *(Column(line, justify="right") for line in result.lines), box=None)
+    for x in sorted({point.x for point in result.points}):
+        cells = []
+        for line in result.lines:
+            at = next(point for point in result.line(line) if point.x == x)
+            interval = f" [{at.interval.low:.3f}, {at.interval.high:.3f}]" if len(result.lines) < 3 else ""
+            cells.append(f"{at.top1:.3f}{interval}")
+        table.add_row(f"{x:g}", *cells)
+    out.print(table)
+    compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in result.references.items())
+    seeds = "1 seed" if result.n_seeds == 1 else f"{result.n_seeds} seeds"
+    out.print(
+        f"top-1 of {relation} on {model}, vector after layer {vector.layer}, {seeds}, {result.n_test} test pairs; "
+        f"{compared}; intervals: {result.intervals}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    table_file = folder / f"study-{name}.csv"
+    result.to_dataframe().to_csv(table_file, index=False)
+    _wrote([table_file, write_figure(folder / f"study-{name}.html", result.plot())])
     if not result.complete:
         raise typer.Exit(130)
 

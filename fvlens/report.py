@@ -1175,7 +1175,7 @@ _PAGE = """<!DOCTYPE html>
   .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
   td.right { color: #00664b; white-space: nowrap; } td.wrong { color: #9c4a00; }
   td.value { overflow-wrap: anywhere; }
-  .figure { overflow-x: auto; }
+  .figure { overflow-x: auto; margin-top: .8rem; }
   @media (max-width: 600px) { table { display: block; overflow-x: auto; font-size: .85rem; }
                               th, td { padding-right: .4rem; } }
 </style>

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # xdist sets it, and a console keeps for good the width it finds when it is made
 
 from jaxtyping import install_import_hook
 
@@ -13,6 +14,9 @@ from importlib.metadata import version
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+    torch.set_num_threads(1)
 
 import fvlens
 from fvlens.models import embedded_folder, quiet_deprecation

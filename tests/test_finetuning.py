@@ -771,7 +771,7 @@ def test_interruption_inside_a_later_layer_is_not_complete(small, monkeypatch):
         (dict(relation="other"), "relations"),
         (dict(path="naive"), "path"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_a_state_of_another_training_is_refused(small, change, named):
     done = finetune(small, TRAIN, generator=seeded(), **SHORT)

@@ -17,6 +17,7 @@ from fvlens.relations import (
     CATEGORIES,
     Pair,
     Relation,
+    disjoint_relations,
     library_words,
     list_relations,
     load_relation,
@@ -219,6 +220,18 @@ def test_a_list_is_no_constant(relation):
 def test_no_two_relations_hold_the_same_pairs():
     held = Counter(frozenset(relation.pairs) for relation in LIBRARY)
     assert max(held.values()) == 1
+
+
+def test_disjoint_relations_share_neither_output_nor_family():
+    for relation in LIBRARY[::9]:
+        found = disjoint_relations(relation)
+        for other in LIBRARY:
+            shared = [pair for pair in other.pairs if any(pair.output == own.output for own in relation.pairs)]
+            assert (other.name in found) == (not shared and other.family != relation.family), other.name
+        assert found == sorted(found) and relation.name not in found
+    # a relation that is not of the library
+    assert "country-capital" not in disjoint_relations(made("mine", [("a", "Paris")]))
+    assert "antonym" in disjoint_relations(made("mine", [("a", "Paris")]))
 
 
 def test_files_have_the_header_and_the_name_of_their_relation():

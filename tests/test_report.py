@@ -36,6 +36,7 @@ from fvlens.report import (
     write_report,
     write_run,
 )
+from fvlens.suffix import choose_path
 from fvlens.types import Head
 from fvlens.universal import read_heads
 
@@ -221,7 +222,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "icl_probability": float(np.mean(result.icl.probabilities.tolist())),
         "shuffled_probability": float(np.mean(result.shuffled.probabilities.tolist())),
         "other_relations": list(result.others),
-        "path": "weights",
+        "path": choose_path(model)[0],
         "ffv_path": result.tuned.run.path,
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
@@ -1362,7 +1363,7 @@ def test_page_shows_the_numbers(page, result, numbers):
     assert text["relation"] == f"antonym (data {numbers['data_hash']}; no word in two parts of its split)"
     assert text["pairs"].endswith(f"{numbers['n_test']} test")
     assert json.loads(text["options"]) == numbers["options"]
-    assert text["attribution path"] == "weights"
+    assert text["attribution path"] == numbers["path"]
     assert f"torch {torch.__version__.split('+')[0]}" in text["versions"]
     lead = page.texts["p"][0]
     assert f"layer\n{numbers['layer']};" in lead

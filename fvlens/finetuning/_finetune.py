@@ -49,11 +49,13 @@ class FineTuned:
         vector: the vector at its best epoch.
         history: curves over epochs.
         best_epoch: the epoch that ``vector`` is of, chosen on the validation pairs; 0 is the start.
-        layer_scores: where several layers were tried, (layer, validation top-1, validation loss) of each.
+        layer_scores: where several layers were tried, (layer, validation top-1, validation loss) of each, means over
+            the relations trained together; else empty.
         settings: how it was trained.
         lr: the learning rate used.
         seed: seed of the minibatches' order.
-        seconds: time of the whole training, of all relations if several were trained together.
+        seconds: time of the whole training, of all relations trained together and all layers tried; after a resume,
+            from there on.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how the gradients were computed.
         complete: False if the training was interrupted.
         state: to go on from, ``finetune(..., resume=state)``; of all relations trained together.
@@ -230,11 +232,13 @@ def finetune(
         progress: show a progress bar. Interrupting gives the best vector so far, with a warning.
 
     Returns:
-        :class:`FineTuned`.
+        :class:`FineTuned`. A training whose loss is no longer a finite number stops with a warning; its best epoch
+        before that stands.
 
     Raises:
-        ValueError: no pairs; a setting out of range; no layer; several layers without ``valid``; a layer outside the
-            model; ``init`` of another model; a state that does not fit.
+        ValueError: no pairs; a setting out of range; no layer; several layers without ``valid``, or with ``resume`` or
+            ``checkpoint``; a layer outside the model, or given with a distributed vector; ``init`` of another model; a
+            minibatch that does not fit the memory; a state that does not fit; a checkpoint in no folder.
 
     Example:
         >>> import torch, fvlens
@@ -294,8 +298,8 @@ def finetune_many(
 ) -> FineTunedSet:
     """Train the vectors of many relations in one batched run.
 
-    Each relation has its own loss, minibatches, learning rate, best epoch and stop, so every vector is the one that
-    :func:`finetune` gives with the seed recorded in its run, up to float rounding.
+    Each relation has its own loss, minibatches, learning rate, best epoch and stop, so the vectors are those that
+    :func:`finetune` gives for one relation after another with the same generator, up to float rounding.
 
     Args:
         model: the model.
@@ -310,7 +314,8 @@ def finetune_many(
         :class:`FineTunedSet`; ``.vectors`` is a :class:`VectorSet`.
 
     Raises:
-        ValueError: as for :func:`finetune`; no relations; a relation without a start.
+        ValueError: as for :func:`finetune`; no relations; two of one name; a relation without a start; ``n_train``
+            below 1.
     """
     if isinstance(relations, Mapping):
         splits = dict(relations)

@@ -47,7 +47,7 @@ class Point:
     """
 
     line: str
-    x: float
+    x: float | int
     top1: float
     interval: Interval
     norm: float
@@ -171,7 +171,8 @@ def training_size_study(
 
     Args:
         model: the model.
-        pairs: the split; a ``Relation`` is split here, with 70% of its pairs for training.
+        pairs: the split that ``init`` was made on, so that the test words are new to it too. A ``Relation`` is split
+            here, with 70% of its pairs for training.
         init: what training starts from, at its layer.
         sizes: numbers of training pairs.
         n_seeds: trainings of each size.
@@ -245,8 +246,8 @@ def layer_study(
     Test pairs are shown here; to choose a layer, use validation pairs: ``finetune(..., layer=[...], valid=...)``.
 
     Args:
-        model, pairs, init, n_seeds, settings, relation, generator, progress: as for :func:`training_size_study`; the
-            best epoch is chosen on the validation pairs.
+        model, pairs, init, n_seeds, settings, relation, generator, progress: as for :func:`training_size_study`, but a
+            ``Relation`` is split as usual, and the best epoch is chosen on the validation pairs.
         layers: the layers; by default all.
         n_train: training pairs of each seed.
 
@@ -489,7 +490,7 @@ class _Lab:
         words = torch.stack([self.ask(self.split.test, vector) for vector in vectors]).mean(dim=0)
         norm = sum(vector.norm() for vector in vectors) / len(vectors)
         interval = bootstrap_interval(words, generator=self.generator)
-        return Point(line, float(x), float(words.mean()), interval, norm)
+        return Point(line, x, float(words.mean()), interval, norm)
 
     def references(self) -> dict[str, float]:
         """Top-1 on the test pairs with the untuned vector and with none."""

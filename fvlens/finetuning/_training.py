@@ -415,7 +415,7 @@ class Training:
                 logs.append(found)
                 right.append(ok)
             losses = self._losses(torch.cat(logs), flat, relation).tolist()
-        hits = torch.cat(right).double().cpu().split(counts)
+        hits = torch.cat(right).cpu().double().split(counts)
         top1 = [float(part.mean()) if len(part) else math.nan for part in hits]
         return [loss if n else math.nan for loss, n in zip(losses, counts, strict=True)], top1
 

@@ -263,7 +263,7 @@ def disjoint_relations(relation: Relation) -> list[str]:
     Example:
         >>> import fvlens
         >>> names = fvlens.relations.disjoint_relations(fvlens.load_relation("country-capital"))
-        >>> "antonym" in names, "country-city" in names
+        >>> "antonym" in names, "city-capital" in names
         (True, False)
     """
     outputs = set(relation.outputs)
