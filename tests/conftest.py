@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
 os.environ.pop("COLUMNS", None)  # xdist sets it, and a console keeps for good the width it finds when it is made
 
 from jaxtyping import install_import_hook
