@@ -1,22 +1,22 @@
 """fvlens: find, train and combine function vectors in transformer language models.
 
 The chain, in the order of the modules: word pairs, prompts, activations, head attribution, function vector, evaluation,
-figures. Everything a notebook needs is in this namespace; see the README for ten lines that use it.
+fine-tuned vector, figures. Everything a notebook needs is in this namespace; see the README for ten lines that use it.
 """
 
-from fvlens.activations import HeadMeans, mean_head_activations
-from fvlens.attribution import IndirectEffects, indirect_effects
+from fvlens.activations import mean_head_activations
+from fvlens.attribution import indirect_effects
 from fvlens.evaluation import (
-    Evaluation,
     controls,
     evaluate,
     generate_answers,
     head_count_sweep,
     layer_sweep,
 )
+from fvlens.finetuning import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.interventions import ablate, inject
 from fvlens.models import fingerprint, load_model
-from fvlens.prompts import TEMPLATES, Prompts, Template, build_prompts, filter_correct
+from fvlens.prompts import TEMPLATES, Template, build_prompts, filter_correct
 from fvlens.relations import Relation, list_relations, load_relation
 from fvlens.types import Head
 from fvlens.universal import universal_heads
@@ -33,20 +33,20 @@ __version__ = "0.1.0"
 __all__ = [
     "TEMPLATES",
     "DistributedVector",
-    "Evaluation",
     "FunctionVector",
     "Head",
-    "HeadMeans",
-    "IndirectEffects",
-    "Prompts",
     "Relation",
     "Template",
+    "TrainableVector",
+    "VectorSet",
     "ablate",
     "build_prompts",
     "controls",
     "distributed_vector",
     "evaluate",
     "filter_correct",
+    "finetune",
+    "finetune_many",
     "fingerprint",
     "function_vector",
     "generate_answers",

@@ -95,7 +95,7 @@ def relation_effects(
         how: passed on to :func:`~fvlens.indirect_effects`, such as ``method``.
 
     Returns:
-        The means, and :class:`~fvlens.IndirectEffects` by corruption.
+        The means, and :class:`~fvlens.attribution.IndirectEffects` by corruption.
 
     Raises:
         KeyboardInterrupt: the computation was interrupted; a part of the prompts is not handed out as all of them.

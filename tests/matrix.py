@@ -22,8 +22,9 @@ from oracle import hf
 from transformers import AutoTokenizer
 
 import fvlens
+from fvlens.activations import HeadMeans
 from fvlens.interventions import resid_hook
-from fvlens.prompts import PAD_ANSWER, TokenClass
+from fvlens.prompts import PAD_ANSWER, Prompts, TokenClass
 from fvlens.suffix import run_prefix, steered_resid
 
 TOLERANCE = 1e-4
@@ -116,8 +117,8 @@ class Made:
     ``clean`` is what means are taken over; ``shuffled`` is what is patched and steered, its answers being likely ones.
     """
 
-    clean: fvlens.Prompts
-    shuffled: fvlens.Prompts
+    clean: Prompts
+    shuffled: Prompts
 
     @property
     def rows(self) -> list[list[int]]:
@@ -146,7 +147,7 @@ def prompts(name: str) -> Made:
     return Made(clean, dataclasses.replace(shuffled, answer_tokens=given))
 
 
-def label_positions(made: fvlens.Prompts) -> list[list[int]]:
+def label_positions(made: Prompts) -> list[list[int]]:
     """Where each row of ``rows_of`` has its demonstrations' labels."""
     found = []
     for kinds, keep in zip(made.token_classes, made.attention_mask, strict=True):
@@ -249,7 +250,7 @@ def batches(size: int) -> list[list[int]]:
     return [list(range(i, min(i + size, BATCH_SIZES[-1]))) for i in range(0, BATCH_SIZES[-1], size)]
 
 
-def last_logits(model, made: fvlens.Prompts, size: int) -> torch.Tensor:
+def last_logits(model, made: Prompts, size: int) -> torch.Tensor:
     """Logits [prompt d_vocab] at the last token, so many prompts at a time, with all their padding."""
     parts = []
     for index in batches(size):
@@ -272,7 +273,7 @@ class Trained:
         pass
 
 
-def means_of(name: str, backend: str, **settings) -> fvlens.HeadMeans:
+def means_of(name: str, backend: str, **settings) -> HeadMeans:
     settings = {"batch_size": BATCH_SIZES[-1], **settings}
     return fvlens.mean_head_activations(loaded(name, backend), prompts(name).clean, progress=False, **settings)
 

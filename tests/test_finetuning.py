@@ -209,7 +209,7 @@ def test_losses_and_gradients_equal_a_plain_forward(models, name, path, layer):
     assert adapter.n_suffix > 1  # answers of several tokens
     plain = start.clone().requires_grad_()
     with frozen(model):
-        logs, right = adapter.log_probs(torch.arange(len(PAIRS)), torch.zeros(len(PAIRS), dtype=torch.long))
+        logs, right = adapter.scores(torch.arange(len(PAIRS)), torch.zeros(len(PAIRS), dtype=torch.long))
         logs.sum().backward()
         expected = [plain_log_probs(model, pair, layer, plain) for pair in PAIRS]
         sum(one.sum() for one in expected).backward()

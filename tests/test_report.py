@@ -20,8 +20,8 @@ import torch
 from runs import SMALL, small_run
 
 import fvlens
-from fvlens import FunctionVector, Relation, report, universal
-from fvlens.finetuning import finetune
+from fvlens import FunctionVector, Relation, finetune, report, universal
+from fvlens.prompts import Prompts
 from fvlens.relations import Pair
 from fvlens.report import (
     Difference,
@@ -61,7 +61,7 @@ class Call:
     """One call of build_prompts: from which module, and what it made."""
 
     module: str
-    prompts: fvlens.Prompts
+    prompts: Prompts
 
 
 @pytest.fixture(scope="session")

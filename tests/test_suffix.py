@@ -113,11 +113,15 @@ def test_patched_heads_equal_hooked_passes(models, generator, name, path, n_suff
 
 
 @pytest.mark.parametrize(("name", "path"), BOTH)
-def test_continue_from_equals_a_pass_with_that_residual(models, generator, name, path):
+@pytest.mark.parametrize("prepared", [False, True])
+def test_continue_from_equals_a_pass_with_that_residual(models, generator, name, path, prepared):
     model = models(name)
     prompts = word_prompts(model, generator)
     n, n_variants = 2, 3
     run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+    if prepared:  # from the middle on, so that blocks of both kinds follow each other
+        run = run.prepared(1)
+        assert path == "kv" or set(run.ready) == set(range(1, model.cfg.n_layers))
     shape = (len(prompts), n_variants, n, model.cfg.d_model)
     given_resid = torch.randn(shape, generator=generator, dtype=torch.float64)
     for layer in range(model.cfg.n_layers + 1):
@@ -135,11 +139,12 @@ def test_continue_from_equals_a_pass_with_that_residual(models, generator, name,
 
 
 @pytest.mark.parametrize(("name", "path"), BOTH)
-@pytest.mark.parametrize("batched", [False, True])
-def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator, name, path, batched):
+@pytest.mark.parametrize(("batched", "prepared"), [(False, False), (True, False), (True, True)])
+def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator, name, path, batched, prepared):
     model = models(name)
     prompts = word_prompts(model, generator)
     run = run_prefix(model, prompts.tokens, prompts.attention_mask, path=path)
+    run = run.prepared(0) if prepared else run
     shape = (len(prompts), model.cfg.d_model) if batched else (model.cfg.d_model,)
     vector = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     wanted = prompts.first_answer_token
@@ -166,6 +171,23 @@ def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator,
         expected = gradient(slow)
         assert expected.norm() > 1e-3
         assert (gradient(fast) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_run_is_prepared_with_fewer_operations(generator):
+    """The point of it: queries, keys and values in one product, norms and GELU in one operation each."""
+    model = random_model()
+    prompts = word_prompts(model, generator)
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask)
+    vector = torch.zeros(model.cfg.d_model)
+
+    def count(run):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run.logits(steered_resid(run, 0, vector))
+        return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+    count(run)
+    plain, ready = count(run), count(run.prepared(1))
+    assert ready < 0.7 * plain
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,4 +1,8 @@
-"""Fine-tuned function vectors: train the vector, one relation or all of them at once."""
+"""Fine-tuned function vectors: train the vector, one relation or all of them at once.
+
+What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune_many``, ``TrainableVector`` and
+``VectorSet``. Baselines, the comparison and the studies are here.
+"""
 
 from fvlens.finetuning._baselines import Adapted, Baseline, act_add, few_shot, lora, soft_prompt
 from fvlens.finetuning._changes import LoRA, SoftPrompt

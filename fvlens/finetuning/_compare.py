@@ -63,7 +63,7 @@ def evaluate_adapted(
         generator: draws the bootstrap.
 
     Returns:
-        :class:`~fvlens.Evaluation`, whose setting is ``"icl"`` where the method is demonstrations.
+        :class:`~fvlens.evaluation.Evaluation`, whose setting is ``"icl"`` where the method is demonstrations.
 
     Raises:
         ValueError: no pairs; ``adapted`` is nothing of the kind, or of another model; ``batch_size`` below 1.
@@ -171,7 +171,7 @@ def unrelated_prompts(
         generator: draws everything.
 
     Returns:
-        :class:`~fvlens.Prompts`.
+        :class:`~fvlens.prompts.Prompts`.
 
     Raises:
         ValueError: ``n`` below 1; ``n_shots`` below 0; no other relation has that many pairs left.

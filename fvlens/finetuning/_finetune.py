@@ -245,7 +245,7 @@ def finetune(
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> g = torch.Generator().manual_seed(0)
         >>> split = fvlens.load_relation("antonym").split(g)
-        >>> tuned = finetune(
+        >>> tuned = fvlens.finetune(
         ...     model, split.train[:20], init="zero", layer=1, valid=split.valid, epochs=5, generator=g, progress=False
         ... )
         >>> bool(tuned.history.train_loss[-1] < tuned.history.train_loss[0])

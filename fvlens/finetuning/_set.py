@@ -37,7 +37,7 @@ class VectorSet:
         >>> def make(name, seed):
         ...     values = torch.randn(mark.d_model, generator=torch.Generator().manual_seed(seed))
         ...     return fvlens.FunctionVector(values, 1, (), name, mark)
-        >>> basis = VectorSet((make("antonym", 0), make("synonym", 1)))
+        >>> basis = fvlens.VectorSet((make("antonym", 0), make("synonym", 1)))
         >>> basis.matrix.shape == (2, mark.d_model), basis["synonym"].relation, basis.select(["antonym"]).names
         (True, 'synonym', ('antonym',))
     """

@@ -36,7 +36,7 @@ class TrainableVector(nn.Module):
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> pairs = fvlens.load_relation("antonym").pairs[:20]
         >>> prompts = fvlens.build_prompts(model, pairs, n_shots=0, generator=torch.Generator())
-        >>> trained = TrainableVector(torch.zeros(model.cfg.d_model), layer=1)
+        >>> trained = fvlens.TrainableVector(torch.zeros(model.cfg.d_model), layer=1)
         >>> optimiser = torch.optim.Adam(trained.parameters(), lr=0.3)
         >>> losses = []
         >>> with frozen(model), fvlens.inject(model, trained):

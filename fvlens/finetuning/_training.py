@@ -215,14 +215,24 @@ class Adapter(abc.ABC):
         """What else a saved training must have in common with this one."""
         return {"method": type(self).__name__, "path": self.path}
 
-    def log_probs(
+    def log_probs(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, "row answer_pos"]:
+        """Log-probability of each answer token in nats, 0 behind the answer's end."""
+        return self._log_probs(self.logits(rows, relation), rows)
+
+    def scores(
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row answer_pos"], Bool[Tensor, " row"]]:
-        """Log-probability of each answer token (0 behind the answer's end), and whether the first is on top."""
+        """The same, and whether the answer's first token is the most likely one."""
+        logits = self.logits(rows, relation)
+        first = self.targets[rows.to(self.targets.device), 0]
+        return self._log_probs(logits, rows), logits[:, 0].argmax(-1) == first
+
+    def _log_probs(self, logits: Tensor, rows: Tensor) -> Tensor:
         targets = self.targets[rows.to(self.targets.device)]
-        logits = self.logits(rows, relation).float()
-        logs = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD_ANSWER, reduction="none")
-        return logs.view(targets.shape), logits[:, 0].argmax(-1) == targets[:, 0]
+        logs = -F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD_ANSWER, reduction="none"
+        )
+        return logs.view(targets.shape)
 
     def whole_passes(
         self, rows: Int[Tensor, " row"], edits: Mapping[str, Callable[[Tensor], Tensor | None]]
@@ -262,7 +272,7 @@ class VectorAdapter(Adapter):
                     self.tokens.split(self.rows_at_once), self.mask.split(self.rows_at_once), strict=True
                 )
             ]
-            self.run = SuffixRun.joined(parts)
+            self.run = SuffixRun.joined(parts).prepared(trainable.layer + 1)
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[row] for row in self.trainable.rows]
@@ -411,7 +421,7 @@ class Training:
         with torch.no_grad():
             most = self.adapter.rows_at_once
             for part, whose in zip(flat.split(most), relation.split(most), strict=True):
-                found, ok = self.adapter.log_probs(part, whose)
+                found, ok = self.adapter.scores(part, whose)
                 logs.append(found)
                 right.append(ok)
             losses = self._losses(torch.cat(logs), flat, relation).tolist()
@@ -467,7 +477,7 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         flat = torch.cat(list(batch))
         for part in self._groups(batch):  # relations do not touch each other, so their gradients may come in turns
-            logs, _ = self.adapter.log_probs(flat[part], relation[part])
+            logs = self.adapter.log_probs(flat[part], relation[part])
             self._losses(logs, flat[part], relation[part]).sum().backward()
         if self.settings.l2:
             values = torch.stack([nn.utils.parameters_to_vector(own) for own in self.parameters])

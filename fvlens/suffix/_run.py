@@ -107,6 +107,13 @@ class SuffixRun(abc.ABC):
             suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
         )
 
+    def prepared(self, layer: int) -> "SuffixRun":
+        """The same prompts, for many runs from ``layer`` up with weights that do not change meanwhile.
+
+        A path that can gain by it keeps a rearranged copy of some of those layers' weights.
+        """
+        return self
+
     def resid_after(self, layer: int) -> Float[Tensor, "prompt suffix d_model"]:
         """The residual stream after a layer at the suffix, as it was kept."""
         return self.resid_final if layer + 1 == self.model.cfg.n_layers else self.resid_pre[layer + 1]
