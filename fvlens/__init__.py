@@ -1,7 +1,7 @@
 """fvlens: find, train and combine function vectors in transformer language models.
 
 The chain, in the order of the modules: word pairs, prompts, activations, head attribution, function vector, evaluation,
-fine-tuned vector, figures. Everything a notebook needs is in this namespace; see the README for ten lines that use it.
+fine-tuned vector, figures. Everything a notebook needs is in this namespace; the README has a dozen lines that use it.
 """
 
 from fvlens.activations import mean_head_activations
