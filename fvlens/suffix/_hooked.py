@@ -46,8 +46,8 @@ class _Ready:
         weight, bias: of queries, keys and values in one, rows in that order. The class itself rearranges its weights
             anew at each call.
         ln1, ln2, mlp: the block's own, or one operation of torch's for several where both compute the same: the layer
-            norm and the tanh approximation of GELU, in single precision or wider. A block of
-            attention alone does not use ln2 and mlp.
+            norm and the tanh approximation of GELU, in single precision or wider. A block of attention alone does not
+            use ln2 and mlp.
     """
 
     weight: Float[Tensor, "row d_model"]

@@ -128,7 +128,7 @@ def show(capsys, title, m):
 def test_a_step_on_the_embedded_model(model, capsys, one_thread):
     """All relations' minibatches, which is what a step of ``finetune_many`` is; one relation's are shown beside it.
 
-    A step of 5 pairs is mostly the reading of weights, which both sides do alike, so the ratio there is smaller.
+    The ratio of one relation's step is below 4 (see the README): most of a small step does not depend on its pairs.
     """
     for n_relations, batch_size in ((1, 5), (1, 20), (64, 5)):
         m = measure_steps(model, n_relations=n_relations, batch_size=batch_size, layer=1)
