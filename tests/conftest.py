@@ -7,9 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
 os.environ.pop("COLUMNS", None)  # xdist sets it, and a console keeps for good the width it finds when it is made
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
-install_import_hook("fvlens", "beartype.beartype")
+jaxtyping.install_import_hook("fvlens", "beartype.beartype")
 
 from importlib.metadata import version
 
@@ -28,6 +28,14 @@ from fvlens.models import embedded_folder, quiet_deprecation
 def model():
     """The embedded model."""
     return fvlens.load_model("rel-small", device="cpu")
+
+
+@pytest.fixture
+def unchecked():
+    """Runtime type checking off, as in ordinary use: our own messages must do, and time is a user's time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 HAS_HOOKED = version("transformer-lens").split(".")[0] == "3"

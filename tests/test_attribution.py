@@ -5,7 +5,6 @@ import math
 import re
 import warnings
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -772,15 +771,6 @@ def test_a_recheck_is_in_the_table_and_in_the_figure(tiny):
 
 
 # --- errors ---
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import warnings
 
-import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -571,15 +570,6 @@ def test_an_interrupted_training_gives_the_best_so_far(model, split, monkeypatch
     with pytest.warns(UserWarning, match="2 of 5 epochs are finished"):
         found = soft_prompt(model, split.train[:6], epochs=5, generator=seeded(), progress=False)
     assert not found.complete and len(found.history) == 3
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_what_is_wrong_is_said(model, split, every, unchecked):

@@ -6,7 +6,6 @@ import math
 import warnings
 from types import SimpleNamespace
 
-import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, WORDS, build
@@ -758,15 +757,6 @@ def test_interrupted_controls_keep_the_finished_rows(tiny, monkeypatch):
 
 
 # --- errors ---
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize("function", [evaluate, generate_answers])

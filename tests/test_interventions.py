@@ -5,7 +5,6 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from conftest import random_model
@@ -656,15 +655,6 @@ def test_a_hook_that_never_ran_is_an_error(tiny, generator):
 
 
 # --- bad input ---
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def opened(context):

@@ -5,7 +5,6 @@ import re
 import string
 from collections import Counter
 
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.special
@@ -32,14 +31,6 @@ from fvlens.metrics import (
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime shape checking off, as for a user: our own messages must then speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Probability, rank

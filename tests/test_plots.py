@@ -4,7 +4,6 @@ import math
 import re
 from itertools import pairwise
 
-import jaxtyping
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -16,14 +15,6 @@ from fvlens.types import Head
 
 AIE = torch.tensor([[0.01, -0.02, 0.3], [0.0, 0.125, -0.4]])
 ERRORS = torch.tensor([[0.001, 0.002, 0.03], [0.0, 0.0125, 0.04]])
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime shape checking off, as for a user: our own messages must then speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def colour_at(scale, share):

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 from types import SimpleNamespace
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,14 +45,6 @@ UNEVEN = (
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime type checking off, as for a user: our own messages must then speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

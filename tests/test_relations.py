@@ -7,7 +7,6 @@ import statistics
 import unicodedata
 from collections import Counter, defaultdict
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,14 +33,6 @@ def seeded(seed):
 
 def made(name, pairs, **header):
     return Relation(name, tuple(Pair(*pair) for pair in pairs), **header)
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime type checking off, as for a user: plain tuples and lists then come in as they are."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # The library as a whole

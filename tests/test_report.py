@@ -13,7 +13,6 @@ from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -89,15 +88,6 @@ def watched(model):
 @pytest.fixture(scope="session")
 def tiny_result(tiny):
     return run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime type checking off, as for a user: our own messages must then speak."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def right(evaluation):

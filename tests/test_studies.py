@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 
-import jaxtyping
 import pytest
 import torch
 
@@ -46,15 +45,6 @@ def split():
 def start(model):
     values = 3 * torch.randn(model.cfg.d_model, generator=seeded(5))
     return FunctionVector(values, 1, (), "antonym", fingerprint(model))
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def drawn(split, n_seeds, g):

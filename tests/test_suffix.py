@@ -2,7 +2,6 @@
 
 import re
 
-import jaxtyping
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
@@ -113,15 +112,11 @@ def test_patched_heads_equal_hooked_passes(models, generator, name, path, n_suff
 
 
 @pytest.mark.parametrize(("name", "path"), BOTH)
-@pytest.mark.parametrize("prepared", [False, True])
-def test_continue_from_equals_a_pass_with_that_residual(models, generator, name, path, prepared):
+def test_continue_from_equals_a_pass_with_that_residual(models, generator, name, path):
     model = models(name)
     prompts = word_prompts(model, generator)
     n, n_variants = 2, 3
     run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
-    if prepared:  # from the middle on, so that blocks of both kinds follow each other
-        run = run.prepared(1)
-        assert path == "kv" or set(run.ready) == set(range(1, model.cfg.n_layers))
     shape = (len(prompts), n_variants, n, model.cfg.d_model)
     given_resid = torch.randn(shape, generator=generator, dtype=torch.float64)
     for layer in range(model.cfg.n_layers + 1):
@@ -139,12 +134,12 @@ def test_continue_from_equals_a_pass_with_that_residual(models, generator, name,
 
 
 @pytest.mark.parametrize(("name", "path"), BOTH)
-@pytest.mark.parametrize(("batched", "prepared"), [(False, False), (True, False), (True, True)])
-def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator, name, path, batched, prepared):
+@pytest.mark.parametrize("in_steps", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator, name, path, batched, in_steps):
     model = models(name)
     prompts = word_prompts(model, generator)
     run = run_prefix(model, prompts.tokens, prompts.attention_mask, path=path)
-    run = run.prepared(0) if prepared else run
     shape = (len(prompts), model.cfg.d_model) if batched else (model.cfg.d_model,)
     vector = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     wanted = prompts.first_answer_token
@@ -164,7 +159,10 @@ def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator,
         return torch.autograd.grad(loss, vector)[0]
 
     for layer in range(model.cfg.n_layers):
-        fast = run.logits(steered_resid(run, layer, vector))[:, 0, 0]
+        if in_steps:
+            fast = run.steps(layer).logits(torch.arange(len(prompts)), vector)[:, 0]
+        else:
+            fast = run.logits(steered_resid(run, layer, vector))[:, 0, 0]
         with inject(model, Add(layer)):
             slow = model(prompts.tokens, attention_mask=prompts.attention_mask)[:, -1]
         torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-8)
@@ -173,21 +171,44 @@ def test_steered_resid_equals_inject_and_so_does_its_gradient(models, generator,
         assert (gradient(fast) - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_a_run_is_prepared_with_fewer_operations(generator):
-    """The point of it: queries, keys and values in one product, norms and GELU in one operation each."""
+@pytest.mark.parametrize(("name", "path"), BOTH)
+def test_steps_take_some_prompts_in_any_order_and_answers_of_several_tokens(models, generator, name, path):
+    model = models(name)
+    prompts = word_prompts(model, generator)
+    n, layer = 3, 0
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n, path=path)
+    rows = torch.tensor([2, 0, 2])
+    vectors = torch.randn((3, model.cfg.d_model), generator=generator, dtype=torch.float64)
+
+    def add(resid, hook):
+        resid = resid.clone()
+        resid[:, -n] += vectors
+        return resid
+
+    some = prompts.select(rows.tolist())
+    with torch.no_grad():
+        expected = forward(model, some, [(resid_hook(layer), add)])[:, -n:]
+        got = run.steps(layer).logits(rows, vectors)
+    keep = real(some, n)
+    torch.testing.assert_close(got[keep], expected[keep], rtol=1e-8, atol=1e-8)
+
+
+def test_steps_take_fewer_operations(generator):
+    """The point of them: queries, keys and values in one product, norms and GELU in one operation each."""
     model = random_model()
     prompts = word_prompts(model, generator)
     run = run_prefix(model, prompts.tokens, prompts.attention_mask)
-    vector = torch.zeros(model.cfg.d_model)
+    vector, rows = torch.zeros(model.cfg.d_model), torch.arange(len(prompts))
+    steps = run.steps(0)
 
-    def count(run):
+    def count(function):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run.logits(steered_resid(run, 0, vector))
+            function()
         return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
-    count(run)
-    plain, ready = count(run), count(run.prepared(1))
-    assert ready < 0.7 * plain
+    count(lambda: None)
+    plain = count(lambda: run.select(rows).logits(steered_resid(run, 0, vector)))
+    assert count(lambda: steps.logits(rows, vector)) < 0.5 * plain
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -373,15 +394,6 @@ def test_hooks_of_the_user_mean_naive(kind):
             choose_path(model, path)
     model.reset_hooks()
     assert choose_path(model) == ("weights", "")
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_a_path_can_be_insisted_on(tiny, unchecked):

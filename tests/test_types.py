@@ -1,18 +1,9 @@
 """Heads and the two protocols."""
 
-import jaxtyping
 import pytest
 import torch
 
 from fvlens.types import Head, HookedModel, Steering, as_heads
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime type checking off, as for a user: our own messages must then speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_head_is_a_pair_with_a_short_name():

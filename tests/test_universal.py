@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from itertools import pairwise
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -29,15 +28,6 @@ def always(answer="dog", n_other=0):
     words = fvlens.load_relation("plural").inputs[:40]
     others = ("cat", "red", "big", "sun", "ten")
     return Relation("always", tuple(Pair(w, others[i % 5] if i < n_other else answer) for i, w in enumerate(words)))
-
-
-@pytest.fixture
-def unchecked():
-    """Runtime type checking off, as for a user: our own messages must then speak."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 
-import jaxtyping
 import pytest
 import torch
 from architectures import build, word_prompts
@@ -41,15 +40,6 @@ def vector(tiny, generator):
         tiny, torch.randn(32, generator=generator), heads=(Head(0, 1), Head(2, 3)), template="qa", data_hash="abc",
         seed=7, kind="function",
     )  # fmt: skip
-
-
-@pytest.fixture
-def unchecked():
-    """Without beartype, as in ordinary use: our own messages must do."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
-from fvlens.suffix import Path, SuffixRun, open_reader, plan_slices, run_prefix, steered_resid
+from fvlens.suffix import Path, SteeredSuffix, SuffixRun, open_reader, plan_slices, run_prefix
 from fvlens.vectors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class VectorAdapter(Adapter):
     ) -> None:
         self.path, self.trainable = path, trainable
         super().__init__(model, prompts, max_memory)
-        self.run: SuffixRun | None = None
+        self.suffix: SteeredSuffix | None = None
         if path != "naive":
             parts = [
                 run_prefix(model, tokens, mask, n_suffix=self.n_suffix, path=path)
@@ -272,15 +272,17 @@ class VectorAdapter(Adapter):
                     self.tokens.split(self.rows_at_once), self.mask.split(self.rows_at_once), strict=True
                 )
             ]
-            self.run = SuffixRun.joined(parts).prepared(trainable.layer + 1)
+            run = SuffixRun.joined(parts)
+            self.after = run.resid_after(trainable.layer)[:, 0]
+            self.suffix = run.steps(trainable.layer)
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[row] for row in self.trainable.rows]
 
     def scale(self, rows: Int[Tensor, " row"]) -> float:
         layer = self.trainable.layer
-        if self.run is not None:
-            there = self.run.resid_after(layer)[rows.to(self.tokens.device), 0]
+        if self.suffix is not None:
+            there = self.after[rows.to(self.after.device)]
         else:
             found: list[Tensor] = []
             column = self.tokens.shape[1] - self.n_suffix
@@ -296,11 +298,11 @@ class VectorAdapter(Adapter):
     def logits(
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
     ) -> Float[Tensor, "row answer_pos d_vocab"]:
-        vectors = self.trainable.matrix[relation.to(self.trainable.rows[0].device)]
-        if self.run is None:
+        own = self.trainable.rows
+        vectors = own[0] if len(own) == 1 else self.trainable.matrix[relation.to(own[0].device)]
+        if self.suffix is None:
             return self.whole_passes(rows, {resid_hook(self.trainable.layer): self.at_last_token(vectors)})
-        run = self.run.select(rows)
-        return run.logits(steered_resid(run, self.trainable.layer, vectors.to(self.tokens.device))[:, 0])
+        return self.suffix.logits(rows, vectors.to(self.tokens.device))
 
 
 class DistributedAdapter(Adapter):
@@ -345,6 +347,13 @@ def _batches(tasks: Sequence[Task], orders: Sequence[Tensor], size: int | None) 
     n_steps = max(math.ceil(len(order) / own) for order, own in zip(orders, sizes, strict=True))
     for step in range(n_steps):
         yield [order[step * own : (step + 1) * own] for order, own in zip(orders, sizes, strict=True)]
+
+
+def _relation_of(counts: Sequence[int]) -> Int[Tensor, " row"]:
+    """The relation of each row, where relation i has ``counts[i]`` of them."""
+    if len(counts) == 1:
+        return torch.zeros(counts[0], dtype=torch.long)
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 def prompts_of(model: Any, tasks: Sequence[Task], template: str) -> Prompts:
@@ -404,6 +413,9 @@ class Training:
         per_pair = -logs.sum(dim=1)
         if self.settings.loss == "perplexity":
             per_pair = per_pair / (self.adapter.targets[rows.to(device)] >= 0).sum(dim=1)
+        if n == 1:
+            mean = per_pair.mean()[None]
+            return mean.exp() if self.settings.loss == "perplexity" else mean
         counts = torch.zeros(n, device=device).index_add(0, relation, torch.ones_like(per_pair))
         mean = torch.zeros(n, device=device).index_add(0, relation, per_pair) / counts.clamp(min=1)
         if self.settings.loss == "perplexity":
@@ -416,7 +428,7 @@ class Training:
         if not sum(counts):
             return [math.nan] * len(rows), [math.nan] * len(rows)
         flat = torch.cat(list(rows))
-        relation = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        relation = _relation_of(counts)
         logs, right = [], []
         with torch.no_grad():
             most = self.adapter.rows_at_once
@@ -473,9 +485,9 @@ class Training:
             self._step(batch)
 
     def _step(self, batch: Sequence[Tensor]) -> None:
-        relation = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(rows) for rows in batch]))
+        relation = _relation_of([len(rows) for rows in batch])
         self.optimiser.zero_grad(set_to_none=True)
-        flat = torch.cat(list(batch))
+        flat = batch[0] if len(batch) == 1 else torch.cat(list(batch))
         for part in self._groups(batch):  # relations do not touch each other, so their gradients may come in turns
             logs = self.adapter.log_probs(flat[part], relation[part])
             self._losses(logs, flat[part], relation[part]).sum().backward()

@@ -31,6 +31,7 @@ from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_
 from fvlens.suffix._paths import PATHS, Path, choose_path, counted_gain, has_hooks, why_not_kv, why_not_weights
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._run import SuffixRun, wide_logits
+from fvlens.suffix._steps import SteeredSuffix
 from fvlens.types import is_bridge
 
 
@@ -89,6 +90,7 @@ __all__ = [
     "Path",
     "Reader",
     "Slices",
+    "SteeredSuffix",
     "SuffixRun",
     "choose_path",
     "counted_gain",

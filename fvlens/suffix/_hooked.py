@@ -1,30 +1,28 @@
 """The fast path over ``HookedTransformer``: over its weights, or through its own ``start_at_layer`` and cache."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import einops
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fvlens.interventions import hooked, resid_pre_hook, z_hook
 from fvlens.suffix._paths import Path
 from fvlens.suffix._run import Patch, SuffixRun, is_half, wide_logits
+from fvlens.suffix._steps import GeneralSteps, SteeredSuffix, WeightsSteps
 from fvlens.types import Head
 
 
-def unembedded(
-    model: Any, resid: Float[Tensor, "*rows d_model"], norm: Callable[[Tensor], Tensor] | None = None
-) -> Float[Tensor, "*rows d_vocab"]:
-    """Final norm (``norm`` in its place), unembedding and soft cap; float32 logits of a model in half precision."""
+def unembedded(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Final norm, unembedding and soft cap; float32 logits of a model in half precision."""
     cfg = model.cfg
     flat = resid.reshape(1, -1, resid.shape[-1]).to(model.unembed.W_U.device)  # the last one of a split model
     if cfg.normalization_type is not None:
-        flat = (norm or model.ln_final)(flat)
+        flat = model.ln_final(flat)
     unembed = model.unembed
     linear = wide_logits if is_half(unembed.W_U.dtype) else _linear
     logits = unembed.hook_out(linear(unembed.hook_in(flat), unembed.W_U, unembed.b_U))
@@ -39,79 +37,25 @@ def _linear(resid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """A block laid out for many runs with weights that do not change: the same values in fewer operations.
-
-    Attributes:
-        weight, bias: of queries, keys and values in one, rows in that order. The class itself rearranges its weights
-            anew at each call.
-        ln1, ln2, mlp: the block's own, or one operation of torch's for several where both compute the same: the layer
-            norm and the tanh approximation of GELU, in single precision or wider. A block of attention alone does not
-            use ln2 and mlp.
-    """
-
-    weight: Float[Tensor, "row d_model"]
-    bias: Float[Tensor, " row"]
-    ln1: Callable[[Tensor], Tensor]
-    ln2: Callable[[Tensor], Tensor]
-    mlp: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def of(cls, block: Any) -> "_Ready":
-        attn = block.attn
-        own = "_" if attn.cfg.n_key_value_heads is not None else ""  # without it, a copy for each query head
-        names = [("", "Q"), (own, "K"), (own, "V")]
-        weights = [getattr(attn, f"{mark}W_{name}").detach() for mark, name in names]
-        biases = [getattr(attn, f"{mark}b_{name}").detach() for mark, name in names]
-        weight = torch.cat([einops.rearrange(w, "head d_model d_head -> (head d_head) d_model") for w in weights])
-        bias = torch.cat([b.flatten() for b in biases])
-        if block.cfg.attn_only:
-            return cls(weight, bias, _lean_norm(block.ln1), nn.Identity(), nn.Identity())
-        return cls(weight, bias, _lean_norm(block.ln1), _lean_norm(block.ln2), _lean_mlp(block))
-
-
-def _lean_norm(norm: Any) -> Callable[[Tensor], Tensor]:
-    from transformer_lens.components.layer_norm import LayerNorm
-
-    if type(norm) is not LayerNorm or is_half(norm.w.dtype):
-        return norm
-    return lambda x: F.layer_norm(x, norm.w.shape, norm.w, norm.b, norm.eps)
-
-
-def _lean_mlp(block: Any) -> Callable[[Tensor], Tensor]:
-    from transformer_lens.components.mlps.mlp import MLP
-    from transformer_lens.utilities.activation_functions import gelu_new
-
-    mlp = block.mlp
-    plain = type(mlp) is MLP and mlp.act_fn is gelu_new and not block.cfg.use_normalization_before_and_after
-    if not plain or is_half(mlp.W_in.dtype):
-        return block.apply_mlp
-
-    def lean(x: Tensor) -> Tensor:
-        inside = F.gelu(torch.addmm(mlp.b_in, x.flatten(0, -2), mlp.W_in), approximate="tanh")
-        return torch.addmm(mlp.b_out, inside, mlp.W_out).view_as(x)
-
-    return lean
-
-
-@dataclass(frozen=True, slots=True)
 class WeightsRun(SuffixRun):
     """The blocks' own norms, MLPs and projections, but our own attention: the prefix is not copied for each variant.
 
     Keys and values are ``[prompt prefix kv_head d_head]``; keys are rotated already.
-
-    Attributes:
-        ready: the blocks that :meth:`prepared` laid out for many runs, by layer.
     """
 
-    ready: Mapping[int, "_Ready"] = field(default_factory=dict)
+    def steps(self, layer: int) -> SteeredSuffix:
+        if self._score_cap:
+            return GeneralSteps(self, layer)
+        n_prefix, n_suffix = self.attention_mask.shape[1] - self.n_suffix, self.n_suffix
+        return WeightsSteps(self, layer, lambda attn: self._allowed(attn, n_prefix, n_suffix))
 
-    def prepared(self, layer: int) -> "WeightsRun":
-        upper = range(layer, self.model.cfg.n_layers)
-        return dataclasses.replace(self, ready={i: _Ready.of(self.model.blocks[i]) for i in upper})
+    @property
+    def _score_cap(self) -> float:
+        """Soft cap of the attention scores, 0 without one."""
+        return max(0.0, self.model.cfg.attn_scores_soft_cap or 0.0)
 
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        return unembedded(self.model, resid, _lean_norm(self.model.ln_final) if self.ready else None)
+        return unembedded(self.model, resid)
 
     def _patched(self, heads: Sequence[Head], values: Tensor, where: Tensor) -> Tensor:
         active: Tensor | None = None
@@ -153,7 +97,7 @@ class WeightsRun(SuffixRun):
 
     def _finish_block(self, layer: int, resid: Tensor, attn_out: Tensor) -> Tensor:
         """Everything of a block after its attention, with the block's own norms and MLP."""
-        block, ready = self.model.blocks[layer], self.ready.get(layer)
+        block = self.model.blocks[layer]
         cfg = self.model.cfg
         shape = resid.shape
         resid, attn_out = resid.reshape(-1, *shape[2:]), attn_out.reshape(-1, *shape[2:])
@@ -161,8 +105,7 @@ class WeightsRun(SuffixRun):
             attn_out = block.ln1_post(attn_out)
         middle = resid + attn_out
         if not cfg.attn_only:
-            ln2, mlp = (block.ln2, block.apply_mlp) if ready is None else (ready.ln2, ready.mlp)
-            middle = middle + mlp(ln2(resid if cfg.parallel_attn_mlp else middle))
+            middle = middle + block.apply_mlp(block.ln2(resid if cfg.parallel_attn_mlp else middle))
         return middle.reshape(shape)
 
     def _attention(self, layer: int, block: Any, resid: Tensor) -> Tensor:
@@ -170,15 +113,14 @@ class WeightsRun(SuffixRun):
         attn = block.attn
         n_prompts, n_variants, n_suffix, _ = resid.shape
         n_prefix = self.keys[layer].shape[1]
-        x = (self.ready[layer].ln1 if layer in self.ready else block.ln1)(resid.flatten(0, 1))
-        q, k, v = self._queries_keys_values(layer, attn, x)
+        x = block.ln1(resid.flatten(0, 1))
+        q, k, v = attn.calculate_qkv_matrices(x, x, x)
         if self.model.cfg.positional_embedding_type == "rotary":
             mask = self.attention_mask.repeat_interleave(n_variants, dim=0)
             q, k = attn.apply_rotary(q, n_prefix, mask), attn.apply_rotary(k, n_prefix, mask)
-        cap = self.model.cfg.attn_scores_soft_cap
         allowed = self._allowed(attn, n_prefix, n_suffix)  # [prompt suffix prefix+suffix]
         everywhere = bool(allowed.all())
-        if n_variants == 1 and not (cap is not None and cap > 0):  # nothing is shared, so one fused operation will do
+        if n_variants == 1 and not self._score_cap:  # nothing is shared, so one fused operation will do
             z = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 torch.cat([self.keys[layer], k], dim=1).transpose(1, 2),
@@ -199,8 +141,8 @@ class WeightsRun(SuffixRun):
         q_own = einops.rearrange(q, "p k (v s g) e -> p v k (s g) e", v=n_variants, s=n_suffix)
         to_suffix = einops.rearrange(q_own @ k_new.mT, "p v k (s g) t -> p k (v s g) t", s=n_suffix)
         scores = torch.cat([to_prefix, to_suffix], dim=-1) / attn.attn_scale
-        if cap is not None and cap > 0:
-            scores = cap * torch.tanh(scores / cap)
+        if self._score_cap:
+            scores = self._score_cap * torch.tanh(scores / self._score_cap)
         if not everywhere:
             allowed = allowed[:, None, None, :, None].expand(-1, 1, n_variants, -1, group, -1).flatten(2, 4)
             scores = scores.masked_fill(~allowed, -torch.inf)
@@ -210,23 +152,6 @@ class WeightsRun(SuffixRun):
         z = z + einops.rearrange(own @ v_new, "p v k (s g) e -> p k (v s g) e", s=n_suffix)
         z = einops.rearrange(z, "p k (v s g) e -> p v s (k g e)", v=n_variants, s=n_suffix)
         return F.linear(z, attn.W_O.flatten(0, 1).T, attn.b_O)
-
-    def _queries_keys_values(
-        self, layer: int, attn: Any, x: Float[Tensor, "row suffix d_model"]
-    ) -> tuple[
-        Float[Tensor, "row suffix head d_head"],
-        Float[Tensor, "row suffix kv_head d_head"],
-        Float[Tensor, "row suffix kv_head d_head"],
-    ]:
-        """What attention calls q, k and v, before any rotation."""
-        if layer not in self.ready:
-            return attn.calculate_qkv_matrices(x, x, x)
-        n_kv_heads, d_head = self.keys[layer].shape[-2:]
-        together = F.linear(x, self.ready[layer].weight, self.ready[layer].bias).unflatten(-1, (-1, d_head))
-        q, k, v = together.split([together.shape[-2] - 2 * n_kv_heads, n_kv_heads, n_kv_heads], dim=-2)
-        if self.model.cfg.use_qk_norm:
-            q, k = attn._apply_qk_norm(q, attn.q_norm), attn._apply_qk_norm(k, attn.k_norm)
-        return q, k, v
 
     def _allowed(self, attn: Any, n_prefix: int, n_suffix: int) -> Bool[Tensor, "prompt suffix key"]:
         """Which keys each suffix position may attend to: real tokens, not later ones, inside a local window.

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fvlens.suffix._paths import Path
 from fvlens.types import Head
+
+if TYPE_CHECKING:
+    from fvlens.suffix._steps import SteeredSuffix
 
 _LOGIT_SLICE = 16 * 1024 * 1024
 """Numbers in one slice of logits, where no memory bound says otherwise."""
@@ -107,12 +110,14 @@ class SuffixRun(abc.ABC):
             suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
         )
 
-    def prepared(self, layer: int) -> "SuffixRun":
-        """The same prompts, for many runs from ``layer`` up with weights that do not change meanwhile.
+    def steps(self, layer: int) -> "SteeredSuffix":
+        """The same prompts, for many runs with a vector added after ``layer`` and weights that do not change meanwhile.
 
-        A path that can gain by it keeps a rearranged copy of some of those layers' weights.
+        A path that can gain by it keeps a rearranged copy of some weights of the layers above.
         """
-        return self
+        from fvlens.suffix._steps import GeneralSteps
+
+        return GeneralSteps(self, layer)
 
     def resid_after(self, layer: int) -> Float[Tensor, "prompt suffix d_model"]:
         """The residual stream after a layer at the suffix, as it was kept."""

@@ -24,8 +24,8 @@ from fvlens.finetuning._training import Task, Training, VectorAdapter, prompts_o
 from fvlens.interventions import resid_hook
 from fvlens.models import fingerprint
 
-N_STEPS = 15
-"""Steps of each side; the median counts."""
+N_TURNS, N_STEPS = 6, 5
+"""Turns of each side, and steps in a turn; the median step counts."""
 
 
 def seconds(function, clock=time.perf_counter):
@@ -93,14 +93,15 @@ def measure_steps(model, *, n_relations, batch_size, layer):
     rows, relation = torch.cat(batch), torch.arange(n_relations).repeat_interleave(batch_size)
     times = {"suffix": [], "plain": []}
     with frozen(model):
-        for i in range(N_STEPS + 2):
+        for i in range(N_TURNS + 1):
             for name, step in (
                 ("suffix", lambda: training._step(batch)),
                 ("plain", lambda: plain.step(rows, relation, batch_size)),
             ):
-                spent, _ = seconds(step, time.process_time)
-                if i >= 2:  # after the warm-up
-                    times[name].append(spent)
+                for _ in range(N_STEPS):  # in a row, as training takes them
+                    spent, _ = seconds(step, time.process_time)
+                    if i:  # after the warm-up
+                        times[name].append(spent)
     medians = {name: statistics.median(values) for name, values in times.items()}
     difference = (trainable.matrix - plain.vectors).detach()
     return dict(
@@ -116,31 +117,30 @@ def show(capsys, title, m):
     with capsys.disabled():
         print(
             f"\n{title}: {m['n_rows']} pairs of {m['n_pos']} tokens in a step, {torch.get_num_threads()} threads\n"
-            f"  plain forward and backward {1000 * m['plain']:9.1f} ms  (median of {N_STEPS})\n"
+            f"  plain forward and backward {1000 * m['plain']:9.1f} ms  (median of {N_TURNS * N_STEPS})\n"
             f"  suffix                     {1000 * m['suffix']:9.1f} ms\n"
             f"  ratio                      {m['ratio']:9.1f}\n"
-            f"  relative difference of the vectors after {N_STEPS + 2} steps: {m['difference']:.1e}"
+            f"  relative difference of the vectors after {(N_TURNS + 1) * N_STEPS} steps: {m['difference']:.1e}"
         )
 
 
 @needs_hooked
 @pytest.mark.benchmark
-def test_a_step_on_the_embedded_model(model, capsys, one_thread):
-    """All relations' minibatches, which is what a step of ``finetune_many`` is; one relation's are shown beside it.
+def test_a_step_on_the_embedded_model(model, capsys, one_thread, unchecked):
+    """A step of one relation's 20 pairs, and one of ``finetune_many``. Minibatches of 5 pairs are shown beside them.
 
-    The ratio of one relation's step is below 4 (see the README): most of a small step does not depend on its pairs.
+    Much of so small a step does not depend on its pairs (see the README).
     """
-    for n_relations, batch_size in ((1, 5), (1, 20), (64, 5)):
+    for n_relations, batch_size, bar in ((1, 5, 0), (1, 20, 4), (64, 5, 4)):
         m = measure_steps(model, n_relations=n_relations, batch_size=batch_size, layer=1)
         show(capsys, f"one training step of {n_relations} relations on rel-small, layer 1 of 4", m)
         assert m["difference"] < 1e-3
-    assert m["n_rows"] == 320
-    assert m["ratio"] >= 4
+        assert m["ratio"] >= bar
 
 
 @needs_hooked
 @pytest.mark.benchmark
-def test_a_step_on_a_model_of_twelve_layers(capsys, one_thread):
+def test_a_step_on_a_model_of_twelve_layers(capsys, one_thread, unchecked):
     model = random_model(n_layers=12, n_heads=12, d_model=768, d_head=64, d_mlp=3072, initializer_range=0.05)
     m = measure_steps(model, n_relations=1, batch_size=20, layer=4)
     show(capsys, "one training step on 12 layers of d_model 768, layer 4", m)
