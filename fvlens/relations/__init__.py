@@ -6,6 +6,22 @@ and then holds one ``input<TAB>output`` pair a line. Inputs are shared by many r
 not betray which relation is meant.
 """
 
+from fvlens.relations._analogies import (
+    READERS,
+    Analogy,
+    analogies_within,
+    guess_format,
+    make_analogies,
+    read_analogies,
+    read_bats,
+    read_google,
+    read_sat,
+    read_scan,
+    read_semeval,
+    read_tsv,
+    read_vat,
+)
+from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurring_families
 from fvlens.relations._library import (
     CATEGORIES,
     Pair,
@@ -20,12 +36,29 @@ from fvlens.relations._library import (
 
 __all__ = [
     "CATEGORIES",
+    "READERS",
+    "Analogy",
+    "HeldOut",
     "Pair",
     "Relation",
     "Split",
+    "analogies_within",
     "disjoint_relations",
+    "draw_held_out",
+    "guess_format",
+    "held_out",
     "library_words",
     "list_relations",
     "load_relation",
+    "make_analogies",
+    "read_analogies",
+    "read_bats",
+    "read_google",
     "read_relation",
+    "read_sat",
+    "read_scan",
+    "read_semeval",
+    "read_tsv",
+    "read_vat",
+    "recurring_families",
 ]
