@@ -269,7 +269,7 @@ def read_google(path: str | Path) -> list[Analogy]:
 
 
 def read_bats(folder: str | Path) -> list[Relation]:
-    """BATS (Gladkova et al. 2016): files ``Lnn [name].txt`` in a folder or its subfolders, ``word<TAB>answer1/answer2``.
+    """BATS (Gladkova et al. 2016): files ``Lnn [name].txt`` in a folder or below it, ``word<TAB>answer1/answer2``.
 
     Returns:
         A relation a file, a pair for every answer in the file's order; :func:`analogies_within` makes analogies of

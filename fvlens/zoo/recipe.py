@@ -49,7 +49,7 @@ class Recipe:
     d_model: int = 128
     d_mlp: int = 512
     n_ctx: int = 160
-    steps: int = 6000
+    steps: int = 5000
     batch_size: int = 64
     lr: float = 3e-3
     warmup: int = 200
