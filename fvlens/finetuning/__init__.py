@@ -27,7 +27,7 @@ from fvlens.finetuning._studies import (
     training_size_study,
 )
 from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
-from fvlens.finetuning._training import History, Settings, TrainingState
+from fvlens.finetuning._training import History, Settings, TrainingState, VectorAdapter
 
 __all__ = [
     "STUDIES",
@@ -46,6 +46,7 @@ __all__ = [
     "TrainableDistributedVector",
     "TrainableVector",
     "TrainingState",
+    "VectorAdapter",
     "VectorSet",
     "act_add",
     "collateral_change",

@@ -217,7 +217,7 @@ class Adapter(abc.ABC):
 
     def log_probs(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, "row answer_pos"]:
         """Log-probability of each answer token in nats, 0 behind the answer's end."""
-        return self._log_probs(self.logits(rows, relation), rows)
+        return self.of_answers(self.logits(rows, relation), rows)
 
     def scores(
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
@@ -225,9 +225,12 @@ class Adapter(abc.ABC):
         """The same, and whether the answer's first token is the most likely one."""
         logits = self.logits(rows, relation)
         first = self.targets[rows.to(self.targets.device), 0]
-        return self._log_probs(logits, rows), logits[:, 0].argmax(-1) == first
+        return self.of_answers(logits, rows), logits[:, 0].argmax(-1) == first
 
-    def _log_probs(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def of_answers(
+        self, logits: Float[Tensor, "row answer_pos d_vocab"], rows: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row answer_pos"]:
+        """Log-probability of each answer token in nats under such logits, 0 behind the answer's end."""
         targets = self.targets[rows.to(self.targets.device)]
         logs = -F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD_ANSWER, reduction="none"
@@ -299,7 +302,12 @@ class VectorAdapter(Adapter):
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
     ) -> Float[Tensor, "row answer_pos d_vocab"]:
         own = self.trainable.rows
-        vectors = own[0] if len(own) == 1 else self.trainable.matrix[relation.to(own[0].device)]
+        return self.steered(rows, own[0] if len(own) == 1 else self.trainable.matrix[relation.to(own[0].device)])
+
+    def steered(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row answer_pos d_vocab"]:
+        """The logits with other vectors: one for all rows, or one for each."""
         if self.suffix is None:
             return self.whole_passes(rows, {resid_hook(self.trainable.layer): self.at_last_token(vectors)})
         return self.suffix.logits(rows, vectors.to(self.tokens.device))

@@ -1,0 +1,67 @@
+"""Composite function vectors: a mixture of trained vectors that solves analogies whose relation was never trained.
+
+For an analogy a : b :: c : ?, (1) the source pair is scored under every basis vector, ``s_i = log P(b | a; resid_l +=
+v_i)``; (2) an affine map and a softmax turn scores into weights, ``w = softmax(M s + c)``; (3) the mixture ``sum_i w_i
+v_i`` is injected on c.
+"""
+
+from fvlens.composition._evaluate import (
+    CONTROLS,
+    AnalogyEvaluation,
+    Comparison,
+    Scored,
+    evaluate_analogies,
+    leaks,
+    mcnemar,
+)
+from fvlens.composition._map import (
+    MAPS,
+    SCORES,
+    CompositeMap,
+    Explanation,
+    FitHistory,
+    Seen,
+    default_rank,
+    fit_composite,
+)
+from fvlens.composition._queries import SETTINGS, Queries, SourceScores, source_scores
+from fvlens.composition._rules import (
+    RULES,
+    best_single_weights,
+    entmax_weights,
+    softmax_weights,
+    sparsemax_weights,
+    top_k_weights,
+    uniform_weights,
+    weights_by,
+)
+
+__all__ = [
+    "CONTROLS",
+    "MAPS",
+    "RULES",
+    "SCORES",
+    "SETTINGS",
+    "AnalogyEvaluation",
+    "Comparison",
+    "CompositeMap",
+    "Explanation",
+    "FitHistory",
+    "Queries",
+    "Scored",
+    "Seen",
+    "SourceScores",
+    "best_single_weights",
+    "default_rank",
+    "entmax_weights",
+    "evaluate_analogies",
+    "fit_composite",
+    "leaks",
+    "mcnemar",
+    "softmax_weights",
+    "source_scores",
+    "sparsemax_weights",
+    "top_k_weights",
+    "uniform_weights",
+    "weights_by",
+]

@@ -1,0 +1,410 @@
+"""Analogies scored with and without a composite vector, beside its controls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fvlens.composition._map import CompositeMap, Seen
+from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
+from fvlens.composition._rules import RULES
+from fvlens.finetuning import frozen
+from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
+from fvlens.relations import Analogy, Pair
+from fvlens.suffix import Path
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Unseen = Literal["pairs", "relations"]
+CONTROLS = ("uniform", "best single", "random", "own vector")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One way of solving all analogies.
+
+    Attributes:
+        name: such as ``"composite, one-shot"``.
+        ranks: tokens more likely than the answer's first token; 0 is right.
+        right: whether the most likely token begins the answer, or another right one.
+        log_probs: mean log-probability per token of the whole answer, in nats.
+        chosen: whether the answer beats every foil by that measure; None where an analogy has no foils.
+    """
+
+    name: str
+    ranks: Int[Tensor, " analogy"]
+    right: Bool[Tensor, " analogy"]
+    log_probs: Float[Tensor, " analogy"]
+    chosen: tuple[bool | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two ways on the same analogies.
+
+    Attributes:
+        difference: mean difference of top-1 with its paired bootstrap interval.
+        p_value: McNemar's exact test on the analogies that only one of the two solves.
+        only_first, only_second: how many those are.
+    """
+
+    difference: Difference
+    p_value: float
+    only_first: int
+    only_second: int
+
+
+def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> tuple[float, int, int]:
+    """McNemar's exact two-sided test: do two methods solve equally many of the same items?
+
+    Of the items that only one of the two solves, each solves half if they are equally good (binomial).
+
+    Returns:
+        The p-value (1 if they never differ), and how many only the first and only the second solves.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"mcnemar: expected two of one length, got {len(first)} and {len(second)}.")
+    one, two = int((first & ~second).sum()), int((second & ~first).sum())
+    return (float(binomtest(one, one + two).pvalue) if one + two else 1.0), one, two
+
+
+@dataclass(frozen=True, slots=True)
+class AnalogyEvaluation:
+    """Analogies and every way of solving them.
+
+    Attributes:
+        analogies: what was asked.
+        scored: the ways, by name.
+        seed: of the bootstrap.
+    """
+
+    analogies: tuple[Analogy, ...]
+    scored: dict[str, Scored]
+    seed: int = field(default=0)
+
+    def _which(self, kind: str | None) -> Tensor:
+        keep = torch.tensor([kind is None or one.kind == kind for one in self.analogies])
+        if not bool(keep.any()):
+            raise ValueError(f"no analogy of kind {kind!r} among these {len(self.analogies)}.")
+        return keep
+
+    def __getitem__(self, name: str) -> Scored:
+        """A way by its name.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self.scored:
+            raise ValueError(f"no way {name!r}; there are {', '.join(self.scored)}.")
+        return self.scored[name]
+
+    def top1(self, name: str, *, kind: str | None = None) -> float:
+        """Share of analogies (of a kind) whose answer is the most likely token."""
+        return float(self[name].right[self._which(kind)].double().mean())
+
+    def interval(self, name: str, *, kind: str | None = None) -> Interval:
+        """Bootstrap interval of :meth:`top1` over analogies."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return bootstrap_interval(self[name].right[self._which(kind)], generator=generator)
+
+    def choice(self, name: str, *, kind: str | None = None) -> float:
+        """Share of the analogies with foils (of a kind) whose answer beats every foil; NaN without any."""
+        chosen = [c for c, keep in zip(self[name].chosen, self._which(kind).tolist(), strict=True) if keep]
+        told = [c for c in chosen if c is not None]
+        return sum(told) / len(told) if told else float("nan")
+
+    def compare(self, first: str, second: str, *, kind: str | None = None) -> Comparison:
+        """Top-1 of two ways on the same analogies: paired bootstrap and McNemar's test."""
+        keep = self._which(kind)
+        a, b = self[first].right[keep], self[second].right[keep]
+        p_value, one, two = mcnemar(a, b)
+        generator = torch.Generator().manual_seed(self.seed)
+        return Comparison(paired_difference(a, b, generator=generator), p_value, one, two)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row an analogy and way: words, kind, relations, ``way, rank, right, log_prob, chosen``."""
+        import pandas as pd
+
+        rows = []
+        for way in self.scored.values():
+            for i, one in enumerate(self.analogies):
+                rows.append(
+                    dict(
+                        analogy=str(one), kind=one.kind, source_relation=one.source_relation,
+                        target_relation=one.target_relation, way=way.name, rank=int(way.ranks[i]),
+                        right=bool(way.right[i]), log_prob=float(way.log_probs[i]), chosen=way.chosen[i],
+                    )
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def summary(self) -> "pd.DataFrame":
+        """One row a way and kind: ``kind, way, n, top1, low, high, choice, mean_rank``; intervals over analogies."""
+        import pandas as pd
+
+        rows = []
+        for kind in dict.fromkeys(one.kind for one in self.analogies):
+            keep = torch.tensor([one.kind == kind for one in self.analogies])
+            for way in self.scored.values():
+                generator = torch.Generator().manual_seed(self.seed)
+                right = way.right[keep]
+                low, high, _ = bootstrap_interval(right, generator=generator)
+                told = [c for c, k in zip(way.chosen, keep.tolist(), strict=True) if k and c is not None]
+                rows.append(
+                    dict(
+                        kind=kind, way=way.name, n=int(keep.sum()), top1=float(right.double().mean()), low=low,
+                        high=high, choice=sum(told) / len(told) if told else float("nan"),
+                        mean_rank=float(way.ranks[keep].double().mean()),
+                    )
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def plot(self, *, kind: str | None = None) -> "go.Figure":
+        """Top-1 of every way with its interval, as bars."""
+        from fvlens import plots
+
+        names = list(self.scored)
+        ends = [self.interval(name, kind=kind) for name in names]
+        return plots.bars(
+            names, [self.top1(name, kind=kind) for name in names], [e.low for e in ends], [e.high for e in ends],
+            x_title="Top-1", x_range=(0, 1), highlighted=[name for name in names if name.startswith("composite")],
+            title=f"{'' if kind is None else kind.capitalize() + ' a'}{'A' if kind is None else ''}nalogies",
+        )  # fmt: skip
+
+
+def leaks(seen: Seen, analogies: Sequence[Analogy], *, unseen: Unseen = "pairs") -> list[str]:
+    """What of these analogies took part in making a composite, as sentences.
+
+    Args:
+        seen: what took part.
+        analogies: what is to be scored.
+        unseen: what must be new: ``"pairs"``: word pairs and reversed pairs; ``"relations"``: the relations, too.
+
+    Raises:
+        ValueError: ``unseen`` is neither.
+    """
+    if unseen not in ("pairs", "relations"):
+        raise ValueError(f"unseen={unseen!r}; expected pairs or relations.")
+    known = {_plain(pair) for pair in seen.pairs}
+    told: dict[str, None] = {}
+    for one in analogies:
+        for pair in (one.source_pair, one.target_pair):
+            if _plain(pair) in known:
+                told[f"the pair {pair.input} : {pair.output}"] = None
+            elif _plain(pair[::-1]) in known:
+                told[f"the pair {pair.input} : {pair.output}, reversed"] = None
+        if unseen == "relations":
+            for name in (one.source_relation, one.target_relation):
+                if name in seen.relations:
+                    told[f"the relation {name}"] = None
+    return list(told)
+
+
+def _plain(pair: tuple[str, str]) -> tuple[str, str]:
+    return pair[0].strip().casefold(), pair[1].strip().casefold()
+
+
+def evaluate_analogies(
+    model: Any,
+    analogies: Sequence[Analogy],
+    composite: CompositeMap | None = None,
+    *,
+    settings: Sequence[Setting] = SETTINGS,
+    controls: Sequence[str] = CONTROLS,
+    demonstrations: Mapping[str, Sequence[Pair | tuple[str, str]]] | None = None,
+    n_shots: int = 5,
+    unseen: Unseen = "pairs",
+    allow_leak: bool = False,
+    template: str = "qa",
+    layer: int = 0,
+    path: Path | None = None,
+    max_memory: int | None = None,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> AnalogyEvaluation:
+    """Solve analogies unsteered, with the composite vector, and with its controls.
+
+    Open vocabulary: the rank of D's first token after C, and top-1 (another right answer counts, too). Multiple choice:
+    the answer must beat every foil in mean log-probability per token. The composite is injected into the bare query
+    (``"zero_shot"``) and into the one-shot analogy prompt (``"one_shot"``, the paper's).
+
+    Args:
+        model: the model.
+        analogies: what is asked.
+        composite: the trained map; without it only the unsteered ways are scored.
+        settings: prompts that vectors are injected into.
+        controls: of ``"uniform"`` (equal weights), ``"best single"`` (the basis vector that makes B most likely),
+            ``"random"`` (a random direction of the composite's length) and ``"own vector"`` (that of the target's own
+            relation, scored where it is in the basis).
+        demonstrations: pairs of each target relation for the k-shot prompt; none, no such prompt.
+        n_shots: its k.
+        unseen: what of the analogies must not have taken part in basis, map or gate: see :func:`leaks`.
+        allow_leak: score all the same.
+        template: how prompts are written.
+        layer: of no consequence; where a zero vector is added when there is no composite.
+        path, max_memory: as for :func:`fvlens.finetune`.
+        generator: random vectors, demonstrations, and the seed of the bootstrap.
+        progress: show a bar.
+
+    Returns:
+        :class:`AnalogyEvaluation`.
+
+    Raises:
+        ValueError: no analogies; an unknown setting or control; a leak; too few demonstrations.
+    """
+    analogies = tuple(analogies)
+    if not analogies:
+        raise ValueError("evaluate_analogies: expected at least one analogy, got none.")
+    for name, values, known in (("setting", settings, SETTINGS), ("control", controls, CONTROLS)):
+        strange = [value for value in values if value not in known]
+        if strange:
+            raise ValueError(f"evaluate_analogies: {name} {strange[0]!r}; expected some of {', '.join(known)}.")
+    if composite is not None:
+        composite.basis.check(model)
+        layer = composite.basis.layer
+        found = leaks(composite.seen, analogies, unseen=unseen)
+        if found and not allow_leak:
+            raise ValueError(
+                f"evaluate_analogies: {len(found)} leaks, the first: {found[0]} took part in making the composite; "
+                "leave them out, or score all the same with allow_leak=True."
+            )
+    asked = _Asked.of(analogies)
+    options: dict[str, Any] = dict(layer=layer, template=template, path=path, max_memory=max_memory)
+    shots = _shots(analogies, demonstrations, n_shots, generator) if demonstrations is not None else None
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    vectors = _vectors(model, analogies, composite, controls, template, path, max_memory, generator)
+    zero = torch.zeros(model.cfg.d_model)
+    scored: dict[str, Scored] = {}
+    n_ways = len(settings) * (1 + len(vectors)) + (shots is not None)
+    with torch.no_grad(), frozen(model), tqdm(total=n_ways, disable=not progress, desc="analogies") as bar:
+        for setting in settings:
+            shown = [[one.source_pair] for one in analogies] if setting == "one_shot" else None
+            queries = asked.queries(model, shown, options)
+            label = setting.replace("_", "-")
+            for name, given in [("unsteered", zero), *vectors.items()]:
+                full = f"{name}, {label}"
+                scored[full] = asked.score(queries, given, full)
+                bar.update()
+        if shots is not None:
+            name = f"unsteered, {n_shots}-shot"
+            scored[name] = asked.score(asked.queries(model, shots, options), zero, name)
+            bar.update()
+    return AnalogyEvaluation(analogies, scored, seed)
+
+
+def _shots(
+    analogies: Sequence[Analogy], demonstrations: Mapping[str, Sequence[Pair | tuple[str, str]]], n: int,
+    generator: torch.Generator,
+) -> list[list[Pair]]:  # fmt: skip
+    """Demonstrations of each target's own relation, without its words."""
+    shown = []
+    for one in analogies:
+        pairs = [Pair(*pair) for pair in demonstrations.get(one.target_relation, ())]
+        pairs = [pair for pair in pairs if not {*pair} & {one.c, one.d}]
+        if len(pairs) < n:
+            raise ValueError(
+                f"evaluate_analogies: {n} demonstrations of {one.target_relation!r} wanted for {one}, but there are "
+                f"{len(pairs)} without its words."
+            )
+        shown.append([pairs[i] for i in torch.randperm(len(pairs), generator=generator)[:n].tolist()])
+    return shown
+
+
+def _vectors(
+    model: Any, analogies: Sequence[Analogy], composite: CompositeMap | None, controls: Sequence[str], template: str,
+    path: Path | None, max_memory: int | None, generator: torch.Generator,
+) -> dict[str, Float[Tensor, "analogy d_model"]]:  # fmt: skip
+    """The vectors of each way, a row an analogy."""
+    if composite is None:
+        return {}
+    basis = composite.basis
+    pairs = [one.source_pair for one in analogies]
+    scores = source_scores(model, basis, pairs, template=template, path=path, max_memory=max_memory).log_probs
+    matrix = basis.matrix
+    mixed = composite.strength * (composite.weights_of(scores) @ matrix)
+    found = {"composite": mixed}
+    for name in controls:
+        if name in ("uniform", "best single"):
+            found[name] = RULES[name.replace(" ", "_")](scores) @ matrix
+        elif name == "random":
+            noise = torch.randn(mixed.shape, generator=generator)
+            found[name] = noise * (mixed.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
+        else:
+            place = {relation: i for i, relation in enumerate(basis.names)}
+            if all(one.target_relation in place for one in analogies):
+                found[name] = matrix[[place[one.target_relation] for one in analogies]]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """All candidates of all analogies as queries: of each its answer, then its foils.
+
+    Attributes:
+        analogies: the analogies.
+        pairs: the query of each candidate.
+        whose: the analogy that it belongs to.
+        first: the place of each analogy's own answer.
+    """
+
+    analogies: tuple[Analogy, ...]
+    pairs: tuple[Pair, ...]
+    whose: Int[Tensor, " candidate"]
+    first: Int[Tensor, " analogy"]
+
+    @classmethod
+    def of(cls, analogies: Sequence[Analogy]) -> "_Asked":
+        pairs, whose, first = [], [], []
+        for i, one in enumerate(analogies):
+            first.append(len(pairs))
+            foils = [foil if isinstance(foil, Pair) else Pair(one.c, foil) for foil in one.foils]
+            pairs += [one.target_pair, *foils]
+            whose += [i] * (1 + len(foils))
+        return cls(tuple(analogies), tuple(pairs), torch.tensor(whose), torch.tensor(first))
+
+    def queries(self, model: Any, shown: Sequence[Sequence[Pair]] | None, options: Mapping[str, Any]) -> Queries:
+        demonstrations = None if shown is None else [shown[i] for i in self.whose.tolist()]
+        return Queries(model, self.pairs, demonstrations, **options)
+
+    def score(self, queries: Queries, vectors: Float[Tensor, "*analogy d_model"], name: str) -> Scored:
+        n = len(self.analogies)
+        logs = torch.empty(len(self.pairs))
+        ranks = torch.empty(n, dtype=torch.long)
+        best = torch.empty(n, dtype=torch.long)
+        own = torch.full((len(self.pairs),), -1)
+        own[self.first] = torch.arange(n)
+        for rows in torch.arange(len(self.pairs)).split(queries.rows_at_once):
+            logits = queries.logits(rows, vectors if vectors.ndim == 1 else vectors[self.whose[rows]])
+            logs[rows] = (queries.of_answers(logits, rows).sum(dim=1).cpu() / queries.n_tokens[rows]).float()
+            mine = own[rows] >= 0
+            if bool(mine.any()):
+                there = mine.to(logits.device)
+                top = logits[there, 0]
+                wanted = queries.targets[rows[mine].to(logits.device), 0]
+                ranks[own[rows][mine]] = (top > top.gather(1, wanted[:, None])).sum(dim=1).cpu()
+                best[own[rows][mine]] = top.argmax(dim=1).cpu()
+        right = ranks == 0
+        for i, one in enumerate(self.analogies):
+            if one.alternatives and not right[i]:
+                starts = _first_tokens(queries.model, one.alternatives)
+                right[i] = int(best[i]) in starts
+        chosen: list[bool | None] = []
+        for i, one in enumerate(self.analogies):
+            start = int(self.first[i])
+            others = logs[start + 1 : start + 1 + len(one.foils)]
+            chosen.append(bool(logs[start] > others.max()) if len(others) else None)
+        return Scored(name, ranks, right, logs[self.first], tuple(chosen))
+
+
+def _first_tokens(model: Any, words: Sequence[str]) -> set[int]:
+    ids = model.tokenizer([" " + word for word in words], add_special_tokens=False)["input_ids"]
+    return {tokens[0] for tokens in ids if tokens}

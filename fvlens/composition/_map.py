@@ -1,0 +1,424 @@
+"""Composite vectors: an affine map from source scores to weights, trained through the frozen model."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
+from fvlens.composition._rules import RULES, weights_by
+from fvlens.finetuning import VectorSet, frozen
+from fvlens.relations import Analogy, Pair, list_relations, load_relation
+from fvlens.suffix import Path
+from fvlens.vectors import FunctionVector, read_tensors, vector_from, vector_header, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Map = Literal["none", "diagonal", "full", "lowrank"]
+ScoreKind = Literal["log_probability", "probability"]
+MAPS: tuple[Map, ...] = ("none", "diagonal", "full", "lowrank")
+SCORES: tuple[ScoreKind, ...] = ("log_probability", "probability")
+MAP_FORMAT = "fvlens-composite-map-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What took part in making a composite; evaluations refuse to score on it.
+
+    Attributes:
+        relations: names of the relations of the basis and of the analogies that were fitted.
+        pairs: word pairs of the basis's training, of the map's and of the gate's.
+    """
+
+    relations: frozenset[str] = frozenset()
+    pairs: frozenset[tuple[str, str]] = frozenset()
+
+    def with_analogies(self, analogies: Sequence[Analogy]) -> "Seen":
+        """The same and these analogies."""
+        names = {name for one in analogies for name in (one.source_relation, one.target_relation) if name}
+        pairs = {tuple(pair) for one in analogies for pair in (one.source_pair, one.target_pair)}
+        return Seen(self.relations | names, self.pairs | pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why an analogy is solved as it is: the weight of every basis relation.
+
+    Attributes:
+        names: the basis.
+        weights: one each, summing to 1.
+        scores: mean log-probability of B given A under each basis vector, in nats.
+        pairs: the source pairs.
+    """
+
+    names: tuple[str, ...]
+    weights: Float[Tensor, " relation"]
+    scores: Float[Tensor, " relation"]
+    pairs: tuple[Pair, ...]
+
+    def top(self, n: int = 10) -> list[tuple[str, float]]:
+        """The heaviest basis relations with their weights."""
+        order = self.weights.argsort(descending=True)[:n].tolist()
+        return [(self.names[i], float(self.weights[i])) for i in order]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a basis relation: ``relation, weight, score``."""
+        import pandas as pd
+
+        return pd.DataFrame({"relation": self.names, "weight": self.weights.numpy(), "score": self.scores.numpy()})
+
+    def plot(self, n: int = 12) -> "go.Figure":
+        """The heaviest weights as bars."""
+        from fvlens import plots
+
+        chosen = self.top(n)
+        shown = ", ".join(f"{pair.input} : {pair.output}" for pair in self.pairs)
+        return plots.bars(
+            [name for name, _ in chosen], [weight for _, weight in chosen], x_title="Weight", title=f"Basis of {shown}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FitHistory:
+    """Loss (nats an answer) and top-1 after each epoch; entry 0 is before any step. NaN without validation."""
+
+    train_loss: tuple[float, ...]
+    valid_loss: tuple[float, ...]
+    valid_top1: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompositeMap:
+    """From a source pair to a composite vector: ``v = strength * sum_i w_i v_i``, ``w = rule(M s + c)``.
+
+    ``s`` are the scores of the source pair under the basis vectors (:func:`source_scores`).
+
+    Attributes:
+        basis: the vectors v_i.
+        map: what was trained: ``"none"`` (M = 1, c = 0), ``"diagonal"``, ``"full"`` or ``"lowrank"``.
+        matrix, shift: M and c.
+        strength: factor on the mixture; 1 unless it was trained.
+        scores: ``"log_probability"`` or ``"probability"``.
+        rule: a name of :data:`RULES`.
+        setting: the prompts it was trained on.
+        template: of source and target queries.
+        seen: what took part; evaluations refuse to score on it.
+        history: of the training.
+    """
+
+    basis: VectorSet
+    map: Map
+    matrix: Float[Tensor, "relation relation"]
+    shift: Float[Tensor, " relation"]
+    strength: float = 1.0
+    scores: ScoreKind = "log_probability"
+    rule: str = "softmax"
+    setting: Setting = "zero_shot"
+    template: str = "qa"
+    seen: Seen = field(default_factory=Seen)
+    history: FitHistory = field(default_factory=lambda: FitHistory((), (), ()))
+
+    def __post_init__(self) -> None:
+        n = len(self.basis)
+        if self.matrix.shape != (n, n) or self.shift.shape != (n,):
+            raise ValueError(
+                f"CompositeMap: a basis of {n} needs a matrix [{n} {n}] and a shift [{n}], got "
+                f"{list(self.matrix.shape)} and {list(self.shift.shape)}."
+            )
+        _check_choice("map", self.map, MAPS)
+        _check_choice("scores", self.scores, SCORES)
+        _check_choice("rule", self.rule, tuple(RULES))
+        _check_choice("setting", self.setting, SETTINGS)
+
+    def weights_of(self, log_probs: Float[Tensor, "*row relation"]) -> Float[Tensor, "*row relation"]:
+        """Weights from scores that are there already (log-probabilities of the source's answer)."""
+        given = log_probs.exp() if self.scores == "probability" else log_probs
+        return weights_by(self.rule, given @ self.matrix.T + self.shift)
+
+    def explain(self, model: Any, a: str | Sequence[str], b: str | Sequence[str]) -> Explanation:
+        """Weights with what they come from.
+
+        Args:
+            model: the model of the basis.
+            a, b: the source pair; or several words each, whose scores are averaged.
+
+        Raises:
+            ValueError: not as many a as b, or none; a model other than the basis's.
+        """
+        first, second = ([a] if isinstance(a, str) else list(a)), ([b] if isinstance(b, str) else list(b))
+        if len(first) != len(second) or not first:
+            raise ValueError(f"expected as many a as b, at least one, got {len(first)} and {len(second)}.")
+        pairs = tuple(Pair(x, y) for x, y in zip(first, second, strict=True))
+        scores = source_scores(model, self.basis, pairs, template=self.template).log_probs.mean(dim=0)
+        return Explanation(self.basis.names, self.weights_of(scores), scores, pairs)
+
+    def weights(self, model: Any, a: str | Sequence[str], b: str | Sequence[str]) -> Float[Tensor, " relation"]:
+        """Weight of every basis vector for the relation of a to b (several source pairs: see :meth:`explain`)."""
+        return self.explain(model, a, b).weights
+
+    def vector_for(self, model: Any, a: str | Sequence[str], b: str | Sequence[str]) -> FunctionVector:
+        """The composite vector for the relation of a to b, ready for :func:`fvlens.inject`."""
+        found = self.explain(model, a, b)
+        return dataclasses.replace(
+            self.basis[0],
+            vector=self.strength * (found.weights @ self.basis.matrix),
+            relation=", ".join(f"{pair.input} : {pair.output}" for pair in found.pairs),
+            kind="composite",
+            heads=(),
+            data_hash="",
+            seed=None,
+        )
+
+    def plot(self, model: Any, a: str | Sequence[str], b: str | Sequence[str], *, n: int = 12) -> "go.Figure":
+        """The heaviest weights for the relation of a to b as bars: why an analogy is solved as it is."""
+        return self.explain(model, a, b).plot(n)
+
+    def save(self, path: str | FilePath) -> FilePath:
+        """Write everything to one safetensors file, metadata in its header. Replaces an existing file at once."""
+        header = {
+            "vectors": [vector_header(vector) for vector in self.basis],
+            "categories": list(self.basis.categories),
+            "seen": {"relations": sorted(self.seen.relations), "pairs": sorted(map(list, self.seen.pairs))},
+            "history": dataclasses.asdict(self.history),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+        tensors = {"basis": self.basis.matrix, "matrix": self.matrix, "shift": self.shift}
+        return write_tensors(FilePath(path), tensors, header, MAP_FORMAT)
+
+    @classmethod
+    def load(cls, path: str | FilePath, *, model: Any = None) -> "CompositeMap":
+        """Read what :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+            model: if given, the basis must have been made on this model.
+
+        Raises:
+            ValueError: no such file; not a composite map, or a damaged one; or one of another model than ``model``.
+        """
+        path = FilePath(path)
+        tensors, header = read_tensors(path, MAP_FORMAT)
+        try:
+            vectors = [vector_from(row, entry) for row, entry in zip(tensors["basis"], header["vectors"], strict=True)]
+            pairs = frozenset((str(a), str(b)) for a, b in header["seen"]["pairs"])
+            loaded = cls(
+                basis=VectorSet(tuple(vectors), tuple(map(str, header["categories"]))),
+                matrix=tensors["matrix"],
+                shift=tensors["shift"],
+                seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
+                history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
+                **{name: header[name] for name in _PLAIN},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path.name}: damaged composite map ({type(error).__name__}: {error}).") from error
+        if model is not None:
+            loaded.basis.check(model)
+        return loaded
+
+
+_PLAIN = ("map", "strength", "scores", "rule", "setting", "template")
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(known)}.")
+
+
+class _Affine(nn.Module):
+    """``M s + c`` in one of four shapes, plus the factor on the mixture.
+
+    Scores are centred and scaled by what training saw, so that one learning rate fits all; :meth:`folded` gives the
+    plain M and c.
+    """
+
+    def __init__(self, map: Map, scores: Float[Tensor, "row relation"], rank: int, learn_strength: bool) -> None:
+        super().__init__()
+        self.map = map
+        n = scores.shape[1]
+        self.register_buffer("centre", scores.mean(dim=0) if map == "lowrank" else torch.zeros(n))
+        spread = scores.std(dim=0, correction=0).clamp(min=1e-3) if map == "lowrank" else torch.ones(n)
+        self.register_buffer("spread", spread)
+        self.shift = nn.Parameter(torch.zeros(n), requires_grad=map != "none")
+        self.log_strength = nn.Parameter(torch.zeros(()), requires_grad=learn_strength)
+        if map == "diagonal":
+            self.scale = nn.Parameter(torch.ones(n))
+        elif map == "full":
+            self.change = nn.Parameter(torch.zeros(n, n))
+        elif map == "lowrank":
+            standard = (scores - self.centre) / self.spread
+            directions = torch.linalg.svd(standard, full_matrices=False).Vh[:rank]
+            self.right = nn.Parameter(directions.clone())
+            self.left = nn.Parameter(torch.zeros(n, len(directions)))
+
+    def matrix(self) -> Float[Tensor, "relation relation"]:
+        """M over the scaled scores."""
+        n = len(self.shift)
+        if self.map == "diagonal":
+            return torch.diag(self.scale)
+        if self.map == "full":
+            return torch.eye(n) + self.change
+        if self.map == "lowrank":
+            return self.left @ self.right
+        return torch.eye(n)
+
+    def distance(self) -> Tensor:
+        """Squared distance of M and c from the start, the ridge's term."""
+        change = {"diagonal": lambda: self.scale - 1, "full": lambda: self.change, "lowrank": self.matrix}[self.map]()
+        return change.square().sum() + self.shift.square().sum()
+
+    def forward(self, scores: Float[Tensor, "row relation"]) -> Float[Tensor, "row relation"]:
+        return ((scores - self.centre) / self.spread) @ self.matrix().T + self.shift
+
+    def folded(self) -> tuple[Float[Tensor, "relation relation"], Float[Tensor, " relation"]]:
+        matrix = self.matrix().detach() / self.spread
+        return matrix, self.shift.detach() - matrix @ self.centre
+
+
+def default_rank(basis: VectorSet) -> int:
+    """The number of families among the basis's library relations (at least 1): what a map between domains needs."""
+    known = set(list_relations())
+    return max(1, len({load_relation(name).family for name in basis.names if name in known}))
+
+
+def fit_composite(
+    model: Any,
+    basis: VectorSet,
+    analogies: Sequence[Analogy],
+    *,
+    map: Map = "diagonal",
+    valid: Sequence[Analogy] = (),
+    scores: ScoreKind = "log_probability",
+    rule: str = "softmax",
+    setting: Setting = "zero_shot",
+    rank: int | None = None,
+    learn_strength: bool = False,
+    l2: float = 1e-4,
+    lr: float | None = None,
+    epochs: int = 20,
+    batch_size: int = 128,
+    template: str = "qa",
+    basis_pairs: Sequence[Pair | tuple[str, str]] = (),
+    path: Path | None = None,
+    max_memory: int | None = None,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> CompositeMap:
+    """Train the affine map of a composite vector through the frozen model.
+
+    ``L = mean over analogies of -log P(D | C; resid_l += strength * sum_i w_i v_i) + l2 * |M - M_0|^2``, summed over
+    D's tokens, where ``w = rule(M s + c)`` and s are the scores of the source pair (A, B) under the basis. The paper
+    learns an affine map and a softmax [digest]; its shape is not known, so there are four [choice]. ``lowrank`` can
+    connect domains that no training analogy connects, which a diagonal map cannot and a full one gets no signal for.
+
+    Args:
+        model: the model; its parameters and mode stay as they are.
+        basis: fine-tuned vectors of one layer.
+        analogies: training analogies.
+        map: ``"none"``, ``"diagonal"``, ``"full"`` or ``"lowrank"``.
+        valid: analogies that choose the epoch (best top-1, then lowest loss); the last epoch without.
+        scores: ``"log_probability"``, or ``"probability"`` as in the paper.
+        rule: from affine scores to weights, a name of :data:`RULES`.
+        setting: what the composite is injected into while training: ``"zero_shot"`` (the bare C) or ``"one_shot"``.
+        rank: of ``"lowrank"``; by default the number of families in the basis.
+        learn_strength: train a factor on the mixture too (1 otherwise). Many basis vectors with small weights make a
+            short composite.
+        l2: weight of the squared distance from the start.
+        lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
+        epochs, batch_size: passes over the analogies, analogies in a step.
+        template: how queries are written.
+        basis_pairs: pairs that the basis was trained on; kept for the leak check.
+        path, max_memory: as for :func:`fvlens.finetune`.
+        generator: order of the minibatches.
+        progress: show a bar.
+
+    Returns:
+        :class:`CompositeMap`.
+
+    Raises:
+        ValueError: no analogies; an unknown map, score, rule or setting; numbers out of range; another model's basis.
+
+    References:
+        Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
+    """
+    for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
+                               ("setting", setting, SETTINGS)):  # fmt: skip
+        _check_choice(name, value, known)
+    for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):
+        if not (math.isfinite(number) and number >= least):
+            raise ValueError(f"fit_composite: expected {name} of at least {least}, got {number}.")
+    if not analogies:
+        raise ValueError("fit_composite: expected at least one analogy, got none.")
+    basis.check(model)
+    rank = default_rank(basis) if rank is None else rank
+    if not 1 <= rank <= len(basis):
+        raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
+    every = [*analogies, *valid]
+    n_train = len(analogies)
+    options = dict(template=template, path=path, max_memory=max_memory)
+    given = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options).log_probs
+    if scores == "probability":
+        given = given.exp()
+    shown = [[one.source_pair] for one in every] if setting == "one_shot" else None
+    queries = Queries(model, [one.target_pair for one in every], shown, layer=basis.layer, **options)
+    affine = _Affine(map, given[:n_train], rank, learn_strength)
+    trained = [parameter for parameter in affine.parameters() if parameter.requires_grad]
+    rate = lr or (0.05 if map == "diagonal" else 0.02)
+    optimiser = torch.optim.Adam(trained, lr=rate) if trained else None
+    matrix = basis.matrix
+
+    def vectors(rows: Tensor) -> Tensor:
+        return affine.log_strength.exp() * (weights_by(rule, affine(given[rows])) @ matrix)
+
+    def score(start: int, end: int) -> tuple[float, float]:
+        """Mean loss and top-1 of some analogies."""
+        if start == end:
+            return math.nan, math.nan
+        losses, hits = [], []
+        with torch.no_grad():
+            for rows in torch.arange(start, end).split(queries.rows_at_once):
+                logits = queries.logits(rows, vectors(rows))
+                losses.append(-queries.of_answers(logits, rows).sum(dim=1).cpu())
+                hits.append((logits[:, 0].argmax(-1) == queries.targets[rows.to(logits.device), 0]).cpu())
+        return float(torch.cat(losses).double().mean()), float(torch.cat(hits).double().mean())
+
+    train_loss = [score(0, n_train)[0]]
+    curves = [score(n_train, len(every))]
+    best, best_key = {k: v.clone() for k, v in affine.state_dict().items()}, (curves[0][1], -curves[0][0])
+    with frozen(model), torch.enable_grad(), tqdm(total=epochs, disable=not progress, desc="composite map") as bar:
+        for epoch in range(epochs if optimiser is not None else 0):
+            assert optimiser is not None
+            for group in optimiser.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+            total = 0.0
+            for rows in torch.randperm(n_train, generator=generator).split(batch_size):
+                optimiser.zero_grad(set_to_none=True)
+                for part in rows.split(queries.rows_at_once):
+                    loss = -queries.log_probs(part, vectors(part)).sum() / len(rows)
+                    loss.backward()
+                    total += float(loss.detach()) * len(rows)
+                if l2 and map != "none":
+                    (l2 * affine.distance()).backward()
+                optimiser.step()
+            train_loss.append(total / n_train)
+            curves.append(score(n_train, len(every)))
+            key = (curves[-1][1], -curves[-1][0])
+            if not valid or key > best_key:
+                best, best_key = {k: v.clone() for k, v in affine.state_dict().items()}, key
+            bar.update()
+    affine.load_state_dict(best)
+    folded, shift = affine.folded()
+    seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)
+    return CompositeMap(
+        basis=basis, map=map, matrix=folded, shift=shift, strength=float(affine.log_strength.detach().exp()),
+        scores=scores, rule=rule, setting=setting, template=template, seen=seen,
+        history=FitHistory(tuple(train_loss), tuple(c[0] for c in curves), tuple(c[1] for c in curves)),
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Queries that are run once and then asked again under many vectors, and the scores of source pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
+from fvlens.prompts import render_prompts
+from fvlens.relations import Pair
+from fvlens.suffix import Path, choose_path
+
+Setting = Literal["zero_shot", "one_shot"]
+SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")
+
+
+class Queries:
+    """Prompts whose answers are scored with vectors added after one layer, at the prompt's last token.
+
+    Args:
+        model: the model.
+        queries: the pairs asked.
+        demonstrations: the pairs shown before each; none by default.
+        layer: where vectors are added.
+        template: how the prompts are written.
+        path, max_memory: as for :func:`fvlens.finetune`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        queries: Sequence[Pair],
+        demonstrations: Sequence[Sequence[Pair]] | None = None,
+        *,
+        layer: int,
+        template: str = "qa",
+        path: Path | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        shown = [()] * len(queries) if demonstrations is None else demonstrations
+        n_shots = max(map(len, shown))
+        prompts = render_prompts(model, queries, shown, template=template, n_shots=n_shots)
+        with frozen(model):
+            self.path, _ = choose_path(model, path)
+            self._adapter = VectorAdapter(
+                model, prompts, TrainableVector(torch.zeros(model.cfg.d_model), layer), self.path, max_memory
+            )
+        self.model = model
+        self.rows_at_once = self._adapter.rows_at_once
+        self.n_tokens = prompts.answer_mask.sum(dim=1)
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.n_tokens)
+
+    @property
+    def targets(self) -> Int[Tensor, "prompt answer_pos"]:
+        """The answers' tokens, -1 behind their end."""
+        return self._adapter.targets
+
+    def logits(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row answer_pos d_vocab"]:
+        """Logits at the prompt's last token and behind the answer's tokens; differentiable in the vectors."""
+        return self._adapter.steered(rows, vectors)
+
+    def log_probs(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row answer_pos"]:
+        """Log-probability of each answer token in nats, 0 behind the answer's end."""
+        return self.of_answers(self.logits(rows, vectors), rows)
+
+    def of_answers(
+        self, logits: Float[Tensor, "row answer_pos d_vocab"], rows: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row answer_pos"]:
+        """The same from logits that are there already."""
+        return self._adapter.of_answers(logits, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceScores:
+    """How likely each basis vector makes the source's answer.
+
+    Attributes:
+        log_probs: mean log-probability per token of B given A (nats), under each basis vector.
+        unsteered: the same without any vector.
+    """
+
+    log_probs: Float[Tensor, "pair relation"]
+    unsteered: Float[Tensor, " pair"]
+
+
+def source_scores(
+    model: Any,
+    basis: VectorSet,
+    pairs: Sequence[Pair | tuple[str, str]],
+    *,
+    template: str = "qa",
+    path: Path | None = None,
+    max_memory: int | None = None,
+    progress: bool = False,
+) -> SourceScores:
+    """Scores of source pairs under every basis vector: ``s_i = mean over tokens of log P(B | A; resid_l += v_i)``.
+
+    Args:
+        model: the model.
+        basis: vectors v_1..v_n.
+        pairs: source pairs (A, B); one that occurs several times is run once.
+        template: how the bare query is written.
+        path, max_memory: as for :func:`fvlens.finetune`.
+        progress: show a bar.
+
+    Returns:
+        :class:`SourceScores` in the order of ``pairs``, in nats, at most 0, on the CPU.
+
+    Raises:
+        ValueError: no pairs; a vector of another model.
+
+    References:
+        arXiv:2601.08169 [digest]: the paper takes the probability, and the mean log-probability for a B of several
+        tokens.
+    """
+    basis.check(model)
+    if not pairs:
+        raise ValueError("source_scores: expected at least one pair, got none.")
+    every = [Pair(*pair) for pair in pairs]
+    unique = list(dict.fromkeys(every))
+    queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)
+    matrix = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
+    n = len(matrix)
+    found = torch.empty(len(unique) * n)
+    with torch.no_grad(), frozen(model), tqdm(total=len(found), disable=not progress, desc="source pairs") as bar:
+        for index in torch.arange(len(found)).split(queries.rows_at_once):
+            rows = index // n
+            logs = queries.log_probs(rows, matrix[index % n]).sum(dim=1).cpu()
+            found[index] = logs.float() / queries.n_tokens[rows]
+            bar.update(len(index))
+    place = {pair: i for i, pair in enumerate(unique)}
+    found = found.view(len(unique), n)[[place[pair] for pair in every]]
+    return SourceScores(found[:, 1:].clone(), found[:, 0].clone())

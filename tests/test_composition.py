@@ -1,0 +1,512 @@
+"""Composite vectors: rules, source scores, the map's training, explanations, evaluation with controls, leaks."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from torch.nn import functional as F
+
+from fvlens import VectorSet, fingerprint, inject
+from fvlens.composition import (
+    CONTROLS,
+    MAPS,
+    RULES,
+    AnalogyEvaluation,
+    CompositeMap,
+    Scored,
+    Seen,
+    best_single_weights,
+    default_rank,
+    entmax_weights,
+    evaluate_analogies,
+    fit_composite,
+    leaks,
+    mcnemar,
+    softmax_weights,
+    source_scores,
+    sparsemax_weights,
+    top_k_weights,
+    uniform_weights,
+    weights_by,
+)
+from fvlens.prompts import render_prompts
+from fvlens.relations import Analogy, Pair, load_relation, make_analogies
+from fvlens.vectors import FunctionVector
+
+NAMES = ("body-part", "tool-part", "vehicle-part", "animal-french", "tool-french")
+LAYER = 0
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def basis(tiny):
+    g = seeded(3)
+    mark = fingerprint(tiny)
+    return VectorSet(
+        tuple(FunctionVector(2 * torch.randn(tiny.cfg.d_model, generator=g), LAYER, (), name, mark) for name in NAMES)
+    )
+
+
+def parts(start, end):
+    return [dataclasses.replace(load_relation(name), pairs=load_relation(name).pairs[start:end]) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def train():
+    return make_analogies(parts(0, 10), kind="far", n=24, generator=seeded(1))
+
+
+@pytest.fixture(scope="module")
+def test_set():
+    return make_analogies(parts(10, 20), kind="far", n=10, generator=seeded(2), n_foils=2)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny, basis, train):
+    return fit_composite(tiny, basis, train, map="full", epochs=3, generator=seeded(), progress=False)
+
+
+# Rules
+
+rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12)
+
+
+@given(scores=rows)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("rule", [*RULES])
+def test_weights_are_a_distribution_and_keep_the_order(rule, scores):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    if rule == "top_k" and len(scores) < 5:
+        return
+    weights = weights_by(rule, scores)
+    assert bool((weights >= 0).all())
+    assert weights.sum().item() == pytest.approx(1, abs=1e-9)
+    order = scores.argsort(descending=True).tolist()
+    assert all(weights[i] >= weights[j] - 1e-12 for i, j in pairwise(order) if scores[i] > scores[j])
+
+
+@given(scores=rows)
+@settings(max_examples=60, deadline=None)
+def test_sparsemax_and_entmax_meet_their_conditions(scores):
+    """Both are ``max(s - t, 0)`` to a power with the one t that makes the sum 1, found here by bisection."""
+    scores = torch.tensor(scores, dtype=torch.float64)
+    for rule, at in (
+        (sparsemax_weights, lambda t: (scores - t).clamp(min=0)),
+        (entmax_weights, lambda t: (scores / 2 - t).clamp(min=0) ** 2),
+    ):
+        threshold = brentq(lambda t, at=at: float(at(t).sum()) - 1, -30.0, 30.0)
+        torch.testing.assert_close(rule(scores), at(threshold), rtol=0, atol=1e-7)
+
+
+def test_rules_by_hand():
+    scores = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.5, 0.5]])
+    torch.testing.assert_close(uniform_weights(scores), torch.full((2, 3), 1 / 3))
+    assert best_single_weights(scores)[0].tolist() == [1, 0, 0]
+    two = top_k_weights(scores, k=2)[0]
+    assert two[1] == 0 and two[0] / two[2] == pytest.approx(math.e, rel=1e-5)
+    assert sparsemax_weights(scores)[0].tolist() == [1, 0, 0]  # a lead of 1 takes all
+    torch.testing.assert_close(softmax_weights(scores), scores.softmax(-1))
+
+
+@pytest.mark.parametrize("rule", ["softmax", "sparsemax", "entmax", "top_k"])
+def test_rules_have_gradients(rule):
+    scores = torch.randn(3, 7, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: weights_by(rule, s), scores)
+
+
+def test_bad_rules_are_refused(unchecked):
+    with pytest.raises(ValueError, match="no rule named 'hard'; expected one of softmax, sparsemax"):
+        weights_by("hard", torch.zeros(3))
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=rf"expected k in 1..3 \(the size of the basis\), got {k}"):
+            top_k_weights(torch.zeros(3), k=k)
+
+
+# Source scores
+
+
+def naive_log_prob(model, query, shown, vector, layer=LAYER):
+    """Mean log-probability per token of the answer by whole passes under hooks, one token after another."""
+    prompts = render_prompts(model, [query], [shown], n_shots=len(shown))
+    answer = prompts.answer_tokens[0].tolist()
+    tokens, total, last = prompts.tokens, 0.0, prompts.tokens.shape[1] - 1
+    logits = []
+    for token in answer:
+
+        def add(resid, hook):
+            resid = resid.clone()
+            resid[:, last] += vector
+            return resid
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+            logits.append(model(tokens)[0, -1])
+        total += logits[-1].log_softmax(-1)[token].item()
+        tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
+    return total / len(answer), logits[0]
+
+
+def test_source_scores_are_those_of_whole_passes(tiny, basis):
+    pairs = [Pair("hand", "finger"), Pair("hammer", "unforeseeable handle"), Pair("hand", "finger")]
+    found = source_scores(tiny, basis, pairs)
+    assert found.log_probs.shape == (3, len(basis))
+    for i, pair in enumerate(pairs):
+        assert found.unsteered[i].item() == pytest.approx(naive_log_prob(tiny, pair, (), 0.0)[0], rel=1e-5)
+        for k, vector in enumerate(basis):
+            assert found.log_probs[i, k].item() == pytest.approx(
+                naive_log_prob(tiny, pair, (), vector.vector.double())[0], rel=1e-5
+            )
+    assert torch.equal(found.log_probs[0], found.log_probs[2])
+
+
+@pytest.mark.parametrize("path", ["kv", "naive"])
+def test_source_scores_are_the_same_by_every_path(tiny, basis, path):
+    pairs = load_relation("body-part").pairs[:3]
+    fast = source_scores(tiny, basis, pairs)
+    slow = source_scores(tiny, basis, pairs, path=path)
+    torch.testing.assert_close(fast.log_probs, slow.log_probs)
+    torch.testing.assert_close(fast.unsteered, slow.unsteered)
+
+
+def test_source_scores_want_pairs_and_their_own_model(tiny, basis, model):
+    with pytest.raises(ValueError, match="expected at least one pair, got none"):
+        source_scores(tiny, basis, [])
+    with pytest.raises(ValueError, match="was made on model .*, not on this one"):
+        source_scores(model, basis, [("a", "b")])
+
+
+# Training
+
+
+def test_without_a_map_weights_are_the_softmax_of_the_scores(tiny, basis, train):
+    plain = fit_composite(tiny, basis, train, map="none", generator=seeded(), progress=False)
+    scores = source_scores(tiny, basis, [("hand", "finger")]).log_probs[0]
+    torch.testing.assert_close(plain.weights(tiny, "hand", "finger"), scores.softmax(-1))
+    assert plain.strength == 1 and plain.history.train_loss[1:] == ()
+    likely = dataclasses.replace(plain, scores="probability")
+    torch.testing.assert_close(likely.weights(tiny, "hand", "finger"), scores.exp().softmax(-1))
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("setting", ["zero_shot", "one_shot"])
+def test_training_lowers_the_loss_of_its_own_formula(tiny, basis, train, map, setting):
+    """The recorded losses are those of whole passes under the vector that ``vector_for`` gives."""
+    fits = [
+        fit_composite(
+            tiny, basis, train[:6], map=map, setting=setting, epochs=epochs, learn_strength=True, rank=2, l2=0.0,
+            batch_size=3, lr=0.05, generator=seeded(), progress=False,
+        )
+        for epochs in (0, 25)
+    ]  # fmt: skip
+    losses = []
+    for fit in fits:
+        total = 0.0
+        for one in train[:6]:
+            vector = fit.vector_for(tiny, one.a, one.b)
+            shown = (one.source_pair,) if setting == "one_shot" else ()
+            n = len(render_prompts(tiny, [one.target_pair], [()], n_shots=0).answer_tokens[0])
+            total -= n * naive_log_prob(tiny, one.target_pair, shown, vector.vector.double())[0]
+        losses.append(total / 6)
+    assert losses[0] == pytest.approx(fits[0].history.train_loss[0], rel=1e-4)
+    assert losses[1] < losses[0] - 1e-3
+    assert fits[1].strength != 1
+
+
+def test_maps_have_the_shapes_that_they_are_named_for(tiny, basis, train):
+    def fit(map, **options):
+        return fit_composite(tiny, basis, train, map=map, epochs=3, generator=seeded(), progress=False, **options)
+
+    diagonal = fit("diagonal")
+    assert torch.equal(diagonal.matrix, torch.diag(diagonal.matrix.diagonal()))
+    assert diagonal.matrix.diagonal().ne(1).all() and diagonal.shift.ne(0).any()
+    assert int(torch.linalg.matrix_rank(fit("lowrank", rank=2).matrix)) == 2
+    assert int(torch.linalg.matrix_rank(fit("lowrank").matrix)) <= default_rank(basis) == 2
+    full = fit("full")
+    assert (full.matrix - torch.diag(full.matrix.diagonal())).abs().max() > 1e-4
+    held = fit("full", l2=1e4)
+    assert (held.matrix - torch.eye(len(basis))).norm() < (full.matrix - torch.eye(len(basis))).norm() / 2
+
+
+def test_the_same_generator_gives_the_same_bits_and_nothing_else_changes(tiny, basis, train):
+    before = torch.get_rng_state()
+    grads = [parameter.requires_grad for parameter in tiny.parameters()]
+    one, two, three = (
+        fit_composite(tiny, basis, train, epochs=2, batch_size=5, generator=seeded(seed), progress=False)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.matrix, two.matrix) and not torch.equal(one.matrix, three.matrix)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [parameter.requires_grad for parameter in tiny.parameters()] == grads
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+
+
+def test_the_best_epoch_on_validation_analogies_is_kept(tiny, basis, train, test_set):
+    fit = fit_composite(
+        tiny, basis, train, map="full", valid=test_set, epochs=6, lr=1.0, l2=0.0, generator=seeded(), progress=False
+    )
+    history = fit.history
+    assert len(history.valid_top1) == len(history.train_loss) == 7
+    keys = [(top1, -loss) for top1, loss in zip(history.valid_top1, history.valid_loss, strict=True)]
+    best = max(range(7), key=lambda i: keys[i])
+    losses = [
+        -naive_log_prob(tiny, one.target_pair, (), fit.vector_for(tiny, one.a, one.b).vector.double())[0]
+        * len(render_prompts(tiny, [one.target_pair], [()], n_shots=0).answer_tokens[0])
+        for one in test_set
+    ]
+    assert sum(losses) / len(losses) == pytest.approx(history.valid_loss[best], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(map="cubic"), "map='cubic'; expected one of none, diagonal, full, lowrank"),
+        (dict(scores="rank"), "scores='rank'; expected one of log_probability, probability"),
+        (dict(rule="hard"), "rule='hard'; expected one of softmax"),
+        (dict(setting="icl"), "setting='icl'; expected one of zero_shot, one_shot"),
+        (dict(epochs=-1), "expected epochs of at least 0, got -1"),
+        (dict(batch_size=0), "expected batch_size of at least 1, got 0"),
+        (dict(l2=-1.0), "expected l2 of at least 0, got -1.0"),
+        (dict(rank=6), r"expected rank in 1..5 \(the size of the basis\), got 6"),
+        (dict(analogies=[]), "expected at least one analogy, got none"),
+    ],
+)
+def test_bad_settings_are_refused(tiny, basis, train, unchecked, change, message):
+    options = {"analogies": train, **change}
+    with pytest.raises(ValueError, match=message):
+        fit_composite(tiny, basis, options.pop("analogies"), generator=seeded(), progress=False, **options)
+
+
+# The map
+
+
+def test_a_composite_is_the_weighted_sum_and_explains_itself(tiny, basis, fitted):
+    found = fitted.explain(tiny, "hand", "finger")
+    scores = source_scores(tiny, basis, [("hand", "finger")]).log_probs[0]
+    torch.testing.assert_close(found.scores, scores)
+    torch.testing.assert_close(found.weights, (fitted.matrix @ scores + fitted.shift).softmax(-1))
+    vector = fitted.vector_for(tiny, "hand", "finger")
+    expected = sum(w * v.vector for w, v in zip(found.weights, basis, strict=True))
+    torch.testing.assert_close(vector.vector, fitted.strength * expected)
+    assert (vector.kind, vector.layer, vector.relation) == ("composite", LAYER, "hand : finger")
+    top = found.top(2)
+    assert top[0][1] == max(found.weights.tolist()) and top[0][0] == NAMES[int(found.weights.argmax())]
+    frame = found.to_dataframe()
+    assert list(frame.columns) == ["relation", "weight", "score"] and frame.weight.sum() == pytest.approx(1)
+    figure = fitted.plot(tiny, "hand", "finger", n=3)
+    assert figure.layout.yaxis.ticktext[0] == top[0][0] and "hand : finger" in figure.layout.title.text
+
+
+def test_several_source_pairs_are_averaged(tiny, basis, fitted):
+    pairs = [("hand", "finger"), ("foot", "toe")]
+    scores = source_scores(tiny, basis, pairs).log_probs.mean(dim=0)
+    weights = fitted.weights(tiny, ["hand", "foot"], ["finger", "toe"])
+    torch.testing.assert_close(weights, fitted.weights_of(scores))
+    with pytest.raises(ValueError, match="expected as many a as b, at least one, got 2 and 1"):
+        fitted.weights(tiny, ["hand", "foot"], ["finger"])
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        fitted.weights(tiny, [], [])
+
+
+def test_a_map_survives_its_file(tiny, fitted, tmp_path, model):
+    path = fitted.save(tmp_path / "map.safetensors")
+    loaded = CompositeMap.load(path, model=tiny)
+    for name in ("matrix", "shift"):
+        assert torch.equal(getattr(loaded, name), getattr(fitted, name))
+    assert torch.equal(loaded.basis.matrix, fitted.basis.matrix) and loaded.basis.names == fitted.basis.names
+    assert loaded.seen == fitted.seen
+    for name in ("map", "strength", "scores", "rule", "setting", "template"):
+        assert getattr(loaded, name) == getattr(fitted, name)
+    assert loaded.history.train_loss == fitted.history.train_loss
+    with pytest.raises(ValueError, match="was made on model .*, not on this one"):
+        CompositeMap.load(path, model=model)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"map.safetensors: not a safetensors file"):
+        CompositeMap.load(path)
+    basis_file = fitted.basis.save(tmp_path / "basis.safetensors")
+    with pytest.raises(ValueError, match="format 'fvlens-vector-set-1', expected 'fvlens-composite-map-1'"):
+        CompositeMap.load(basis_file)
+
+
+def test_a_damaged_map_is_refused(fitted, tmp_path, unchecked):
+    from fvlens.composition._map import MAP_FORMAT
+    from fvlens.vectors import read_tensors, write_tensors
+
+    tensors, header = read_tensors(fitted.save(tmp_path / "map.safetensors"), MAP_FORMAT)
+    for damage in (
+        lambda t, h: t.pop("shift"),
+        lambda t, h: t.update(matrix=t["matrix"][:2]),
+        lambda t, h: h.update(map="cubic"),
+        lambda t, h: h["vectors"].pop(),
+        lambda t, h: h.pop("seen"),
+    ):
+        some, head = dict(tensors), {**header, "vectors": list(header["vectors"])}
+        damage(some, head)
+        path = write_tensors(tmp_path / "bad.safetensors", some, head, MAP_FORMAT)
+        with pytest.raises(ValueError, match=r"bad.safetensors: damaged composite map"):
+            CompositeMap.load(path)
+
+
+# Evaluation
+
+
+def test_every_way_is_what_whole_passes_give(tiny, basis, fitted, test_set):
+    found = evaluate_analogies(tiny, test_set, fitted, generator=seeded(), progress=False)
+    assert set(found.scored) == {
+        f"{way}, {label}"
+        for way in ("unsteered", "composite", "uniform", "best single", "random", "own vector")
+        for label in ("zero-shot", "one-shot")
+    }
+    scores = source_scores(tiny, basis, [one.source_pair for one in test_set]).log_probs
+    for i, one in enumerate(test_set[:4]):
+        vectors = {
+            "unsteered": torch.zeros(tiny.cfg.d_model),
+            "composite": fitted.vector_for(tiny, one.a, one.b).vector,
+            "uniform": basis.matrix.mean(dim=0),
+            "best single": basis.matrix[scores[i].argmax()],
+            "own vector": basis[one.target_relation].vector,
+        }
+        for way, vector in vectors.items():
+            for label, shown in (("zero-shot", ()), ("one-shot", (one.source_pair,))):
+                way_scored = found[f"{way}, {label}"]
+                log_prob, logits = naive_log_prob(tiny, one.target_pair, shown, vector.double())
+                wanted = render_prompts(tiny, [one.target_pair], [shown], n_shots=len(shown)).answer_tokens[0, 0]
+                assert way_scored.log_probs[i].item() == pytest.approx(log_prob, rel=1e-4)
+                assert int(way_scored.ranks[i]) == int((logits > logits[wanted]).sum())
+                assert bool(way_scored.right[i]) == (int(way_scored.ranks[i]) == 0)
+                foils = [naive_log_prob(tiny, Pair(one.c, f), shown, vector.double())[0] for f in one.foils]
+                assert way_scored.chosen[i] == (log_prob > max(foils))
+
+
+def test_random_vectors_have_the_composites_length(tiny, fitted, test_set):
+    from fvlens.composition._evaluate import _vectors
+
+    given = _vectors(tiny, test_set, fitted, CONTROLS, "qa", None, None, seeded())
+    torch.testing.assert_close(given["random"].norm(dim=1), given["composite"].norm(dim=1))
+    assert F.cosine_similarity(given["random"], given["composite"]).abs().max() < 0.9
+
+
+def test_alternatives_count_as_right_and_pairs_can_be_foils(tiny):
+    query = Pair("tree", "branch")
+    _, logits = naive_log_prob(tiny, query, (), 0.0)
+    best = tiny.tokenizer.decode([int(logits.argmax())]).strip()
+    one = Analogy("hand", "finger", *query)
+    two = dataclasses.replace(one, alternatives=(best,), foils=(Pair("tree", "leaf"), Pair("cat", "dog")))
+    found = evaluate_analogies(tiny, [one, two], settings=["zero_shot"], generator=seeded(), progress=False)
+    way = found["unsteered, zero-shot"]
+    assert way.right.tolist() == [False, True] and way.ranks[0] == way.ranks[1] > 0
+    own, leaf, dog = (naive_log_prob(tiny, Pair(*p), (), 0.0)[0] for p in (query, ("tree", "leaf"), ("cat", "dog")))
+    assert way.chosen == (None, own > max(leaf, dog))
+
+
+def test_demonstrations_make_a_few_shot_way(tiny, test_set):
+    pairs = {name: load_relation(name).pairs for name in NAMES}
+    found = evaluate_analogies(
+        tiny, test_set, settings=[], demonstrations=pairs, n_shots=3, generator=seeded(), progress=False
+    )
+    assert list(found.scored) == ["unsteered, 3-shot"]
+    short = {name: load_relation(name).pairs[:2] for name in NAMES}
+    with pytest.raises(ValueError, match=r"3 demonstrations of '.*' wanted for .* but there are [12]"):
+        evaluate_analogies(tiny, test_set, demonstrations=short, n_shots=3, generator=seeded(), progress=False)
+
+
+def test_an_own_vector_is_scored_only_where_it_is_in_the_basis(tiny, fitted):
+    near = make_analogies([load_relation("clothing-body")], kind="near", n=3, generator=seeded())
+    found = evaluate_analogies(tiny, near, fitted, generator=seeded(), progress=False)
+    assert "own vector, zero-shot" not in found.scored and "uniform, one-shot" in found.scored
+
+
+def test_a_leak_is_refused_unless_allowed(tiny, fitted, train, test_set):
+    one = train[0]
+    reverse = Analogy(one.b, one.a.upper(), "unseen", "word")
+    assert leaks(fitted.seen, test_set) == []
+    assert leaks(fitted.seen, [one])[:1] == [f"the pair {one.a} : {one.b}"]
+    assert leaks(fitted.seen, [reverse]) == [f"the pair {one.b} : {one.a.upper()}, reversed"]
+    assert f"the relation {test_set[0].source_relation}" in leaks(fitted.seen, test_set, unseen="relations")
+    for analogies, options in (([one], {}), ([reverse], {}), (test_set, {"unseen": "relations"})):
+        with pytest.raises(ValueError, match=r"leaks, the first: .* took part in making the composite"):
+            evaluate_analogies(tiny, analogies, fitted, generator=seeded(), progress=False, **options)
+    evaluate_analogies(tiny, [one], fitted, allow_leak=True, generator=seeded(), progress=False)
+
+
+def test_pairs_of_the_basis_are_known_to_the_leak_check(tiny, basis, train, unchecked):
+    fit = fit_composite(
+        tiny, basis, train, map="none", basis_pairs=[("knee", "cap")], generator=seeded(), progress=False
+    )
+    assert leaks(fit.seen, [Analogy("knee", "cap", "x", "y")]) == ["the pair knee : cap"]
+    assert fit.seen.relations == {*NAMES}
+    with pytest.raises(ValueError, match="unseen='words'; expected pairs or relations"):
+        leaks(Seen(), train, unseen="words")
+
+
+def test_bad_requests_are_refused(tiny, test_set, unchecked):
+    with pytest.raises(ValueError, match="expected at least one analogy, got none"):
+        evaluate_analogies(tiny, [], generator=seeded())
+    with pytest.raises(ValueError, match="setting 'icl'; expected some of zero_shot, one_shot"):
+        evaluate_analogies(tiny, test_set, settings=["icl"], generator=seeded())
+    with pytest.raises(ValueError, match="control 'zero'; expected some of uniform, best single"):
+        evaluate_analogies(tiny, test_set, controls=["zero"], generator=seeded())
+
+
+# Results
+
+
+def scored(name, right):
+    right = torch.tensor(right)
+    return Scored(name, (~right).long(), right, torch.zeros(len(right)), (True,) * len(right))
+
+
+def test_mcnemar_is_the_exact_binomial_test(unchecked):
+    a = torch.tensor([True] * 9 + [False] * 2 + [True] * 5)
+    b = torch.tensor([False] * 9 + [True] * 2 + [True] * 5)
+    p_value, one, two = mcnemar(a, b)
+    assert (one, two) == (9, 2)
+    assert p_value == pytest.approx(2 * sum(math.comb(11, k) for k in range(3)) / 2**11)
+    assert mcnemar(a, a) == (1.0, 0, 0)
+    with pytest.raises(ValueError, match="expected two of one length, got 3 and 2"):
+        mcnemar(a[:3], b[:2])
+
+
+def test_results_are_summed_by_kind_and_compared_in_pairs():
+    analogies = tuple(Analogy("a", "b", "c", "d", kind=kind) for kind in ("near", "near", "far", "far"))
+    found = AnalogyEvaluation(
+        analogies, {"x": scored("x", [True, True, True, False]), "y": scored("y", [True, True, False, False])}
+    )
+    assert (found.top1("x"), found.top1("x", kind="far"), found.top1("y", kind="far")) == (0.75, 0.5, 0)
+    far = found.compare("x", "y", kind="far")
+    assert far.difference.mean == 0.5 and (far.only_first, far.only_second) == (1, 0) and far.p_value == 1
+    assert found.compare("x", "y").difference.mean == 0.25
+    frame = found.summary().set_index(["kind", "way"])
+    assert frame.loc[("near", "y"), "top1"] == 1 and frame.loc[("far", "x"), "mean_rank"] == 0.5
+    assert len(found.to_dataframe()) == 8 and found.choice("x") == 1
+    low, high, _ = found.interval("x")
+    assert low <= 0.75 <= high
+    figure = found.plot(kind="far")
+    assert list(figure.layout.yaxis.ticktext) == ["x", "y"] and figure.layout.title.text == "Far analogies"
+    assert found.plot().layout.title.text == "Analogies"
+    with pytest.raises(ValueError, match="no way 'z'; there are x, y"):
+        found["z"]
+    alone = AnalogyEvaluation(analogies[:2], {"x": scored("x", [True, True])})
+    with pytest.raises(ValueError, match="no analogy of kind 'far' among these 2"):
+        alone.top1("x", kind="far")
+
+
+def test_an_injected_composite_acts_like_any_vector(tiny, fitted):
+    vector = fitted.vector_for(tiny, "hand", "finger")
+    prompts = render_prompts(tiny, [Pair("tree", "branch")], [()], n_shots=0)
+    with torch.no_grad(), inject(tiny, vector):
+        steered = tiny(prompts.tokens)[0, -1]
+    _, expected = naive_log_prob(tiny, Pair("tree", "branch"), (), vector.vector.double())
+    torch.testing.assert_close(steered, expected)
