@@ -184,7 +184,7 @@ def test_source_scores_are_the_same_by_every_path(tiny, basis, path):
 def test_source_scores_want_pairs_and_their_own_model(tiny, basis, model):
     with pytest.raises(ValueError, match="expected at least one pair, got none"):
         source_scores(tiny, basis, [])
-    with pytest.raises(ValueError, match="was made on model .*, not on this one"):
+    with pytest.raises(ValueError, match=r"was made on model .*, not on this one"):
         source_scores(model, basis, [("a", "b")])
 
 
@@ -330,7 +330,7 @@ def test_a_map_survives_its_file(tiny, fitted, tmp_path, model):
     for name in ("map", "strength", "scores", "rule", "setting", "template"):
         assert getattr(loaded, name) == getattr(fitted, name)
     assert loaded.history.train_loss == fitted.history.train_loss
-    with pytest.raises(ValueError, match="was made on model .*, not on this one"):
+    with pytest.raises(ValueError, match=r"was made on model .*, not on this one"):
         CompositeMap.load(path, model=model)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"map.safetensors: not a safetensors file"):
