@@ -1,11 +1,13 @@
 """fvlens: find, train and combine function vectors in transformer language models.
 
 The chain, in the order of the modules: word pairs, prompts, activations, head attribution, function vector, evaluation,
-fine-tuned vector, figures. Everything a notebook needs is in this namespace; the README has a dozen lines that use it.
+fine-tuned vector, composite vector, figures. Everything a notebook needs is in this namespace; the README has a dozen
+lines that use it.
 """
 
 from fvlens.activations import mean_head_activations
 from fvlens.attribution import indirect_effects
+from fvlens.composition import evaluate_analogies, fit_composite
 from fvlens.evaluation import (
     controls,
     evaluate,
@@ -16,8 +18,8 @@ from fvlens.evaluation import (
 from fvlens.finetuning import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.interventions import ablate, inject
 from fvlens.models import fingerprint, load_model
-from fvlens.prompts import TEMPLATES, Template, build_prompts, filter_correct
-from fvlens.relations import Relation, list_relations, load_relation
+from fvlens.prompts import build_prompts, filter_correct
+from fvlens.relations import Analogy, Relation, list_relations, load_relation
 from fvlens.types import Head
 from fvlens.universal import universal_heads
 from fvlens.vectors import (
@@ -31,12 +33,11 @@ from fvlens.vectors import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "TEMPLATES",
+    "Analogy",
     "DistributedVector",
     "FunctionVector",
     "Head",
     "Relation",
-    "Template",
     "TrainableVector",
     "VectorSet",
     "ablate",
@@ -44,10 +45,12 @@ __all__ = [
     "controls",
     "distributed_vector",
     "evaluate",
+    "evaluate_analogies",
     "filter_correct",
     "finetune",
     "finetune_many",
     "fingerprint",
+    "fit_composite",
     "function_vector",
     "generate_answers",
     "head_count_sweep",

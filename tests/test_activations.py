@@ -59,7 +59,7 @@ def test_prompts_weigh_alike_and_order_does_not_matter(tiny, generator):
 
 
 def test_position_masks_partition_the_real_tokens(tiny, generator):
-    template = fvlens.Template("t", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:", prefix="Words.\n")
+    template = fvlens.prompts.Template("t", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:", prefix="Words.\n")
     prompts = word_prompts(tiny, generator, template=template)
     names = [name for name in position_names() if name != "last"]
     assert names == [kind.name.lower() for kind in TokenClass if kind is not TokenClass.PADDING]

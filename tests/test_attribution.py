@@ -191,7 +191,7 @@ def test_all_paths_agree(models, generator, name, positions, answer):
 def test_every_token_class_can_be_patched(models, generator):
     """Against hooks written out here, so that the positions are those that the classes name."""
     model = models("gpt2")
-    template = fvlens.Template("t", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:", prefix="Words.\n")
+    template = fvlens.prompts.Template("t", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:", prefix="Words.\n")
     prompts = word_prompts(model, generator, n_shots=1, n_prompts=2, template=template)
     for positions in position_names():
         means = means_of(model, prompts, stretch=3, positions=positions)

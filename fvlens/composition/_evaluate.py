@@ -200,7 +200,7 @@ def leaks(seen: Seen, analogies: Sequence[Analogy], *, unseen: Unseen = "pairs")
         for pair in (one.source_pair, one.target_pair):
             if _plain(pair) in known:
                 told[f"the pair {pair.input} : {pair.output}"] = None
-            elif _plain(pair[::-1]) in known:
+            elif _plain((pair.output, pair.input)) in known:
                 told[f"the pair {pair.input} : {pair.output}, reversed"] = None
         if unseen == "relations":
             for name in (one.source_relation, one.target_relation):

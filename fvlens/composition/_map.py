@@ -45,7 +45,7 @@ class Seen:
     def with_analogies(self, analogies: Sequence[Analogy]) -> "Seen":
         """The same and these analogies."""
         names = {name for one in analogies for name in (one.source_relation, one.target_relation) if name}
-        pairs = {tuple(pair) for one in analogies for pair in (one.source_pair, one.target_pair)}
+        pairs = {(x, y) for one in analogies for x, y in (one.source_pair, one.target_pair)}
         return Seen(self.relations | names, self.pairs | pairs)
 
 
@@ -244,9 +244,8 @@ class _Affine(nn.Module):
         super().__init__()
         self.map = map
         n = scores.shape[1]
-        self.register_buffer("centre", scores.mean(dim=0) if map == "lowrank" else torch.zeros(n))
-        spread = scores.std(dim=0, correction=0).clamp(min=1e-3) if map == "lowrank" else torch.ones(n)
-        self.register_buffer("spread", spread)
+        self.centre = scores.mean(dim=0) if map == "lowrank" else torch.zeros(n)
+        self.spread = scores.std(dim=0, correction=0).clamp(min=1e-3) if map == "lowrank" else torch.ones(n)
         self.shift = nn.Parameter(torch.zeros(n), requires_grad=map != "none")
         self.log_strength = nn.Parameter(torch.zeros(()), requires_grad=learn_strength)
         if map == "diagonal":
@@ -363,7 +362,7 @@ def fit_composite(
         raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
     every = [*analogies, *valid]
     n_train = len(analogies)
-    options = dict(template=template, path=path, max_memory=max_memory)
+    options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
     given = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options).log_probs
     if scores == "probability":
         given = given.exp()
