@@ -97,8 +97,9 @@ def test_the_card_says_what_is_measured_of_fine_tuned_vectors(found, card):
             assert row[key] == card["by_relation"][name][old]
 
 
-def test_the_cards_table_is_that_of_its_numbers(card):
+def test_the_cards_tables_are_those_of_its_numbers(card):
     text = (resources.files("fvlens.zoo") / "rel-small" / "README.md").read_text()
+    assert zoo_measure.card_markdown(card) in text
     assert zoo_measure.finetuning_markdown(card["finetuning"]) in text
 
 

@@ -245,6 +245,46 @@ def finetuning_summary(
     return {"n_train": N_TRAIN, "table": table, "paired": paired, "by_relation": merged}
 
 
+def card_markdown(found: Mapping[str, Any]) -> str:
+    """The first table of the model card, with its bars, and the list of heads below it."""
+    table, paired, heads = found["table"], found["paired"], found["heads"]
+    lines = [
+        ("10 demonstrations, top-1", table["top1_10"], "at least 0.95"),
+        ("2 demonstrations, top-1", table["top1_2"], ""),
+        ("bare query, top-1", table["top1_0"], "at most 0.30"),
+        ("10 demonstrations over 2, paired", paired["10 shots over 2"], "lower bound over 0"),
+        ("2 demonstrations over none, paired", paired["2 shots over 0"], "lower bound over 0"),
+        ("probability of the answer, 10 clean demonstrations", table["p_10"], ""),
+        ("the same, labels permuted", table["p_permuted"], "at most half of clean"),
+        ("the same, labels random", table["p_random"], ""),
+        ("top-1, labels permuted", table["top1_permuted"], ""),
+        ("top-1, labels random", table["top1_random"], ""),
+        ("function vector, heads by permuted labels, bare query, top-1", table["fv_permuted"], "at least 0.60"),
+        ("function vector, heads by random labels, bare query, top-1", table["fv_random"], "at least 0.80"),
+        ("10 random vectors of the same norm, top-1", table["random_vector"], "at most bare query + 0.05"),
+        ("vector of another relation (disjoint outputs), top-1", table["other_relation"], "at most bare query + 0.05"),
+        ("random vector over bare query, paired", paired["random vector over zero-shot"], ""),
+        ("other relation over bare query, paired", paired["other relation over zero-shot"], ""),
+    ]
+    clear = [head for head in heads["random"]["over_0.02"] if head["low"] > 0]
+    rows = [
+        *_rows(lines),
+        f"| share of the top head in the summed positive AIE, random labels | {heads['random']['top_share']:.2f} | "
+        "at most 0.60 |",
+        f"| heads with mean AIE over 0.02 and interval over 0, random labels | {len(clear)} | at least 3 |",
+        "",
+        "Heads whose AIE exceeds 0.02, mean over relations [95% interval]:",
+        "",
+    ]
+    for ranking in reversed(RANKINGS):
+        named = [
+            f"L{head['head'][0]}H{head['head'][1]} {head['aie']:.3f} [{head['low']:.3f}, {head['high']:.3f}]"
+            for head in heads[ranking]["over_0.02"]
+        ]
+        rows.append(f"- {ranking} labels: {', '.join(named) or 'none'}")
+    return "\n".join(rows)
+
+
 def finetuning_markdown(found: Mapping[str, Any]) -> str:
     """The table of fine-tuning in the model card, with its bars."""
     table, paired = found["table"], found["paired"]
@@ -280,12 +320,17 @@ def finetuning_markdown(found: Mapping[str, Any]) -> str:
         ("the same over the bare query, paired", paired["other relation over zero-shot"], ""),
         ("the same, answers of any library relation to the query", table["other_answer"], ""),
     ]
+    return "\n".join(_rows(lines))
+
+
+def _rows(lines: Sequence[tuple[str, Mapping[str, float], str]]) -> list[str]:
+    """Quantity, mean with interval, and bar as rows of a Markdown table."""
     rows = ["| quantity | value [95% interval] | bar |", "| --- | --- | --- |"]
     for name, row, bar in lines:
         sign = "+" if name.endswith("paired") else ""
         value, low, high = (format(row[key], f"{sign}.3f") for key in ("mean", "low", "high"))
         rows.append(f"| {name} | {value} [{low}, {high}] | {bar} |")
-    return "\n".join(rows)
+    return rows
 
 
 def _seed_means(rows: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float]]:
@@ -341,13 +386,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.simplefilter("default")
         found = measure(load_model(args.model), names, args.seeds)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for key, row in found["table"].items():
-        tqdm.write(f"{key:18s} {row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
-    for key, row in found["paired"].items():
-        tqdm.write(f"{key}: {row['mean']:+.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]")
-    for ranking, heads in found["heads"].items():
-        names_of = ", ".join(f"L{h['head'][0]}H{h['head'][1]} {h['aie']:.3f}" for h in heads["over_0.02"])
-        tqdm.write(f"heads, {ranking} labels: top share {heads['top_share']:.2f}; over 0.02: {names_of or 'none'}")
+    tqdm.write(card_markdown(found))
     tqdm.write(finetuning_markdown(found["finetuning"]))
 
 
