@@ -260,6 +260,14 @@ def evaluate_analogies(
 
     Raises:
         ValueError: no analogies; an unknown setting or control; a leak; too few demonstrations.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> analogies = [fvlens.Analogy("cow", "calf", "bear", "cub", foils=("den",))]
+        >>> found = fvlens.evaluate_analogies(model, analogies, generator=torch.Generator(), progress=False)
+        >>> found.top1("unsteered, one-shot"), found.choice("unsteered, one-shot")
+        (1.0, 1.0)
     """
     analogies = tuple(analogies)
     if not analogies:

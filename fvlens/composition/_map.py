@@ -345,6 +345,20 @@ def fit_composite(
     Raises:
         ValueError: no analogies; an unknown map, score, rule or setting; numbers out of range; another model's basis.
 
+    Example:
+        >>> import torch, fvlens
+        >>> from fvlens.relations import make_analogies
+        >>> g = torch.Generator().manual_seed(0)
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> names = ["animal-young", "animal-home", "animal-sound"]
+        >>> splits = {name: fvlens.load_relation(name).split(g) for name in names}
+        >>> basis = fvlens.finetune_many(model, splits, init="zero", layer=1, generator=g, progress=False).vectors
+        >>> parts = [fvlens.Relation(name, split.train) for name, split in splits.items()]
+        >>> analogies = make_analogies(parts, kind="near", n=60, generator=g)
+        >>> composite = fvlens.fit_composite(model, basis, analogies, epochs=3, generator=g, progress=False)
+        >>> composite.explain(model, "cow", "calf").top(1)[0][0]
+        'animal-young'
+
     References:
         Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
     """
