@@ -5,7 +5,6 @@ enough to bite, heads whose width is not ``d_model / n_heads``, and so on. The t
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from fvlens.models import embedded_folder
-
-VOCABULARY = json.loads((embedded_folder() / "config.json").read_text())["vocab_size"]
+TOKENIZER = Path(__file__).parent / "tokenizer"
+VOCABULARY = len(AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True))
 SPECIAL = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 CONTEXT = 128
 WINDOW = 8
@@ -127,7 +125,7 @@ def save(name: str, folder: str | Path, *, tokenizer: bool = True) -> Path:
     with _no_bars():
         made.save_pretrained(folder)
     if tokenizer:
-        AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ import jaxtyping
 jaxtyping.install_import_hook("fvlens", "beartype.beartype")
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     torch.set_num_threads(1)
 
 import fvlens
-from fvlens.models import embedded_folder, quiet_deprecation
+from fvlens.models import quiet_deprecation
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +39,16 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+TOKENIZER = Path(__file__).parent / "tokenizer"
+"""A tokenizer that stays when the embedded model is trained anew, since random-weight models depend on its size."""
+
 HAS_HOOKED = version("transformer-lens").split(".")[0] == "3"
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="HookedTransformer is gone from TransformerLens 4 on")
 
 
 def random_model(**overrides):
-    """A random-weight model with the embedded model's tokenizer: HookedTransformer, or a bridge where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    """A random-weight model with the tests' own tokenizer: HookedTransformer, or a bridge where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     if not HAS_HOOKED:
         return _random_bridge(tokenizer, **overrides)
     from transformer_lens import HookedTransformer, HookedTransformerConfig

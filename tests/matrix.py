@@ -102,7 +102,7 @@ def loaded(name: str, backend: str):
 
 @functools.cache
 def tokenizer():
-    return AutoTokenizer.from_pretrained(fvlens.models.embedded_folder(), local_files_only=True)
+    return AutoTokenizer.from_pretrained(checkpoints.TOKENIZER, local_files_only=True)
 
 
 def made_prompts(model, **settings):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, global_randomness, likely_answers, rows_of, word_prompts
-from conftest import needs_hooked, random_model
+from conftest import TOKENIZER, needs_hooked, random_model
 from oracle import hf
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig
@@ -44,7 +44,7 @@ def means_of(model, prompts, *, stretch=1.0, **settings):
 
 def random_checkpoint(name, folder):
     """A random-weight Hugging Face checkpoint: random biases and gains too, peaked predictions."""
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     shared = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     wide = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=160

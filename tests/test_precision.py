@@ -270,7 +270,8 @@ BARS = {
     "bfloat16": dict(spearman=0.99, difference=0.003, cosine=0.9999),  # [0.9967, 0.0011, 0.999998]
     "float16": dict(spearman=0.998, difference=0.0006, cosine=0.99999),  # [0.9993, 0.0002, 0.9999999]
 }
-"""For the embedded model: AIE against float32, its largest difference, and the function vectors."""
+"""For the embedded model: AIE against float32 over the heads that have an effect, its largest difference, and the
+function vectors."""
 
 
 @pytest.mark.parametrize(("backend", "precision", "path"), EACH)
@@ -282,8 +283,10 @@ def test_effects_come_close_to_float32(backend, precision, path):
     assert effects.cie.dtype == effects.baseline.dtype == torch.float32
     assert bool(effects.cie.isfinite().all())
     ours, theirs = effects.aie.flatten(), reference.aie.flatten()
-    assert spearman(ours, theirs) > bars["spearman"]
     assert (ours - theirs).abs().max() < bars["difference"]
+    clear = theirs.abs() > bars["difference"]  # below it lies the order of rounding errors
+    assert int(clear.sum()) >= 8
+    assert spearman(ours[clear], theirs[clear]) > bars["spearman"]
     assert top_k_overlap(ours, theirs, 10) >= 0.9
     assert vector.cosine(expected) > bars["cosine"]
     # and the ways to compute agree within the precision: an eps of a probability of 1

@@ -750,25 +750,27 @@ def test_integrated_gradients_find_what_the_slope_at_one_point_misses(made):
 # --- on the embedded model ---
 
 
-@pytest.mark.parametrize(("labels", "atp_at_least", "ig_at_least"), [("permuted", 0.5, 0.9), ("random", 0.85, 0.9)])
-def test_screens_of_the_embedded_model(model, labels, atp_at_least, ig_at_least):
-    g = torch.Generator().manual_seed(0)
-    relation = fvlens.load_relation("antonym")
-    split = relation.split(g)
-    common = dict(queries=split.valid, relation="antonym", generator=g)
-    clean = fvlens.build_prompts(model, split.train, n_prompts=100, **common)
-    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=labels, **common)
-    means = means_of(model, clean)
-    exact = effects_of(model, corrupted, means)
-    found = {m: effects_of(model, corrupted, means, method=m, recheck=10) for m in SCREENS}
-    quality = {m: screen.compare(exact) for m, screen in found.items()}
-    assert quality["atp"].spearman > atp_at_least
-    assert quality["ig"].spearman > ig_at_least
-    assert quality["ig"].spearman > quality["atp"].spearman > quality["lrp"].spearman > 0.3
-    assert quality["atp"].overlap >= 0.8
-    assert quality["ig"].overlap >= 0.8
-    for screen in found.values():
-        assert screen.top(1) == exact.top(1)
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_screens_of_the_embedded_model(model, labels):
+    """Means over every 60th relation; single relations scatter (see the README's table)."""
+    quality = {m: [] for m in SCREENS}
+    for name in fvlens.list_relations()[::60]:
+        g = torch.Generator().manual_seed(0)
+        split = fvlens.load_relation(name).split(g)
+        common = dict(queries=split.valid, relation=name, generator=g)
+        clean = fvlens.build_prompts(model, split.train, n_prompts=100, **common)
+        corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=labels, **common)
+        means = means_of(model, clean)
+        exact = effects_of(model, corrupted, means)
+        for m, found in quality.items():
+            screen = effects_of(model, corrupted, means, method=m, recheck=10)
+            assert m == "lrp" or screen.top(1) == exact.top(1)
+            found.append(screen.compare(exact))
+    spearman = {m: sum(q.spearman for q in found) / len(found) for m, found in quality.items()}
+    overlap = {m: sum(q.overlap for q in found) / len(found) for m, found in quality.items()}
+    assert spearman["atp"] > 0.7 and spearman["ig"] > 0.8
+    assert min(spearman["atp"], spearman["ig"]) > spearman["lrp"] > 0.1
+    assert min(overlap["atp"], overlap["ig"]) >= 0.8
 
 
 def test_the_measured_table_is_made_of_what_a_screen_says(model):
