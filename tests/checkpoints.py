@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from conftest import TOKENIZER
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-TOKENIZER = Path(__file__).parent / "tokenizer"
 VOCABULARY = len(AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True))
 SPECIAL = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 CONTEXT = 128

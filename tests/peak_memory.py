@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoints import VOCABULARY
+from checkpoints import TOKENIZER, VOCABULARY
 from conftest import random_model
 from transformers import AutoTokenizer
 
 import fvlens
-from fvlens.models import embedded_folder
 
 SHAPE = dict(n_layers=6, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=512)
 
@@ -37,7 +36,7 @@ def bridged(n_layers=4, *, n_heads=8, d_model=256, **grouped):
     with torch.random.fork_rng(devices=[]):
         made = AutoModelForCausalLM.from_config(config).eval()
     model = build_bridge_from_module(made, name, hf_config=config, dtype=torch.float32)
-    model.tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    model.tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     return model
 
 
