@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,6 +71,8 @@ def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> tuple[floa
     Raises:
         ValueError: the two differ in length.
     """
+    from scipy.stats import binomtest  # slow to import
+
     if first.shape != second.shape:
         raise ValueError(f"mcnemar: expected two of one length, got {len(first)} and {len(second)}.")
     one, two = int((first & ~second).sum()), int((second & ~first).sum())
