@@ -115,14 +115,14 @@ class AnalogyEvaluation:
 
     def interval(self, name: str, *, kind: str | None = None) -> Interval:
         """Bootstrap interval of :meth:`top1` over analogies."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return bootstrap_interval(self[name].right[self._which(kind)], generator=generator)
+        return self._interval(self[name], self._which(kind))
+
+    def _interval(self, way: Scored, keep: Tensor) -> Interval:
+        return bootstrap_interval(way.right[keep], generator=torch.Generator().manual_seed(self.seed))
 
     def choice(self, name: str, *, kind: str | None = None) -> float:
         """Share of the analogies with foils (of a kind) whose answer beats every foil; NaN without any."""
-        chosen = [c for c, keep in zip(self[name].chosen, self._which(kind).tolist(), strict=True) if keep]
-        told = [c for c in chosen if c is not None]
-        return sum(told) / len(told) if told else float("nan")
+        return _choice(self[name], self._which(kind))
 
     def compare(self, first: str, second: str, *, kind: str | None = None) -> Comparison:
         """Top-1 of two ways on the same analogies: paired bootstrap and McNemar's test."""
@@ -156,14 +156,11 @@ class AnalogyEvaluation:
         for kind in dict.fromkeys(one.kind for one in self.analogies):
             keep = torch.tensor([one.kind == kind for one in self.analogies])
             for way in self.scored.values():
-                generator = torch.Generator().manual_seed(self.seed)
-                right = way.right[keep]
-                low, high, _ = bootstrap_interval(right, generator=generator)
-                told = [c for c, k in zip(way.chosen, keep.tolist(), strict=True) if k and c is not None]
+                low, high, _ = self._interval(way, keep)
                 rows.append(
                     dict(
-                        kind=kind, way=way.name, n=int(keep.sum()), top1=float(right.double().mean()), low=low,
-                        high=high, choice=sum(told) / len(told) if told else float("nan"),
+                        kind=kind, way=way.name, n=int(keep.sum()), top1=float(way.right[keep].double().mean()),
+                        low=low, high=high, choice=_choice(way, keep),
                         mean_rank=float(way.ranks[keep].double().mean()),
                     )
                 )  # fmt: skip
@@ -180,6 +177,12 @@ class AnalogyEvaluation:
             x_title="Top-1", x_range=(0, 1), highlighted=[name for name in names if name.startswith("composite")],
             title=f"{'' if kind is None else kind.capitalize() + ' a'}{'A' if kind is None else ''}nalogies",
         )  # fmt: skip
+
+
+def _choice(way: Scored, keep: Tensor) -> float:
+    """Share of these analogies, of those with foils, whose answer beats every foil."""
+    told = [c for c, kept in zip(way.chosen, keep.tolist(), strict=True) if kept and c is not None]
+    return sum(told) / len(told) if told else float("nan")
 
 
 def leaks(seen: Seen, analogies: Sequence[Analogy], *, unseen: Unseen = "pairs") -> list[str]:
@@ -226,7 +229,6 @@ def evaluate_analogies(
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
     template: str = "qa",
-    layer: int = 0,
     path: Path | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
@@ -251,7 +253,6 @@ def evaluate_analogies(
         unseen: what of the analogies must not have taken part in basis, map or gate: see :func:`leaks`.
         allow_leak: score all the same.
         template: how prompts are written.
-        layer: of no consequence; where a zero vector is added when there is no composite.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: random vectors, demonstrations, and the seed of the bootstrap.
         progress: show a bar.
@@ -277,6 +278,7 @@ def evaluate_analogies(
         strange = [value for value in values if value not in known]
         if strange:
             raise ValueError(f"evaluate_analogies: {name} {strange[0]!r}; expected some of {', '.join(known)}.")
+    layer = 0  # where zero vectors are added when there is no composite
     if composite is not None:
         composite.basis.check(model)
         layer = composite.basis.layer

@@ -23,15 +23,14 @@ TransformerBridge, whose lower blocks then hand on what they are given. Where ne
 
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
 from fvlens.suffix._paths import PATHS, Path, choose_path, counted_gain, has_hooks, why_not_kv, why_not_weights
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._run import SuffixRun, wide_logits
-from fvlens.suffix._steps import SteeredSuffix
+from fvlens.suffix._steps import SteeredSuffix, steered_resid
 from fvlens.types import is_bridge
 
 
@@ -67,22 +66,6 @@ def run_prefix(
     from fvlens.suffix._hooked import run_hooked
 
     return run_hooked(model, tokens, attention_mask, n_suffix, path)
-
-
-def steered_resid(
-    run: SuffixRun, layer: int, vector: Float[Tensor, "*prompt d_model"]
-) -> Float[Tensor, "prompt 1 suffix d_model"]:
-    """Final residual stream with a vector added after ``layer`` at the first suffix position (differentiable).
-
-    Args:
-        run: prompts that were run once.
-        layer: the vector is added after this layer.
-        vector: one vector for all prompts, or one for each.
-    """
-    after = run.resid_after(layer)
-    first = (after[:, 0] + vector).to(after.dtype)[:, None]
-    resid = torch.cat([first, after[:, 1:]], dim=1)[:, None]
-    return run.continue_from(layer + 1, resid)
 
 
 __all__ = [

@@ -42,6 +42,19 @@ def _added(after: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat([first, after[:, 1:]], dim=1)
 
 
+def steered_resid(
+    run: SuffixRun, layer: int, vector: Float[Tensor, "*prompt d_model"]
+) -> Float[Tensor, "prompt 1 suffix d_model"]:
+    """Final residual stream with a vector added after ``layer`` at the first suffix position (differentiable).
+
+    Args:
+        run: prompts that were run once.
+        layer: the vector is added after this layer.
+        vector: one vector for all prompts, or one for each.
+    """
+    return run.continue_from(layer + 1, _added(run.resid_after(layer), vector)[:, None])
+
+
 class GeneralSteps(SteeredSuffix):
     """By the run's own blocks, whatever they are."""
 
@@ -52,8 +65,7 @@ class GeneralSteps(SteeredSuffix):
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
     ) -> Float[Tensor, "row suffix d_vocab"]:
         run = self.run.select(rows)
-        resid = _added(run.resid_after(self.layer), vectors)
-        return run.logits(run.continue_from(self.layer + 1, resid[:, None])[:, 0])
+        return run.logits(steered_resid(run, self.layer, vectors)[:, 0])
 
 
 @dataclass(frozen=True, slots=True)
