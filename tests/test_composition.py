@@ -17,8 +17,10 @@ from fvlens.composition import (
     CONTROLS,
     MAPS,
     RULES,
+    SIGNALS,
     AnalogyEvaluation,
     CompositeMap,
+    Gate,
     Scored,
     Seen,
     best_single_weights,
@@ -26,6 +28,8 @@ from fvlens.composition import (
     entmax_weights,
     evaluate_analogies,
     fit_composite,
+    fit_gate,
+    gate_signals,
     leaks,
     mcnemar,
     softmax_weights,
@@ -393,7 +397,8 @@ def test_every_way_is_what_whole_passes_give(tiny, basis, fitted, test_set):
 def test_random_vectors_have_the_composites_length(tiny, fitted, test_set):
     from fvlens.composition._evaluate import _vectors
 
-    given = _vectors(tiny, test_set, fitted, CONTROLS, "qa", None, None, seeded())
+    scores = source_scores(tiny, fitted.basis, [one.source_pair for one in test_set]).log_probs
+    given = _vectors(test_set, fitted, scores, CONTROLS, seeded())
     torch.testing.assert_close(given["random"].norm(dim=1), given["composite"].norm(dim=1))
     assert F.cosine_similarity(given["random"], given["composite"]).abs().max() < 0.9
 
@@ -510,3 +515,120 @@ def test_an_injected_composite_acts_like_any_vector(tiny, fitted):
         steered = tiny(prompts.tokens)[0, -1]
     _, expected = naive_log_prob(tiny, Pair("tree", "branch"), (), vector.vector.double())
     torch.testing.assert_close(steered, expected)
+
+
+# The gate
+
+
+@pytest.fixture(scope="module")
+def for_gate():
+    return make_analogies(parts(20, 30), kind="far", n=16, generator=seeded(5))
+
+
+@pytest.mark.parametrize("setting", ["zero_shot", "one_shot"])
+def test_signals_are_those_of_whole_passes(tiny, fitted, for_gate, setting):
+    found = gate_signals(tiny, fitted, for_gate, setting=setting)
+    assert SIGNALS == ("entropy", "source gain", "confidence")
+    for one, (entropy, gain, sure) in zip(for_gate[:4], found.tolist(), strict=False):
+        weights = fitted.weights(tiny, one.a, one.b)
+        assert entropy == pytest.approx(-sum(w * math.log(w) for w in weights.tolist() if w > 0), abs=1e-5)
+        vector = fitted.vector_for(tiny, one.a, one.b).vector
+        source = one.source_pair
+        plain, steered = (naive_log_prob(tiny, source, [], v)[0] for v in (torch.zeros_like(vector), vector))
+        assert gain == pytest.approx(float(steered - plain), abs=1e-5)
+        shown = [source] if setting == "one_shot" else []
+        prompts = render_prompts(tiny, [one.target_pair], [shown], n_shots=len(shown))
+        assert sure == pytest.approx(float(tiny(prompts.tokens)[0, -1].detach().log_softmax(-1).max()), abs=1e-5)
+
+
+def test_signals_do_not_know_the_answer(tiny, fitted, for_gate):
+    others = [dataclasses.replace(one, d="other", foils=(), alternatives=()) for one in for_gate]
+    assert torch.equal(gate_signals(tiny, fitted, for_gate), gate_signals(tiny, fitted, others))
+
+
+def test_a_learned_gate_lowers_the_loss_of_its_own_formula(tiny, fitted, for_gate):
+    """The loss of the fitted gate is below that of every constant factor between never and always."""
+    gate = fit_gate(
+        tiny, fitted, for_gate, l2=0.0, epochs=60, batch_size=100, generator=seeded(), progress=False
+    ).gate("one_shot")
+
+    def loss(factors):
+        total = 0.0
+        for one, factor in zip(for_gate, factors, strict=True):
+            vector = float(factor) * fitted.vector_for(tiny, one.a, one.b).vector
+            prompts = render_prompts(tiny, [one.target_pair], [[one.source_pair]], n_shots=1)
+            total -= float(naive_log_prob(tiny, one.target_pair, [one.source_pair], vector)[0]) * int(
+                prompts.answer_mask.sum()
+            )
+        return total / len(for_gate)
+
+    fitted_loss = loss(gate.strength(gate_signals(tiny, fitted, for_gate)))
+    assert all(fitted_loss < loss([constant] * len(for_gate)) for constant in (0.0, 0.25, 0.5, 0.75, 1.0))
+
+
+def test_a_threshold_gate_is_the_best_single_cut(tiny, fitted, for_gate):
+    gate = fit_gate(tiny, fitted, for_gate, kind="threshold", generator=seeded(), progress=False).gate("one_shot")
+    signals = gate_signals(tiny, fitted, for_gate)
+    ungated = evaluate_analogies(
+        tiny, for_gate, fitted, settings=["one_shot"], controls=[], generator=seeded(), progress=False
+    )
+    plain, steered = ungated["unsteered, one-shot"].ranks == 0, ungated["composite, one-shot"].ranks == 0
+    opened = gate.strength(signals) > 0
+    best = 0
+    for which in range(len(SIGNALS)):
+        for cut in [-math.inf, *signals[:, which].tolist()]:
+            for chosen in (signals[:, which] > cut, signals[:, which] <= cut):
+                best = max(best, int(torch.where(chosen, steered, plain).sum()))
+    assert int(torch.where(opened, steered, plain).sum()) == best
+
+
+def test_a_threshold_by_hand():
+    from fvlens.composition._fit_gate import _threshold
+
+    signals = torch.tensor([[0.0, 1.0, 5.0], [0.0, 2.0, 1.0], [0.0, 3.0, 4.0], [0.0, 4.0, 2.0]])
+    plain, steered = torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])
+    gate = _threshold(signals, plain, steered, "one_shot")
+    assert gate.slopes == (0.0, 1.0, 0.0) and gate.offset == -2.5
+    assert gate.strength(signals).tolist() == [0, 0, 1, 1]
+    assert gate.describe() == "1 where +1 source gain -2.5 > 0, else 0"
+    never = _threshold(signals, plain, torch.zeros(4, dtype=torch.bool), "one_shot")
+    assert never.strength(signals).tolist() == [0, 0, 0, 0]
+
+
+def test_a_gate_is_scored_kept_and_known_to_the_leak_check(tiny, fitted, for_gate, test_set, tmp_path):
+    half = Gate("learned", (0.0, 0.0, 0.0), 0.0, "one_shot")
+    gated = fitted.with_gate(half, for_gate)
+    found = evaluate_analogies(tiny, test_set, gated, controls=["uniform"], generator=seeded(), progress=False)
+    assert "gated composite, one-shot" in found.scored and "gated composite, zero-shot" not in found.scored
+    one = test_set[0]
+    vector = 0.5 * fitted.vector_for(tiny, one.a, one.b).vector
+    wanted = naive_log_prob(tiny, one.target_pair, [one.source_pair], vector)[0]
+    assert found["gated composite, one-shot"].log_probs[0].item() == pytest.approx(float(wanted), abs=1e-5)
+    again = CompositeMap.load(gated.save(tmp_path / "gated.safetensors"))
+    assert again.gates == (half,)
+    with pytest.raises(ValueError, match="took part in making the composite"):
+        evaluate_analogies(tiny, for_gate, gated, generator=seeded(), progress=False)
+    never = Gate("threshold", (0.0, 0.0, 0.0), -1.0, "one_shot")
+    assert gated.with_gate(never).gates == (never,)
+
+
+def test_bad_gates_are_refused(tiny, fitted, for_gate, unchecked):
+    with pytest.raises(ValueError, match="kind='soft'; expected one of learned, threshold"):
+        fit_gate(tiny, fitted, for_gate, kind="soft", generator=seeded())
+    with pytest.raises(ValueError, match="setting='two_shot'; expected one of zero_shot, one_shot"):
+        fit_gate(tiny, fitted, for_gate, setting="two_shot", generator=seeded())
+    with pytest.raises(ValueError, match="fit_gate: expected at least one analogy, got none"):
+        fit_gate(tiny, fitted, [], generator=seeded())
+    with pytest.raises(ValueError, match="expected batch_size of at least 1, got 0"):
+        fit_gate(tiny, fitted, for_gate, batch_size=0, generator=seeded())
+    with pytest.raises(ValueError, match="gate_signals: setting='two_shot'; expected one of"):
+        gate_signals(tiny, fitted, for_gate, setting="two_shot")
+    with pytest.raises(ValueError, match="gate_signals: expected at least one analogy"):
+        gate_signals(tiny, fitted, [])
+    with pytest.raises(ValueError, match="Gate: kind='soft'; expected one of"):
+        Gate("soft", (0.0, 0.0, 0.0), 0.0, "one_shot")
+    with pytest.raises(ValueError, match=r"expected 3 slopes \(entropy, source gain, confidence\), got 1"):
+        Gate("learned", (0.0,), 0.0, "one_shot")
+    two = Gate("learned", (0.0, 0.0, 0.0), 0.0, "one_shot")
+    with pytest.raises(ValueError, match="expected one gate a setting, got gates for one_shot, one_shot"):
+        dataclasses.replace(fitted, gates=(two, two))

@@ -2,7 +2,7 @@
 
 For an analogy a : b :: c : ?, (1) the source pair is scored under every basis vector, ``s_i = log P(b | a; resid_l +=
 v_i)``; (2) an affine map and a softmax turn scores into weights, ``w = softmax(M s + c)``; (3) the mixture ``sum_i w_i
-v_i`` is injected on c.
+v_i`` is injected on c. A gate (:func:`fit_gate`) says how strongly, or not at all.
 """
 
 from fvlens.composition._evaluate import (
@@ -14,6 +14,8 @@ from fvlens.composition._evaluate import (
     leaks,
     mcnemar,
 )
+from fvlens.composition._fit_gate import fit_gate, gate_signals
+from fvlens.composition._gate import GATES, SIGNALS, Gate
 from fvlens.composition._map import (
     MAPS,
     SCORES,
@@ -38,15 +40,18 @@ from fvlens.composition._rules import (
 
 __all__ = [
     "CONTROLS",
+    "GATES",
     "MAPS",
     "RULES",
     "SCORES",
     "SETTINGS",
+    "SIGNALS",
     "AnalogyEvaluation",
     "Comparison",
     "CompositeMap",
     "Explanation",
     "FitHistory",
+    "Gate",
     "Queries",
     "Scored",
     "Seen",
@@ -56,6 +61,8 @@ __all__ = [
     "entmax_weights",
     "evaluate_analogies",
     "fit_composite",
+    "fit_gate",
+    "gate_signals",
     "leaks",
     "mcnemar",
     "softmax_weights",

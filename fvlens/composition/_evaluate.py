@@ -1,5 +1,6 @@
 """Analogies scored with and without a composite vector, beside its controls."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fvlens.composition._fit_gate import signals_from
 from fvlens.composition._map import CompositeMap, Seen
 from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
 from fvlens.composition._rules import RULES
@@ -228,7 +230,7 @@ def evaluate_analogies(
     n_shots: int = 5,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
-    template: str = "qa",
+    template: str | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
@@ -238,7 +240,8 @@ def evaluate_analogies(
 
     Open vocabulary: the rank of D's first token after C, and top-1 (another right answer counts, too). Multiple choice:
     the answer must beat every foil in mean log-probability per token. The composite is injected into the bare query
-    (``"zero_shot"``) and into the one-shot analogy prompt (``"one_shot"``, the paper's).
+    (``"zero_shot"``) and into the one-shot analogy prompt (``"one_shot"``, the paper's). Where the composite has a gate
+    for a prompt, it is scored with the gate (``"gated composite"``) and without.
 
     Args:
         model: the model.
@@ -252,7 +255,7 @@ def evaluate_analogies(
         n_shots: its k.
         unseen: what of the analogies must not have taken part in basis, map or gate: see :func:`leaks`.
         allow_leak: score all the same.
-        template: how prompts are written.
+        template: how prompts are written; by default as the composite's, ``"qa"`` without one.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: random vectors, demonstrations, and the seed of the bootstrap.
         progress: show a bar.
@@ -288,21 +291,33 @@ def evaluate_analogies(
                 f"evaluate_analogies: {len(found)} leaks, the first: {found[0]} took part in making the composite; "
                 "leave them out, or score all the same with allow_leak=True."
             )
+    if composite is not None and template is not None:
+        composite = dataclasses.replace(composite, template=template)
+    template = template or ("qa" if composite is None else composite.template)
     asked = _Asked.of(analogies)
     options: dict[str, Any] = dict(layer=layer, template=template, path=path, max_memory=max_memory)
     shots = _shots(analogies, demonstrations, n_shots, generator) if demonstrations is not None else None
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    vectors = _vectors(model, analogies, composite, controls, template, path, max_memory, generator)
-    zero = torch.zeros(model.cfg.d_model)
+    ways = {setting: {"unsteered": torch.zeros(model.cfg.d_model)} for setting in settings}
+    if composite is not None:
+        kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
+        pairs = [one.source_pair for one in analogies]
+        scores = source_scores(model, composite.basis, pairs, template=composite.template, **kept)
+        vectors = _vectors(analogies, composite, scores.log_probs, controls, generator)
+        for setting in settings:
+            ways[setting] |= vectors
+            gate = composite.gate(setting)
+            if gate is not None:
+                signals = signals_from(model, composite, analogies, scores, setting=setting, **kept)
+                ways[setting]["gated composite"] = gate.strength(signals)[:, None] * vectors["composite"]
     scored: dict[str, Scored] = {}
-    n_ways = len(settings) * (1 + len(vectors)) + (shots is not None)
+    n_ways = sum(map(len, ways.values())) + (shots is not None)
     with torch.no_grad(), frozen(model), tqdm(total=n_ways, disable=not progress, desc="analogies") as bar:
         for setting in settings:
             shown = [[one.source_pair] for one in analogies] if setting == "one_shot" else None
             queries = asked.queries(model, shown, options)
-            label = setting.replace("_", "-")
-            for name, given in [("unsteered", zero), *vectors.items()]:
-                full = f"{name}, {label}"
+            for name, given in ways[setting].items():
+                full = f"{name}, {setting.replace('_', '-')}"
                 scored[full] = asked.score(queries, given, full)
                 bar.update()
         if shots is not None:
@@ -331,17 +346,12 @@ def _shots(
 
 
 def _vectors(
-    model: Any, analogies: Sequence[Analogy], composite: CompositeMap | None, controls: Sequence[str], template: str,
-    path: Path | None, max_memory: int | None, generator: torch.Generator,
+    analogies: Sequence[Analogy], composite: CompositeMap, scores: Float[Tensor, "analogy relation"],
+    controls: Sequence[str], generator: torch.Generator,
 ) -> dict[str, Float[Tensor, "analogy d_model"]]:  # fmt: skip
     """The vectors of each way, a row an analogy."""
-    if composite is None:
-        return {}
-    basis = composite.basis
-    pairs = [one.source_pair for one in analogies]
-    scores = source_scores(model, basis, pairs, template=template, path=path, max_memory=max_memory).log_probs
-    matrix = basis.matrix
-    mixed = composite.strength * (composite.weights_of(scores) @ matrix)
+    basis, matrix = composite.basis, composite.basis.matrix
+    mixed = composite.mix(scores)[1]
     found = {"composite": mixed}
     for name in controls:
         if name in ("uniform", "best single"):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fvlens.composition._gate import Gate
 from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
@@ -111,6 +112,7 @@ class CompositeMap:
         rule: a name of :data:`RULES`.
         setting: the prompts it was trained on.
         template: of source and target queries.
+        gates: at most one a setting; see :func:`fit_gate`.
         seen: what took part; evaluations refuse to score on it.
         history: of the training.
     """
@@ -124,6 +126,7 @@ class CompositeMap:
     rule: str = "softmax"
     setting: Setting = "zero_shot"
     template: str = "qa"
+    gates: tuple[Gate, ...] = ()
     seen: Seen = field(default_factory=Seen)
     history: FitHistory = field(default_factory=lambda: FitHistory((), (), ()))
 
@@ -138,6 +141,25 @@ class CompositeMap:
         _check_choice("scores", self.scores, SCORES)
         _check_choice("rule", self.rule, tuple(RULES))
         _check_choice("setting", self.setting, SETTINGS)
+        gated = [gate.setting for gate in self.gates]
+        if len(set(gated)) < len(gated):
+            raise ValueError(f"CompositeMap: expected one gate a setting, got gates for {', '.join(gated)}.")
+
+    def gate(self, setting: Setting) -> Gate | None:
+        """The gate for these prompts, if there is one."""
+        return next((gate for gate in self.gates if gate.setting == setting), None)
+
+    def with_gate(self, gate: Gate, analogies: Sequence[Analogy] = ()) -> "CompositeMap":
+        """The same with this gate instead of an older one of its setting; ``analogies`` took part in making it."""
+        kept = tuple(one for one in self.gates if one.setting != gate.setting)
+        return dataclasses.replace(self, gates=(*kept, gate), seen=self.seen.with_analogies(analogies))
+
+    def mix(
+        self, log_probs: Float[Tensor, "row relation"]
+    ) -> tuple[Float[Tensor, "row relation"], Float[Tensor, "row d_model"]]:
+        """Weights and composite vectors from scores that are there already, before any gate."""
+        weights = self.weights_of(log_probs)
+        return weights, self.strength * (weights @ self.basis.matrix)
 
     def weights_of(self, log_probs: Float[Tensor, "*row relation"]) -> Float[Tensor, "*row relation"]:
         """Weights from scores that are there already (log-probabilities of the source's answer)."""
@@ -170,7 +192,7 @@ class CompositeMap:
         found = self.explain(model, a, b)
         return dataclasses.replace(
             self.basis[0],
-            vector=self.strength * (found.weights @ self.basis.matrix),
+            vector=self.mix(found.scores[None])[1][0],
             relation=", ".join(f"{pair.input} : {pair.output}" for pair in found.pairs),
             kind="composite",
             heads=(),
@@ -189,6 +211,7 @@ class CompositeMap:
             "categories": list(self.basis.categories),
             "seen": {"relations": sorted(self.seen.relations), "pairs": sorted(map(list, self.seen.pairs))},
             "history": dataclasses.asdict(self.history),
+            "gates": [dataclasses.asdict(gate) for gate in self.gates],
             **{name: getattr(self, name) for name in _PLAIN},
         }
         tensors = {"basis": self.basis.matrix, "matrix": self.matrix, "shift": self.shift}
@@ -215,6 +238,10 @@ class CompositeMap:
                 matrix=tensors["matrix"],
                 shift=tensors["shift"],
                 seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
+                gates=tuple(
+                    Gate(one["kind"], tuple(map(float, one["slopes"])), float(one["offset"]), one["setting"])
+                    for one in header["gates"]
+                ),
                 history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
             )
