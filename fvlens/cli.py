@@ -1,5 +1,5 @@
 """Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
-``inject``.
+``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``.
 
 Errors are one line with a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
 """
@@ -540,6 +540,197 @@ def inject(
     if generate:
         out.print(f"plain   {plain_text!r}", highlight=False, soft_wrap=True)
         out.print(f"steered {steered_text!r}", highlight=False, soft_wrap=True)
+
+
+CompositeOption = Annotated[
+    Path | None,
+    typer.Option("--composite", help="A file of `fvlens compose`; without one the library's basis is trained first."),
+]
+
+
+@app.command()
+def compose(
+    file: Annotated[Path, typer.Option("--out", help="File for the composite.")] = Path("composite.safetensors"),
+    model: ModelOption = "rel-small",
+    seed: SeedOption = 0,
+    map: Annotated[
+        Literal["none", "diagonal", "full", "lowrank"],
+        typer.Option("--map", help="From source scores to weights; none needs no analogies."),
+    ] = "none",
+    gate: Annotated[
+        Literal["learned", "threshold"] | None, typer.Option("--gate", help="What decides how strongly to steer.")
+    ] = None,
+    setting: Annotated[
+        Literal["zero_shot", "one_shot"], typer.Option("--setting", help="Prompts that map and gate are trained on.")
+    ] = "one_shot",
+    n_analogies: Annotated[int, typer.Option("--n-analogies", min=4, help="Training analogies of the map.")] = 2430,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Inject after this layer [default: a third of the way up].")
+    ] = None,
+    n_train: Annotated[int, typer.Option("--n-train", min=1, help="Training pairs of each basis vector.")] = 20,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over pairs and analogies.")] = 20,
+    template: TemplateOption = "qa",
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """A basis of the library's relations with a map and a gate, for `fvlens analogy --composite`."""
+    from fvlens.composition import library_composite
+
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
+    made = library_composite(
+        _load(model, device), layer=layer, n_train=n_train, map=map, setting=setting, n_analogies=n_analogies,
+        epochs=epochs, gate=gate, template=template, generator=torch.Generator().manual_seed(seed), progress=not quiet,
+    )  # fmt: skip
+    out.print(f"{len(made.basis)} vectors after layer {made.basis.layer}, map {map}", highlight=False, soft_wrap=True)
+    for found in made.gates:
+        out.print(f"gate, {_setting(found.setting)}: {found.describe()}", highlight=False, soft_wrap=True)
+    _wrote([made.save(file)])
+
+
+@app.command()
+def analogy(
+    a: Annotated[str, typer.Argument(metavar="A", help="A is to B ...")],
+    b: Annotated[str, typer.Argument(metavar="B")],
+    c: Annotated[str, typer.Argument(metavar="C", help="... as C is to what?")],
+    choices: Annotated[
+        str | None, typer.Option("--choices", help="Answers to choose among, with commas between them.")
+    ] = None,
+    composite: CompositeOption = None,
+    model: ModelOption = "rel-small",
+    seed: SeedOption = 0,
+    n_top: Annotated[int, typer.Option("--top", min=1, help="Answers and basis relations shown.")] = 5,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Solve A : B :: C : ? with a composite vector; show its weights and the unsteered answer."""
+    from fvlens.composition import answer_analogy
+
+    options = None if choices is None else [word.strip() for word in choices.split(",") if word.strip()]
+    if options is not None and len(set(options)) < 2:
+        raise ValueError(f"--choices {choices!r}: expected at least two different words with commas between them.")
+    network = _load(model, device)
+    made = _composite(network, composite, seed, quiet)
+    found = answer_analogy(network, made, a, b, c, choices=options)
+    table = Table(Column("way", no_wrap=True), "answers with their probability", box=None)
+    for name, answers in found.answers.items():
+        table.add_row(name, ", ".join(f"{word} {chance:.2f}" for word, chance in answers[:n_top]))
+    out.print(f"{a} : {b} :: {c} : {found.answer}", highlight=False, soft_wrap=True)
+    out.print(table)
+    weights = Table("basis relation", Column("weight", justify="right"), box=None)
+    for name, weight in found.explanation.top(n_top):
+        weights.add_row(name, f"{weight:.3f}")
+    out.print(weights)
+    for setting, strength in found.gates.items():
+        out.print(f"gate, {_setting(setting)}: {strength:.2f} of the composite is injected", highlight=False)
+
+
+@app.command()
+def analogies(
+    file: Annotated[Path, typer.Argument(help="A file or BATS folder of analogies.")],
+    composite: CompositeOption = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="How it is written [default: guessed]; see fvlens.relations.READERS.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for tables and figure [default: none].")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many, drawn at random.")] = None,
+    model: ModelOption = "rel-small",
+    seed: SeedOption = 0,
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Score pairs that took part in making the composite, too.")
+    ] = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Evaluate the analogies of a file: unsteered, with the composite, with its controls."""
+    from fvlens.composition import evaluate_analogies
+    from fvlens.relations import read_analogies
+    from fvlens.report import write_figure
+
+    if folder is not None:
+        _folder(folder)
+    generator = torch.Generator().manual_seed(seed)
+    read = read_analogies(file, format=format, n=limit, generator=generator)
+    network = _load(model, device)
+    found = evaluate_analogies(
+        network, read, _composite(network, composite, seed, quiet), allow_leak=allow_leak, generator=generator,
+        progress=not quiet,
+    )  # fmt: skip
+    table = Table("kind", "way", *(Column(name, justify="right") for name in ("n", "top-1", "interval", "choice")),
+                  box=None)  # fmt: skip
+    for row in found.summary().to_dict("records"):
+        choice = "" if row["choice"] != row["choice"] else f"{row['choice']:.3f}"
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        table.add_row(row["kind"] or "", row["way"], str(row["n"]), f"{row['top1']:.3f}", interval, choice)
+    out.print(table)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        each, summary = folder / "analogies.csv", folder / "summary.csv"
+        found.to_dataframe().to_csv(each, index=False)
+        found.summary().to_csv(summary, index=False)
+        _wrote([each, summary, write_figure(folder / "analogies.html", found.plot())])
+
+
+@app.command()
+def sensitivity(
+    composite: CompositeOption = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")] = Path("fvlens-sensitivity"),
+    n_test: Annotated[int, typer.Option("--n-test", min=2, help="Test analogies, half near, half far.")] = 300,
+    n_fit: Annotated[
+        int, typer.Option("--n-fit", min=4, help="Training analogies of each changed map, if there is a map.")
+    ] = 600,
+    n_repeats: Annotated[int, typer.Option("--n-repeats", min=1, help="Draws behind each random change.")] = 3,
+    setting: Annotated[
+        Literal["zero_shot", "one_shot"], typer.Option("--setting", help="Prompts that are steered.")
+    ] = "zero_shot",
+    model: ModelOption = "rel-small",
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The same analogies with parts of the basis dropped, merged, drowned in noise or removed."""
+    from fvlens.composition import basis_study, library_analogies
+    from fvlens.report import write_figure
+
+    folder = _folder(folder)
+    network = _load(model, device)
+    made = _composite(network, composite, seed, quiet)
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Any] = dict(generator=generator, names=made.basis.names, n_foils=0)
+    fit = [] if made.map == "none" else library_analogies("train", n=n_fit, **drawn)
+    found = basis_study(
+        network, made, library_analogies("test", n=n_test, **drawn), fit=fit, n_repeats=n_repeats, setting=setting,
+        generator=generator, progress=not quiet,
+    )  # fmt: skip
+    names = ("vectors", "top-1", "interval", "against the full basis", "weights in common")
+    table = Table("basis", *(Column(name, justify="right") for name in names), box=None)
+    for one in found.changes:
+        low, high, _ = one.interval
+        mean, (least, most, _) = one.difference
+        difference = f"{mean:+.3f} [{least:+.3f}, {most:+.3f}]"
+        table.add_row(
+            one.name, f"{one.n_basis:.0f}", f"{one.top1:.3f}", f"[{low:.3f}, {high:.3f}]", difference,
+            f"{one.stability:.2f}",
+        )  # fmt: skip
+    out.print(table)
+    compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in found.references.items())
+    out.print(f"{found.n_analogies} analogies, {_setting(setting)}; {compared}", highlight=False, soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    table_file = folder / "sensitivity.csv"
+    found.to_dataframe().to_csv(table_file, index=False)
+    _wrote([table_file, write_figure(folder / "sensitivity.html", found.plot())])
+
+
+def _setting(name: str) -> str:
+    return {"zero_shot": "bare query", "one_shot": "one-shot prompt"}[name]
+
+
+def _composite(network: Any, file: Path | None, seed: int, quiet: bool) -> Any:
+    from fvlens.composition import CompositeMap, library_composite
+
+    if file is not None:
+        return CompositeMap.load(file, model=network)
+    return library_composite(network, generator=torch.Generator().manual_seed(seed), progress=not quiet)
 
 
 def _load(name: str, device: str | None) -> Any:

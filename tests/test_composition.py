@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,8 @@ from fvlens.composition import (
     Gate,
     Scored,
     Seen,
+    answer_analogy,
+    basis_study,
     best_single_weights,
     default_rank,
     entmax_weights,
@@ -31,6 +34,8 @@ from fvlens.composition import (
     fit_gate,
     gate_signals,
     leaks,
+    library_analogies,
+    library_composite,
     mcnemar,
     softmax_weights,
     source_scores,
@@ -40,7 +45,7 @@ from fvlens.composition import (
     weights_by,
 )
 from fvlens.prompts import render_prompts
-from fvlens.relations import Analogy, Pair, load_relation, make_analogies
+from fvlens.relations import Analogy, Pair, held_out, load_relation, make_analogies
 from fvlens.vectors import FunctionVector
 
 NAMES = ("body-part", "tool-part", "vehicle-part", "animal-french", "tool-french")
@@ -548,9 +553,8 @@ def test_signals_do_not_know_the_answer(tiny, fitted, for_gate):
 
 def test_a_learned_gate_lowers_the_loss_of_its_own_formula(tiny, fitted, for_gate):
     """The loss of the fitted gate is below that of every constant factor between never and always."""
-    gate = fit_gate(
-        tiny, fitted, for_gate, l2=0.0, epochs=60, batch_size=100, generator=seeded(), progress=False
-    ).gate("one_shot")
+    options = dict(l2=0.0, epochs=60, batch_size=100, progress=False)
+    gate = fit_gate(tiny, fitted, for_gate, generator=seeded(), **options).gate("one_shot")
 
     def loss(factors):
         total = 0.0
@@ -632,3 +636,193 @@ def test_bad_gates_are_refused(tiny, fitted, for_gate, unchecked):
     two = Gate("learned", (0.0, 0.0, 0.0), 0.0, "one_shot")
     with pytest.raises(ValueError, match="expected one gate a setting, got gates for one_shot, one_shot"):
         dataclasses.replace(fitted, gates=(two, two))
+
+
+# Changed bases
+
+
+@pytest.fixture(scope="module")
+def real(model):
+    """A small composite of the embedded model, and analogies that it solves in part."""
+    made = library_composite(model, names=NAMES, epochs=5, generator=seeded(), progress=False)
+    return made, library_analogies("test", n=30, names=NAMES, generator=seeded(1))
+
+
+@pytest.fixture(scope="module")
+def study(model, real):
+    return basis_study(model, *real, drop=(0.4,), noise=(0.4,), n_repeats=2, generator=seeded(4), progress=False)
+
+
+def test_a_study_covers_every_change_and_its_figures_are_those_of_plain_evaluations(model, real, study):
+    made, asked = real
+    wanted = ["full basis", "40% dropped", "near-duplicates merged", "40% noise added", "own family removed"]
+    assert [one.name for one in study.changes] == [*wanted, "own domain removed"]
+    assert [one.n_basis for one in study.changes[:4]] == [5, 3, 5, 7]
+    options = dict(settings=["zero_shot"], controls=["own vector"], generator=seeded(), progress=False)
+    full = evaluate_analogies(model, asked, made, **options)
+    assert study["full basis"].top1 == full.top1("composite, zero-shot") > 0.3
+    assert study.references == {name: full.top1(f"{name}, zero-shot") for name in ("unsteered", "own vector")}
+    without, sizes = [], []
+    for one in asked:
+        family = load_relation(one.target_relation).family
+        left = [name for name in NAMES if load_relation(name).family != family]
+        sizes.append(len(left))
+        found = evaluate_analogies(model, [one], CompositeMap.plain(made.basis.select(left)), **options)
+        without.append(found.top1("composite, zero-shot"))
+    removed = study["own family removed"]
+    assert removed.top1 == pytest.approx(sum(without) / len(asked))
+    assert removed.difference.mean == pytest.approx(removed.top1 - study["full basis"].top1)
+    assert removed.n_basis == pytest.approx(sum(sizes) / len(sizes))
+    assert removed.top1 < study["full basis"].top1
+
+
+def test_weights_are_stable_where_softmax_makes_them_so(study):
+    """Without a map, what is left keeps its proportions; noise takes some of the mass."""
+    for name in ("40% dropped", "own family removed", "own domain removed", "full basis", "near-duplicates merged"):
+        assert study[name].stability == pytest.approx(1, abs=1e-4)
+    assert 0 < study["40% noise added"].stability < 1
+
+
+def test_duplicates_become_their_mean(basis):
+    from fvlens.composition._sensitivity import _merge, _overlap
+
+    twin = dataclasses.replace(basis[1], vector=3 * basis[1].vector, relation="twin")
+    merged, target = _merge(VectorSet((*basis, twin)), 0.99)
+    assert merged.names == NAMES
+    torch.testing.assert_close(merged[1].vector, 2 * basis[1].vector)
+    torch.testing.assert_close(merged[0].vector, basis[0].vector)
+    weights = torch.tensor([[0.1, 0.2, 0.1, 0.1, 0.1, 0.4]])
+    torch.testing.assert_close(weights @ target, torch.tensor([[0.1, 0.6, 0.1, 0.1, 0.1]]))
+    half = torch.tensor([[0.5, 0.5]])
+    assert _overlap(2 * half, torch.tensor([[0.9, 0.1]])).item() == pytest.approx(0.6)
+
+
+def test_a_map_is_trained_anew_for_every_changed_basis(tiny, fitted, train, test_set):
+    found = basis_study(
+        tiny, fitted, test_set, fit=train, drop=(0.2,), merge=None, noise=(), remove=(), n_repeats=1, epochs=1,
+        generator=seeded(), progress=False,
+    )  # fmt: skip
+    assert [one.name for one in found.changes] == ["full basis", "20% dropped"]
+    assert found["20% dropped"].stability < 0.999
+    with pytest.raises(ValueError, match="took part in making the composite"):
+        basis_study(tiny, fitted, train, fit=train, generator=seeded(), progress=False)
+
+
+def test_a_study_as_table_and_figure(study):
+    table = study.to_dataframe()
+    assert list(table["change"]) == [one.name for one in study.changes]
+    assert table["diff_low"].iloc[1] <= table["difference"].iloc[1] <= table["diff_high"].iloc[1]
+    figure = study.plot()
+    assert {"full basis (5)", "own vector"} <= set(re.findall(r"full basis \(5\)|own vector", str(figure.layout)))
+    assert list(figure.data[0].x) == pytest.approx(list(table["top1"]))
+    with pytest.raises(ValueError, match="no change 'half'; there are full basis, 40% dropped"):
+        study["half"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": (1.0,)}, "expected shares of drop between 0 and 1, got 1.0"),
+        ({"noise": (0.0,)}, "expected shares of noise above 0, got 0.0"),
+        ({"merge": 2.0}, "expected merge, a cosine, in -1..1, got 2.0"),
+        ({"remove": ("word",)}, "remove='word'; expected family or domain"),
+        ({"n_repeats": 0}, "expected n_repeats of at least 1, got 0"),
+    ],
+)
+def test_bad_studies_are_refused(tiny, basis, test_set, unchecked, change, message):
+    with pytest.raises(ValueError, match=message):
+        basis_study(tiny, CompositeMap.plain(basis), test_set, generator=seeded(), **change)
+
+
+def test_a_study_of_a_map_wants_analogies(tiny, fitted, test_set):
+    with pytest.raises(ValueError, match="a map of shape 'full' is trained anew, which needs fit analogies"):
+        basis_study(tiny, fitted, test_set, generator=seeded())
+
+
+# From the library, and single answers
+
+SMALL = ("body-part", "tool-part", "vehicle-part")
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    return library_composite(
+        tiny, names=SMALL, map="diagonal", gate="learned", setting="one_shot", n_analogies=20, epochs=1,
+        generator=seeded(), progress=False,
+    )  # fmt: skip
+
+
+def test_a_library_composite_has_seen_no_test_pair(tiny, small):
+    assert small.basis.names == SMALL and small.basis.layer == tiny.cfg.n_layers // 3
+    assert small.map == "diagonal" and small.gate("one_shot") is not None and small.gate("zero_shot") is None
+    division = held_out()
+    for name in SMALL:
+        split = division.split(load_relation(name))
+        assert {tuple(pair) for pair in split.train[:20]} <= small.seen.pairs
+        assert not {tuple(pair) for pair in split.test} & small.seen.pairs
+    test_set = library_analogies("test", n=12, names=SMALL, generator=seeded())
+    assert leaks(small.seen, test_set) == []
+    again = library_composite(
+        tiny, names=SMALL, map="diagonal", gate="learned", setting="one_shot", n_analogies=20, epochs=1,
+        generator=seeded(), progress=False,
+    )  # fmt: skip
+    assert torch.equal(again.basis.matrix, small.basis.matrix) and again.gates == small.gates
+
+
+def test_library_analogies_are_half_near_half_far_and_of_their_part(unchecked):
+    made = library_analogies("valid", n=40, generator=seeded())
+    assert [one.kind for one in made] == ["near"] * 20 + ["far"] * 20
+    division = held_out()
+    for one in made:
+        valid = division.split(load_relation(one.target_relation)).valid
+        assert one.target_pair in valid
+        if one.kind == "far":
+            source, target = load_relation(one.source_relation), load_relation(one.target_relation)
+            assert (source.domain, target.domain) not in division.domain_pairs[source.family]
+    with pytest.raises(ValueError, match="part='all'; expected train, valid or test"):
+        library_analogies("all", n=4, generator=seeded())
+
+
+def test_answers_are_those_of_whole_passes(tiny, small):
+    found = answer_analogy(tiny, small, "hand", "finger", "tree")
+    vector = small.vector_for(tiny, "hand", "finger").vector
+    for name, shown, added in (
+        ("unsteered, zero-shot", [], torch.zeros_like(vector)),
+        ("composite, one-shot", [Pair("hand", "finger")], vector),
+        ("gated composite, one-shot", [Pair("hand", "finger")], found.gates["one_shot"] * vector),
+    ):
+        logits = naive_log_prob(tiny, Pair("tree", "x"), shown, added, layer=small.basis.layer)[1]
+        best = logits.float().softmax(-1).max()
+        word, chance = found.answers[name][0]
+        assert chance == pytest.approx(float(best), abs=1e-5)
+        assert word == tiny.tokenizer.decode([int(logits.argmax())]).strip()
+    assert found.answer == found.answers["gated composite, one-shot"][0][0]
+    assert found.explanation.names == SMALL
+
+
+def test_choices_are_ranked_by_their_likelihood(tiny, small):
+    words = ["branch", "forest", "root"]
+    found = answer_analogy(tiny, small, "hand", "finger", "tree", choices=words).answers["unsteered, one-shot"]
+    logs = torch.tensor([
+        naive_log_prob(tiny, Pair("tree", word), [Pair("hand", "finger")], torch.zeros(tiny.cfg.d_model))[0]
+        for word in words
+    ])  # fmt: skip
+    assert dict(found) == pytest.approx(dict(zip(words, logs.softmax(0).tolist(), strict=True)), abs=1e-5)
+    assert [chance for _, chance in found] == sorted((chance for _, chance in found), reverse=True)
+    with pytest.raises(ValueError, match="expected at least two different choices"):
+        answer_analogy(tiny, small, "hand", "finger", "tree", choices=["branch"])
+
+
+def test_relations_that_gain_come_first_with_their_weights(model, real):
+    made, asked = real
+    found = evaluate_analogies(model, asked, made, generator=seeded(), progress=False)
+    ways = ("own vector, zero-shot", "unsteered, zero-shot")
+    table = found.by_relation(*ways)
+    assert table["gain"].is_monotonic_decreasing and table["n"].sum() == len(asked) and table["gain"].iloc[0] > 0
+    row = table.iloc[0]
+    own = [i for i, one in enumerate(asked) if one.target_relation == row["relation"]]
+    assert row[ways[0]] == pytest.approx(found[ways[0]].right[own].double().mean().item())
+    mean = torch.stack([made.weights(model, asked[i].a, asked[i].b) for i in own]).mean(dim=0)
+    assert row["heaviest"] == NAMES[int(mean.argmax())]
+    assert row["weight"] == pytest.approx(float(mean.max()), abs=1e-5)
+    assert row["own_weight"] == pytest.approx(float(mean[NAMES.index(row["relation"])]), abs=1e-5)

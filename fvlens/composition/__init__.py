@@ -5,6 +5,8 @@ v_i)``; (2) an affine map and a softmax turn scores into weights, ``w = softmax(
 v_i`` is injected on c. A gate (:func:`fit_gate`) says how strongly, or not at all.
 """
 
+from fvlens.composition._answer import Answered, answer_analogy
+from fvlens.composition._build import library_analogies, library_composite
 from fvlens.composition._evaluate import (
     CONTROLS,
     AnalogyEvaluation,
@@ -37,6 +39,7 @@ from fvlens.composition._rules import (
     uniform_weights,
     weights_by,
 )
+from fvlens.composition._sensitivity import BasisStudy, Change, basis_study
 
 __all__ = [
     "CONTROLS",
@@ -47,6 +50,9 @@ __all__ = [
     "SETTINGS",
     "SIGNALS",
     "AnalogyEvaluation",
+    "Answered",
+    "BasisStudy",
+    "Change",
     "Comparison",
     "CompositeMap",
     "Explanation",
@@ -56,6 +62,8 @@ __all__ = [
     "Scored",
     "Seen",
     "SourceScores",
+    "answer_analogy",
+    "basis_study",
     "best_single_weights",
     "default_rank",
     "entmax_weights",
@@ -64,6 +72,8 @@ __all__ = [
     "fit_gate",
     "gate_signals",
     "leaks",
+    "library_analogies",
+    "library_composite",
     "mcnemar",
     "softmax_weights",
     "source_scores",

@@ -89,11 +89,15 @@ class AnalogyEvaluation:
         analogies: what was asked.
         scored: the ways, by name.
         seed: of the bootstrap.
+        basis: names of the composite's basis, none without a composite.
+        weights: of each basis relation in each analogy's mixture.
     """
 
     analogies: tuple[Analogy, ...]
     scored: dict[str, Scored]
-    seed: int = field(default=0)
+    seed: int = 0
+    basis: tuple[str, ...] = ()
+    weights: Float[Tensor, "analogy relation"] = field(default_factory=lambda: torch.zeros(0, 0))
 
     def _which(self, kind: str | None) -> Tensor:
         keep = torch.tensor([kind is None or one.kind == kind for one in self.analogies])
@@ -167,6 +171,29 @@ class AnalogyEvaluation:
                     )
                 )  # fmt: skip
         return pd.DataFrame(rows)
+
+    def by_relation(self, first: str, second: str, *, kind: str | None = None) -> "pd.DataFrame":
+        """Which target relations gain from one way over another, and what the mixture puts its weight on.
+
+        One row a target relation, the largest gain first: ``relation, n``, top-1 of either way, ``gain``, and, with a
+        composite, ``heaviest`` (the basis relation with most weight on average), ``weight`` (its mean weight) and
+        ``own_weight`` (that of the target relation itself, 0 where it is not in the basis).
+        """
+        import pandas as pd
+
+        keep = self._which(kind).tolist()
+        rows = []
+        for name in dict.fromkeys(one.target_relation for one, kept in zip(self.analogies, keep, strict=True) if kept):
+            own = [i for i, one in enumerate(self.analogies) if keep[i] and one.target_relation == name]
+            a, b = (float(self[way].right[own].double().mean()) for way in (first, second))
+            row: dict[str, Any] = {"relation": name, "n": len(own), first: a, second: b, "gain": a - b}
+            if self.basis:
+                mean = self.weights[own].mean(dim=0)
+                place = int(mean.argmax())
+                own_weight = float(mean[self.basis.index(name)]) if name in self.basis else 0.0
+                row |= {"heaviest": self.basis[place], "weight": float(mean[place]), "own_weight": own_weight}
+            rows.append(row)
+        return pd.DataFrame(rows).sort_values("gain", ascending=False, kind="stable", ignore_index=True)
 
     def plot(self, *, kind: str | None = None) -> "go.Figure":
         """Top-1 of every way with its interval, as bars."""
@@ -298,17 +325,19 @@ def evaluate_analogies(
     options: dict[str, Any] = dict(layer=layer, template=template, path=path, max_memory=max_memory)
     shots = _shots(analogies, demonstrations, n_shots, generator) if demonstrations is not None else None
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    ways = {setting: {"unsteered": torch.zeros(model.cfg.d_model)} for setting in settings}
+    sources = None
+    zero = torch.zeros(model.cfg.d_model)
+    ways = {setting: {"unsteered": zero} for setting in settings}
     if composite is not None:
         kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
         pairs = [one.source_pair for one in analogies]
-        scores = source_scores(model, composite.basis, pairs, template=composite.template, **kept)
-        vectors = _vectors(analogies, composite, scores.log_probs, controls, generator)
+        sources = source_scores(model, composite.basis, pairs, template=template, **kept)
+        vectors = _vectors(analogies, composite, sources.log_probs, controls, generator)
         for setting in settings:
             ways[setting] |= vectors
             gate = composite.gate(setting)
             if gate is not None:
-                signals = signals_from(model, composite, analogies, scores, setting=setting, **kept)
+                signals = signals_from(model, composite, analogies, sources, setting=setting, **kept)
                 ways[setting]["gated composite"] = gate.strength(signals)[:, None] * vectors["composite"]
     scored: dict[str, Scored] = {}
     n_ways = sum(map(len, ways.values())) + (shots is not None)
@@ -324,7 +353,10 @@ def evaluate_analogies(
             name = f"unsteered, {n_shots}-shot"
             scored[name] = asked.score(asked.queries(model, shots, options), zero, name)
             bar.update()
-    return AnalogyEvaluation(analogies, scored, seed)
+    if composite is None or sources is None:
+        return AnalogyEvaluation(analogies, scored, seed)
+    weights = composite.weights_of(sources.log_probs)
+    return AnalogyEvaluation(analogies, scored, seed, composite.basis.names, weights)
 
 
 def _shots(

@@ -145,6 +145,20 @@ class CompositeMap:
         if len(set(gated)) < len(gated):
             raise ValueError(f"CompositeMap: expected one gate a setting, got gates for {', '.join(gated)}.")
 
+    @classmethod
+    def plain(
+        cls,
+        basis: VectorSet,
+        *,
+        template: str = "qa",
+        setting: Setting = "zero_shot",
+        pairs: Sequence[Pair | tuple[str, str]] = (),
+    ) -> "CompositeMap":
+        """No map: weights are the softmax of the scores. ``pairs`` are those that the basis was trained on."""
+        n = len(basis)
+        seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in pairs))
+        return cls(basis, "none", torch.eye(n), torch.zeros(n), setting=setting, template=template, seen=seen)
+
     def gate(self, setting: Setting) -> Gate | None:
         """The gate for these prompts, if there is one."""
         return next((gate for gate in self.gates if gate.setting == setting), None)

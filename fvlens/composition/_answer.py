@@ -1,0 +1,102 @@
+"""One analogy answered, with the reasons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvlens.composition._fit_gate import gate_signals
+from fvlens.composition._map import CompositeMap, Explanation
+from fvlens.composition._queries import SETTINGS, Queries, Setting
+from fvlens.finetuning import frozen
+from fvlens.relations import Analogy, Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Answers to a : b :: c : ? in several ways, the likeliest first.
+
+    Attributes:
+        answers: way, such as ``"composite, one-shot"`` -> words with their probability; among choices, the share of
+            the choices' summed likelihood, each a mean per token.
+        explanation: weight of every basis relation.
+        gates: how much of the composite is injected, by setting; only where the composite has a gate.
+    """
+
+    answers: dict[str, list[tuple[str, float]]]
+    explanation: Explanation
+    gates: dict[Setting, float]
+
+    @property
+    def answer(self) -> str:
+        """The first word of the composite in the one-shot prompt, through its gate if it has one."""
+        gated = "gated composite, one-shot"
+        return self.answers[gated if gated in self.answers else "composite, one-shot"][0][0]
+
+
+def answer_analogy(
+    model: Any, composite: CompositeMap, a: str, b: str, c: str, *, choices: Sequence[str] | None = None, n: int = 20
+) -> Answered:
+    """Answer a : b :: c : ? without steering and with the composite, in the bare query and the one-shot prompt.
+
+    Args:
+        model: the model of the composite.
+        composite: the map.
+        a, b, c: the words.
+        choices: answers to choose among; any token otherwise.
+        n: answers kept, where there are no choices.
+
+    Raises:
+        ValueError: a blank word; fewer than two choices; another model than the composite's.
+
+    Example:
+        >>> import torch, fvlens
+        >>> from fvlens.composition import answer_analogy, library_composite
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> names, g = ["animal-young", "animal-home"], torch.Generator().manual_seed(0)
+        >>> composite = library_composite(model, names=names, epochs=5, generator=g, progress=False)
+        >>> answer_analogy(model, composite, "cow", "calf", "bear", choices=["den", "cub"]).answer
+        'cub'
+    """
+    if choices is not None and len(set(choices)) < 2:
+        raise ValueError(f"answer_analogy: expected at least two different choices, got {list(choices)}.")
+    composite.basis.check(model)
+    asked = Analogy(a, b, c, d=b)  # the answer that an analogy must have takes no part
+    source = asked.source_pair
+    vector = composite.vector_for(model, a, b).vector
+    words = [c] if choices is None else list(choices)
+    answers: dict[str, list[tuple[str, float]]] = {}
+    gates: dict[Setting, float] = {}
+    for setting in SETTINGS:
+        shown = [[source]] * len(words) if setting == "one_shot" else None
+        pairs = [Pair(c, word) for word in words]
+        queries = Queries(model, pairs, shown, layer=composite.basis.layer, template=composite.template)
+        ways = {"unsteered": torch.zeros_like(vector), "composite": vector}
+        gate = composite.gate(setting)
+        if gate is not None:
+            strength = gate.strength(gate_signals(model, composite, [asked], setting=setting))[0]
+            gates[setting] = float(strength)
+            ways["gated composite"] = strength * vector
+        for name, given in ways.items():
+            with torch.no_grad(), frozen(model):
+                found = _likeliest(model, queries, given, choices, n)
+            answers[f"{name}, {setting.replace('_', '-')}"] = found
+    return Answered(answers, composite.explain(model, a, b), gates)
+
+
+def _likeliest(
+    model: Any, queries: Queries, vector: Tensor, choices: Sequence[str] | None, n: int
+) -> list[tuple[str, float]]:
+    if choices is None:
+        chances = queries.logits(torch.tensor([0]), vector)[0, 0].float().softmax(dim=-1)
+        best = chances.topk(min(n, len(chances)))
+        words = [model.tokenizer.decode([token]).strip() for token in best.indices.tolist()]
+        return list(zip(words, best.values.tolist(), strict=True))
+    rows = torch.arange(len(queries))
+    logs = queries.log_probs(rows, vector).sum(dim=1).cpu() / queries.n_tokens
+    chances = logs.float().softmax(dim=0)
+    order = chances.argsort(descending=True).tolist()
+    listed = list(choices)
+    return [(listed[i], float(chances[i])) for i in order]

@@ -1,0 +1,115 @@
+"""A composite from the library alone: basis, map and gate over what the held-out division leaves."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fvlens.composition._fit_gate import fit_gate
+from fvlens.composition._gate import GateKind
+from fvlens.composition._map import CompositeMap, Map, fit_composite
+from fvlens.composition._queries import Setting
+from fvlens.finetuning import finetune_many
+from fvlens.relations import Analogy, held_out, load_relation, make_analogies
+
+
+def library_analogies(
+    part: str, *, n: int, generator: torch.Generator, names: Sequence[str] | None = None, n_foils: int = 3
+) -> list[Analogy]:
+    """Analogies of the library for fitting or testing, half near and half far.
+
+    Far ones connect the pairs of domains that :func:`fvlens.relations.held_out` leaves for fitting. A relation whose
+    part has fewer than two pairs takes no part.
+
+    Args:
+        part: ``"train"``, ``"valid"`` or ``"test"`` of each relation's split.
+        n: how many at most.
+        generator: source of randomness.
+        names: relations; by default those outside the held-out families.
+        n_foils: wrong answers for each.
+
+    Raises:
+        ValueError: no such part; no near or no far analogy can be made.
+    """
+    if part not in ("train", "valid", "test"):
+        raise ValueError(f"library_analogies: part={part!r}; expected train, valid or test.")
+    division = held_out()
+    found = [load_relation(name) for name in (division.relations() if names is None else names)]
+    parts = [dataclasses.replace(one, pairs=tuple(getattr(division.split(one), part))) for one in found]
+    shared: dict[str, Any] = dict(generator=generator, n_foils=n_foils, known=found)
+    near = make_analogies(parts, kind="near", n=n - n // 2, **shared)
+    far = make_analogies(parts, kind="far", n=max(1, n // 2), domains=division.fitted_domain_pairs(), **shared)
+    return [*near, *far]
+
+
+def library_composite(
+    model: Any,
+    *,
+    names: Sequence[str] | None = None,
+    layer: int | None = None,
+    n_train: int = 20,
+    map: Map = "none",
+    setting: Setting = "zero_shot",
+    n_analogies: int = 2430,
+    epochs: int = 20,
+    gate: GateKind | None = None,
+    template: str = "qa",
+    generator: torch.Generator,
+    progress: bool = True,
+) -> CompositeMap:
+    """A composite whose basis is trained on the library's relations, ready for :meth:`CompositeMap.vector_for`.
+
+    Basis: one vector a relation, trained from zero on the first ``n_train`` pairs of its train part. Map: trained on
+    analogies of the train parts, its epoch chosen on a tenth as many of the valid parts. Gate: fitted on other
+    analogies of the valid parts. Held-out families, pairs of domains and test pairs take no part.
+
+    Args:
+        model: any model that fvlens loads.
+        names: relations of the basis; by default those outside the held-out families.
+        layer: where vectors act; by default a third of the way up.
+        n_train: training pairs of each basis vector.
+        map: ``"none"`` needs no analogies; see :func:`fit_composite`.
+        setting: the prompts that map and gate are trained on.
+        n_analogies: training analogies of the map, and a fifth as many of the gate; half near, half far.
+        epochs: passes over the pairs of the basis and over the analogies.
+        gate: ``"learned"``, ``"threshold"`` or None.
+        template: how queries are written.
+        generator: all randomness.
+        progress: show bars.
+
+    Raises:
+        ValueError: an unknown relation or choice; numbers out of range.
+
+    Example:
+        >>> import torch, fvlens
+        >>> from fvlens.composition import library_composite
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> names, g = ["animal-young", "animal-home"], torch.Generator().manual_seed(0)
+        >>> composite = library_composite(model, names=names, epochs=5, generator=g, progress=False)
+        >>> composite.explain(model, "cow", "calf").top(1)[0][0]
+        'animal-young'
+    """
+    division = held_out()
+    chosen = division.relations() if names is None else list(names)
+    splits = {name: division.split(load_relation(name)) for name in chosen}
+    basis = finetune_many(
+        model, splits, init="zero", layer=model.cfg.n_layers // 3 if layer is None else layer, n_train=n_train,
+        epochs=epochs, template=template, generator=generator, progress=progress,
+    ).vectors  # fmt: skip
+    pairs = [pair for split in splits.values() for part in (split.train[:n_train], split.valid) for pair in part]
+    drawn: dict[str, Any] = dict(generator=generator, names=chosen, n_foils=0)
+    if map == "none":
+        composite = CompositeMap.plain(basis, template=template, setting=setting, pairs=pairs)
+    else:
+        composite = fit_composite(
+            model, basis, library_analogies("train", n=n_analogies, **drawn), map=map, setting=setting,
+            valid=library_analogies("valid", n=max(2, n_analogies // 10), **drawn), epochs=epochs, template=template,
+            basis_pairs=pairs, generator=generator, progress=progress,
+        )  # fmt: skip
+    if gate is not None:
+        analogies = library_analogies("valid", n=max(2, n_analogies // 5), **drawn)
+        composite = fit_gate(
+            model, composite, analogies, kind=gate, setting=setting, generator=generator, progress=progress
+        )
+    return composite
