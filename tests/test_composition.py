@@ -779,6 +779,14 @@ def test_library_analogies_are_half_near_half_far_and_of_their_part(unchecked):
         if one.kind == "far":
             source, target = load_relation(one.source_relation), load_relation(one.target_relation)
             assert (source.domain, target.domain) not in division.domain_pairs[source.family]
+    test_parts = library_analogies("test", n=500, generator=seeded())
+    fitted = {
+        tuple(pair)
+        for name in division.relations()
+        for part in ("train", "valid")
+        for pair in getattr(division.split(load_relation(name)), part)
+    }
+    assert leaks(Seen(pairs=frozenset(fitted)), test_parts) == []
     with pytest.raises(ValueError, match="part='all'; expected train, valid or test"):
         library_analogies("all", n=4, generator=seeded())
 

@@ -6,7 +6,7 @@ v_i`` is injected on c. A gate (:func:`fit_gate`) says how strongly, or not at a
 """
 
 from fvlens.composition._answer import Answered, answer_analogy
-from fvlens.composition._build import library_analogies, library_composite
+from fvlens.composition._build import library_analogies, library_composite, library_parts
 from fvlens.composition._evaluate import (
     CONTROLS,
     AnalogyEvaluation,
@@ -74,6 +74,7 @@ __all__ = [
     "leaks",
     "library_analogies",
     "library_composite",
+    "library_parts",
     "mcnemar",
     "softmax_weights",
     "source_scores",

@@ -6,21 +6,51 @@ from typing import Any
 
 import torch
 
+from fvlens.composition._evaluate import plain_pair
 from fvlens.composition._fit_gate import fit_gate
 from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map, fit_composite
 from fvlens.composition._queries import Setting
 from fvlens.finetuning import finetune_many
-from fvlens.relations import Analogy, held_out, load_relation, make_analogies
+from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
+
+
+def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relation]:
+    """Relations with one part of their pairs, as the held-out division splits them.
+
+    A pair can stand in two relations, in one of them for fitting and in the other for testing, and so can its reverse.
+    The test part leaves out what any relation outside the held-out families has for fitting.
+
+    Args:
+        part: ``"train"``, ``"valid"`` or ``"test"``.
+        names: relations; by default those outside the held-out families.
+
+    Raises:
+        ValueError: no such part; an unknown relation.
+    """
+    if part not in ("train", "valid", "test"):
+        raise ValueError(f"library_parts: part={part!r}; expected train, valid or test.")
+    division = held_out()
+    found = [load_relation(name) for name in (division.relations() if names is None else names)]
+    parts = [dataclasses.replace(one, pairs=tuple(getattr(division.split(one), part))) for one in found]
+    if part != "test":
+        return parts
+    splits = [division.split(load_relation(name)) for name in division.relations()]
+    fitted = {plain_pair(pair) for split in splits for pair in (*split.train, *split.valid)}
+    return [
+        dataclasses.replace(
+            one, pairs=tuple(p for p in one.pairs if not {plain_pair(p), plain_pair((p.output, p.input))} & fitted)
+        )
+        for one in parts
+    ]
 
 
 def library_analogies(
     part: str, *, n: int, generator: torch.Generator, names: Sequence[str] | None = None, n_foils: int = 3
 ) -> list[Analogy]:
-    """Analogies of the library for fitting or testing, half near and half far.
+    """Analogies of :func:`library_parts` for fitting or testing, half near and half far.
 
-    Far ones connect the pairs of domains that :func:`fvlens.relations.held_out` leaves for fitting. A relation whose
-    part has fewer than two pairs takes no part.
+    Far ones connect the pairs of domains that :func:`fvlens.relations.held_out` leaves for fitting.
 
     Args:
         part: ``"train"``, ``"valid"`` or ``"test"`` of each relation's split.
@@ -32,15 +62,12 @@ def library_analogies(
     Raises:
         ValueError: no such part; no near or no far analogy can be made.
     """
-    if part not in ("train", "valid", "test"):
-        raise ValueError(f"library_analogies: part={part!r}; expected train, valid or test.")
-    division = held_out()
-    found = [load_relation(name) for name in (division.relations() if names is None else names)]
-    parts = [dataclasses.replace(one, pairs=tuple(getattr(division.split(one), part))) for one in found]
-    shared: dict[str, Any] = dict(generator=generator, n_foils=n_foils, known=found)
+    parts = library_parts(part, names)
+    known = [load_relation(one.name) for one in parts]
+    shared: dict[str, Any] = dict(generator=generator, n_foils=n_foils, known=known)
     near = make_analogies(parts, kind="near", n=n - n // 2, **shared)
-    far = make_analogies(parts, kind="far", n=max(1, n // 2), domains=division.fitted_domain_pairs(), **shared)
-    return [*near, *far]
+    domains = held_out().fitted_domain_pairs()
+    return [*near, *make_analogies(parts, kind="far", n=max(1, n // 2), domains=domains, **shared)]
 
 
 def library_composite(

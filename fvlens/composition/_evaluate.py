@@ -203,7 +203,7 @@ class AnalogyEvaluation:
         ends = [self.interval(name, kind=kind) for name in names]
         return plots.bars(
             names, [self.top1(name, kind=kind) for name in names], [e.low for e in ends], [e.high for e in ends],
-            x_title="Top-1", x_range=(0, 1), highlighted=[name for name in names if name.startswith("composite")],
+            x_title="Top-1", x_range=(0, 1.15), highlighted=[name for name in names if name.startswith("composite")],
             title=f"{'' if kind is None else kind.capitalize() + ' a'}{'A' if kind is None else ''}nalogies",
         )  # fmt: skip
 
@@ -227,13 +227,13 @@ def leaks(seen: Seen, analogies: Sequence[Analogy], *, unseen: Unseen = "pairs")
     """
     if unseen not in ("pairs", "relations"):
         raise ValueError(f"unseen={unseen!r}; expected pairs or relations.")
-    known = {_plain(pair) for pair in seen.pairs}
+    known = {plain_pair(pair) for pair in seen.pairs}
     told: dict[str, None] = {}
     for one in analogies:
         for pair in (one.source_pair, one.target_pair):
-            if _plain(pair) in known:
+            if plain_pair(pair) in known:
                 told[f"the pair {pair.input} : {pair.output}"] = None
-            elif _plain((pair.output, pair.input)) in known:
+            elif plain_pair((pair.output, pair.input)) in known:
                 told[f"the pair {pair.input} : {pair.output}, reversed"] = None
         if unseen == "relations":
             for name in (one.source_relation, one.target_relation):
@@ -242,7 +242,8 @@ def leaks(seen: Seen, analogies: Sequence[Analogy], *, unseen: Unseen = "pairs")
     return list(told)
 
 
-def _plain(pair: tuple[str, str]) -> tuple[str, str]:
+def plain_pair(pair: tuple[str, str]) -> tuple[str, str]:
+    """A pair as the leak check compares it: without outer blanks and case."""
     return pair[0].strip().casefold(), pair[1].strip().casefold()
 
 

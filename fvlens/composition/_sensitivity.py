@@ -95,7 +95,7 @@ class BasisStudy:
             [one.top1 for one in self.changes],
             [one.interval.low for one in self.changes],
             [one.interval.high for one in self.changes],
-            x_title="Top-1", x_range=(0, 1), references=self.references,
+            x_title="Top-1", x_range=(0, 1.15), references=self.references,
             highlighted=[f"{self.changes[0].name} ({self.changes[0].n_basis:.0f})"],
             title=f"Changed basis (vectors left), {self.n_analogies} analogies, {self.setting.replace('_', '-')}",
         )  # fmt: skip

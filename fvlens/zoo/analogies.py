@@ -1,0 +1,186 @@
+"""Measure composite vectors: ``python -m fvlens.zoo.analogies [--model DIR] [--seeds 0 1 2] [--out FILE]``.
+
+Test analogies are the same for every seed and take no part in anything else (``fvlens/relations/held_out.json``): near
+ones, and far ones of three levels: (i) new word pairs between domains that fitting connects, (ii) between domains that
+it does not, (iii) of families that take part in nothing. A seed trains the basis (20 pairs a relation, from zero), maps
+on ``--n-fit`` analogies (half near, half far) and a gate on a fifth as many others, for the bare query and for the
+one-shot prompt; of the maps, the one with the best top-1 on the validation analogies is the composite. Values are means
+over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over analogies, paired where two
+ways are compared.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fvlens.composition import (
+    MAPS,
+    SETTINGS,
+    AnalogyEvaluation,
+    CompositeMap,
+    evaluate_analogies,
+    fit_composite,
+    fit_gate,
+    library_analogies,
+    library_composite,
+    library_parts,
+)
+from fvlens.metrics import paired_difference
+from fvlens.models import load_model
+from fvlens.relations import Analogy, held_out, load_relation, make_analogies
+from fvlens.zoo._table import markdown, mean_with_interval
+
+log = logging.getLogger("fvlens.zoo")
+
+LEVELS = ("near", "far (i)", "far (ii)", "far (iii)")
+WAYS = ("unsteered", "composite", "gated composite", "no map", "uniform", "best single", "random", "own vector")
+
+
+def drawn_tests(n: int, seed: int) -> dict[str, list[Analogy]]:
+    """At most ``n`` test analogies of each level."""
+    division = held_out()
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(unseen: bool, **how: Any) -> list[Analogy]:
+        parts = library_parts("test", division.relations(unseen=unseen))
+        found = [load_relation(one.name) for one in parts]
+        return make_analogies(parts, n=n, generator=generator, known=found, **how)
+
+    return {
+        "near": made(False, kind="near"),
+        "far (i)": made(False, kind="far", domains=division.fitted_domain_pairs()),
+        "far (ii)": made(False, kind="far", domains=division.domain_pairs),
+        "far (iii)": made(True, kind="far"),
+    }
+
+
+def measure_seed(
+    model: Any, tests: Mapping[str, Sequence[Analogy]], seed: int, *, names: Sequence[str] | None, n_fit: int,
+    layer: int, epochs: int,
+) -> tuple[dict[tuple[str, str, str], Tensor], dict[str, dict[str, float]], dict[str, AnalogyEvaluation]]:  # fmt: skip
+    """What each way solves (level, setting, way), validation top-1 of each map by setting, and the evaluations."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = library_composite(model, names=names, layer=layer, generator=generator, progress=False)
+    drawn: dict[str, Any] = dict(generator=generator, names=names, n_foils=0)
+    train, valid, for_gate = (
+        library_analogies(part, n=max(4, n), **drawn)
+        for part, n in (("train", n_fit), ("valid", n_fit // 10), ("valid", n_fit // 5))
+    )
+    solved: dict[tuple[str, str, str], Tensor] = {}
+    chosen: dict[str, dict[str, float]] = {}
+    evaluations: dict[str, AnalogyEvaluation] = {}
+    for setting in SETTINGS:
+        fitted: dict[str, CompositeMap] = {}
+        for map in MAPS:
+            began = time.monotonic()
+            fitted[map] = fit_composite(
+                model, plain.basis, train, valid=valid, map=map, setting=setting, learn_strength=map != "none",
+                epochs=epochs, basis_pairs=sorted(plain.seen.pairs), generator=generator, progress=False,
+            )  # fmt: skip
+            log.info("seed %d, %s, map %s: %.0f s", seed, setting, map, time.monotonic() - began)
+        chosen[setting] = {map: max(one.history.valid_top1) for map, one in fitted.items()}
+        best = max(chosen[setting], key=lambda map: chosen[setting][map])
+        gated = fit_gate(model, fitted[best], for_gate, setting=setting, generator=generator, progress=False)
+        log.info("seed %d, %s: map %s, gate %s", seed, setting, best, gated.gates[0].describe())
+        for level, analogies in tests.items():
+            shared: dict[str, Any] = dict(settings=[setting], generator=generator, progress=False)
+            found = evaluate_analogies(model, analogies, gated, **shared)
+            evaluations[f"{level}, {setting}"] = found
+            for name, way in found.scored.items():
+                solved[level, setting, name.rsplit(", ", 1)[0]] = way.right.double()
+            for map, one in fitted.items():
+                by_map = evaluate_analogies(model, analogies, one, controls=[], **shared)
+                name = "no map" if map == "none" else f"map {map}"
+                solved[level, setting, name] = by_map[f"composite, {setting.replace('_', '-')}"].right.double()
+    return solved, chosen, evaluations
+
+
+def measure(
+    model: Any,
+    seeds: Sequence[int],
+    *,
+    names: Sequence[str] | None = None,
+    n_test: int = 400,
+    n_fit: int = 2430,
+    layer: int = 1,
+    epochs: int = 20,
+) -> dict[str, Any]:
+    """The whole table as JSON: a row a level and setting, with mean and interval of every way and difference.
+
+    ``names`` restricts the basis and the fitting, not the tests.
+    """
+    tests = drawn_tests(n_test, 0)
+    every, maps, last = [], {}, {}
+    for seed in seeds:
+        solved, chosen, last = measure_seed(model, tests, seed, names=names, n_fit=n_fit, layer=layer, epochs=epochs)
+        every.append(solved)
+        maps[str(seed)] = chosen
+    means = {key: torch.stack([solved[key] for solved in every]).mean(dim=0) for key in every[0]}
+    rows, relations = [], []
+    for level, analogies in tests.items():
+        for setting in SETTINGS:
+            ways = {way: values for (of, how, way), values in means.items() if (of, how) == (level, setting)}
+            row: dict[str, Any] = {"level": level, "setting": setting.replace("_", "-"), "n": len(analogies)}
+            row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}
+            for first in ("composite", "gated composite"):
+                for second in ways:
+                    if second != first:
+                        mean, (low, high, _) = paired_difference(
+                            ways[first], ways[second], generator=torch.Generator().manual_seed(0)
+                        )
+                        row[f"{first} - {second}"] = {"mean": mean, "low": low, "high": high}
+            rows.append(row)
+            label = setting.replace("_", "-")
+            table = last[f"{level}, {setting}"].by_relation(f"composite, {label}", f"unsteered, {label}")
+            relations += [{"level": level, "setting": label, **one} for one in table.to_dict("records")]
+    return {"seeds": list(seeds), "n_fit": n_fit, "layer": layer, "maps": maps, "rows": rows, "relations": relations}
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The ways, then the differences that bars are about, as Markdown."""
+    labels = {"level": "analogies", "setting": "prompt", "n": "n"}
+    ways = {way: (way, 2) for way in (*WAYS, *(f"map {map}" for map in MAPS if map != "none"))}
+    absent = dict.fromkeys(("mean", "low", "high"), float("nan"))
+    rows = [dict.fromkeys(ways, absent) | row for row in found["rows"]]
+    differences = {
+        f"{first} - {second}": (f"{first} - {second}", 3)
+        for first, second in (
+            ("composite", "unsteered"), ("composite", "uniform"), ("composite", "best single"),
+            ("composite", "random"), ("composite", "own vector"), ("gated composite", "unsteered"),
+        )
+    }  # fmt: skip
+    rows = [dict.fromkeys(differences, absent) | row for row in rows]
+    return markdown(rows, labels, ways) + "\n\n" + markdown(rows, labels, differences)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m fvlens.zoo.analogies", description=__doc__)
+    parser.add_argument("--model", default="rel-small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--n-test", type=int, default=400, help="test analogies of each level")
+    parser.add_argument("--n-fit", type=int, default=2430, help="training analogies of a map")
+    parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training analogies")
+    parser.add_argument("--out", type=Path, default=None, help="write everything to this JSON file")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    found = measure(
+        load_model(args.model, device="cpu"), args.seeds, n_test=args.n_test, n_fit=args.n_fit, layer=args.layer,
+        epochs=args.epochs,
+    )  # fmt: skip
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    tqdm.write(tables(found))
+
+
+if __name__ == "__main__":
+    main()
