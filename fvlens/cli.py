@@ -658,17 +658,18 @@ def analogies(
     )  # fmt: skip
     table = Table("kind", "way", *(Column(name, justify="right") for name in ("n", "top-1", "interval", "choice")),
                   box=None)  # fmt: skip
-    for row in found.summary().to_dict("records"):
+    summary = found.summary()
+    for row in summary.to_dict("records"):
         choice = "" if row["choice"] != row["choice"] else f"{row['choice']:.3f}"
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         table.add_row(row["kind"] or "", row["way"], str(row["n"]), f"{row['top1']:.3f}", interval, choice)
     out.print(table)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        each, summary = folder / "analogies.csv", folder / "summary.csv"
+        each, table_file = folder / "analogies.csv", folder / "summary.csv"
         found.to_dataframe().to_csv(each, index=False)
-        found.summary().to_csv(summary, index=False)
-        _wrote([each, summary, write_figure(folder / "analogies.html", found.plot())])
+        summary.to_csv(table_file, index=False)
+        _wrote([each, table_file, write_figure(folder / "analogies.html", found.plot())])
 
 
 @app.command()
@@ -677,7 +678,7 @@ def sensitivity(
     folder: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")] = Path("fvlens-sensitivity"),
     n_test: Annotated[int, typer.Option("--n-test", min=2, help="Test analogies, half near, half far.")] = 300,
     n_fit: Annotated[
-        int, typer.Option("--n-fit", min=4, help="Training analogies of each changed map, if there is a map.")
+        int, typer.Option("--n-fit", min=4, help="Training analogies of each map, if there is a map.")
     ] = 600,
     n_repeats: Annotated[int, typer.Option("--n-repeats", min=1, help="Draws behind each random change.")] = 3,
     setting: Annotated[

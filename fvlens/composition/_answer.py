@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvlens.composition._fit_gate import gate_signals
+from fvlens.composition._fit_gate import signals_from
 from fvlens.composition._map import CompositeMap, Explanation
-from fvlens.composition._queries import SETTINGS, Queries, Setting
+from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.finetuning import frozen
 from fvlens.relations import Analogy, Pair
 
@@ -65,25 +65,29 @@ def answer_analogy(
     composite.basis.check(model)
     asked = Analogy(a, b, c, d=b)  # the answer that an analogy must have takes no part
     source = asked.source_pair
-    vector = composite.vector_for(model, a, b).vector
+    scores = source_scores(model, composite.basis, [source], template=composite.template)
+    weights, vectors = composite.mix(scores.log_probs)
+    vector = vectors[0]
     words = [c] if choices is None else list(choices)
     answers: dict[str, list[tuple[str, float]]] = {}
     gates: dict[Setting, float] = {}
     for setting in SETTINGS:
-        shown = [[source]] * len(words) if setting == "one_shot" else None
+        shown = shown_pairs([source] * len(words), setting)
         pairs = [Pair(c, word) for word in words]
         queries = Queries(model, pairs, shown, layer=composite.basis.layer, template=composite.template)
         ways = {"unsteered": torch.zeros_like(vector), "composite": vector}
         gate = composite.gate(setting)
         if gate is not None:
-            strength = gate.strength(gate_signals(model, composite, [asked], setting=setting))[0]
+            signals = signals_from(model, composite, [asked], scores, setting=setting, path=None, max_memory=None)
+            strength = gate.strength(signals)[0]
             gates[setting] = float(strength)
             ways["gated composite"] = strength * vector
         for name, given in ways.items():
             with torch.no_grad(), frozen(model):
                 found = _likeliest(model, queries, given, choices, n)
             answers[f"{name}, {setting.replace('_', '-')}"] = found
-    return Answered(answers, composite.explain(model, a, b), gates)
+    explanation = Explanation(composite.basis.names, weights[0], scores.log_probs[0], (source,))
+    return Answered(answers, explanation, gates)
 
 
 def _likeliest(

@@ -31,12 +31,13 @@ def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relatio
     if part not in ("train", "valid", "test"):
         raise ValueError(f"library_parts: part={part!r}; expected train, valid or test.")
     division = held_out()
-    found = [load_relation(name) for name in (division.relations() if names is None else names)]
-    parts = [dataclasses.replace(one, pairs=tuple(getattr(division.split(one), part))) for one in found]
+    open_names = division.relations()
+    chosen = open_names if names is None else names
+    splits = {name: division.split(load_relation(name)) for name in dict.fromkeys((*chosen, *open_names))}
+    parts = [dataclasses.replace(load_relation(name), pairs=tuple(getattr(splits[name], part))) for name in chosen]
     if part != "test":
         return parts
-    splits = [division.split(load_relation(name)) for name in division.relations()]
-    fitted = {plain_pair(pair) for split in splits for pair in (*split.train, *split.valid)}
+    fitted = {plain_pair(pair) for name in open_names for pair in (*splits[name].train, *splits[name].valid)}
     return [
         dataclasses.replace(
             one, pairs=tuple(p for p in one.pairs if not {plain_pair(p), plain_pair((p.output, p.input))} & fitted)
@@ -88,8 +89,8 @@ def library_composite(
     """A composite whose basis is trained on the library's relations, ready for :meth:`CompositeMap.vector_for`.
 
     Basis: one vector a relation, trained from zero on the first ``n_train`` pairs of its train part. Map: trained on
-    analogies of the train parts, its epoch chosen on a tenth as many of the valid parts. Gate: fitted on other
-    analogies of the valid parts. Held-out families, pairs of domains and test pairs take no part.
+    analogies of the train parts, its epoch chosen on a tenth as many of the valid parts. Gate: fitted on
+    analogies of the valid parts, drawn anew. Held-out families, pairs of domains and test pairs take no part.
 
     Args:
         model: any model that fvlens loads.

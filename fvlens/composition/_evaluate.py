@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._fit_gate import signals_from
 from fvlens.composition._map import CompositeMap, Seen
-from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
@@ -344,7 +344,7 @@ def evaluate_analogies(
     n_ways = sum(map(len, ways.values())) + (shots is not None)
     with torch.no_grad(), frozen(model), tqdm(total=n_ways, disable=not progress, desc="analogies") as bar:
         for setting in settings:
-            shown = [[one.source_pair] for one in analogies] if setting == "one_shot" else None
+            shown = shown_pairs([one.source_pair for one in analogies], setting)
             queries = asked.queries(model, shown, options)
             for name, given in ways[setting].items():
                 full = f"{name}, {setting.replace('_', '-')}"

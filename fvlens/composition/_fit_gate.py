@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
 from fvlens.composition._map import CompositeMap
-from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
 from fvlens.finetuning import frozen
 from fvlens.relations import Analogy
 from fvlens.suffix import Path
@@ -52,7 +52,7 @@ def _options(composite: CompositeMap, path: Path | None, max_memory: int | None)
 
 def _targets(model: Any, analogies: Sequence[Analogy], setting: Setting, options: dict[str, Any]) -> Queries:
     """The targets' prompts: C alone, or behind the source pair."""
-    shown = [[one.source_pair] for one in analogies] if setting == "one_shot" else None
+    shown = shown_pairs([one.source_pair for one in analogies], setting)
     return Queries(model, [one.target_pair for one in analogies], shown, **options)
 
 

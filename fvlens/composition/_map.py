@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fvlens.composition._gate import Gate
-from fvlens.composition._queries import SETTINGS, Queries, Setting, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
@@ -421,7 +421,7 @@ def fit_composite(
     given = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options).log_probs
     if scores == "probability":
         given = given.exp()
-    shown = [[one.source_pair] for one in every] if setting == "one_shot" else None
+    shown = shown_pairs([one.source_pair for one in every], setting)
     queries = Queries(model, [one.target_pair for one in every], shown, layer=basis.layer, **options)
     affine = _Affine(map, given[:n_train], rank, learn_strength)
     trained = [parameter for parameter in affine.parameters() if parameter.requires_grad]

@@ -18,6 +18,11 @@ Setting = Literal["zero_shot", "one_shot"]
 SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")
 
 
+def shown_pairs(sources: Sequence[Pair], setting: Setting) -> list[list[Pair]] | None:
+    """The demonstrations of each analogy's prompt: its source pair in the one-shot prompt, none in the bare query."""
+    return [[source] for source in sources] if setting == "one_shot" else None
+
+
 class Queries:
     """Prompts whose answers are scored with vectors added after one layer, at the prompt's last token.
 

@@ -123,13 +123,13 @@ def basis_study(
 ) -> BasisStudy:
     """Solve the same analogies with changed bases.
 
-    Every changed basis gets a map of the composite's shape, trained anew on ``fit``; a gate takes no part.
+    Every basis, the full one too, gets a map of the composite's shape, trained anew on ``fit``; a gate takes no part.
 
     Args:
         model: the model of the basis.
         composite: the map with the full basis.
         analogies: what is asked.
-        fit: training analogies for the changed maps; needed unless the composite has no map.
+        fit: training analogies for the maps; needed unless the composite has no map.
         drop: shares of the basis that are dropped at random.
         merge: vectors of at least this cosine become one, their mean; None: no such change.
         noise: random vectors of the basis's mean length that join it, as shares of its size.
@@ -137,7 +137,7 @@ def basis_study(
             family or domain; one whose target relation the library does not know counts as unchanged.
         n_repeats: draws behind each random change.
         setting: prompts that are steered.
-        epochs: of the changed maps.
+        epochs: of the maps.
         unseen, allow_leak, path, max_memory: as for :func:`evaluate_analogies`.
         generator: all draws.
         progress: show a bar.
@@ -184,7 +184,10 @@ def basis_study(
         return found[f"composite, {label}"].right.double(), found.weights
 
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    before = full[f"composite, {label}"].right.double()
+    if composite.map == "none":
+        before, weights_before = full[f"composite, {label}"].right.double(), full.weights
+    else:  # by a map that is trained on `fit`, too, so that only the basis differs
+        before, weights_before = solve(composite.basis, analogies)
 
     def change(name: str, n_basis: Sequence[int], solved: Sequence[Tensor], overlaps: Sequence[Tensor]) -> Change:
         right = torch.stack(list(solved)).mean(dim=0)
@@ -212,7 +215,7 @@ def basis_study(
                 right, weights = solve(changed, analogies)
                 sizes.append(len(changed))
                 solved.append(right)
-                overlaps.append(_overlap(full.weights @ target, weights))
+                overlaps.append(_overlap(weights_before @ target, weights))
                 bar.update()
             changes.append(change(name, sizes, solved, overlaps))
         for what in remove:
@@ -220,7 +223,7 @@ def basis_study(
             for left, rows in _without(basis, analogies, what):
                 place = [basis.names.index(name) for name in left.names]
                 right[rows], weights = solve(left, [analogies[i] for i in rows])
-                overlap[rows] = _overlap(full.weights[rows][:, place], weights)
+                overlap[rows] = _overlap(weights_before[rows][:, place], weights)
                 sizes += [len(left)] * len(rows)
             sizes += [n] * (len(analogies) - len(sizes))
             changed = change(f"own {what} removed", sizes, [right], [overlap])
@@ -235,16 +238,11 @@ def _overlap(before: Float[Tensor, "row relation"], after: Float[Tensor, "row re
     return torch.minimum(scaled, after).sum(dim=1)
 
 
-def _kept(n: int, places: Sequence[int]) -> Float[Tensor, "relation kept"]:
-    """Old weights to weights of the relations at these places."""
-    return torch.eye(n)[:, list(places)]
-
-
 def _drop(basis: VectorSet, share: float, generator: torch.Generator) -> tuple[VectorSet, Tensor]:
     n = len(basis)
     n_left = max(1, n - round(share * n))
     places = sorted(torch.randperm(n, generator=generator)[:n_left].tolist())
-    return basis.select([basis.names[i] for i in places]), _kept(n, places)
+    return basis.select([basis.names[i] for i in places]), torch.eye(n)[:, places]
 
 
 def _merge(basis: VectorSet, cosine: float) -> tuple[VectorSet, Tensor]:
@@ -284,10 +282,11 @@ def _without(basis: VectorSet, analogies: Sequence[Analogy], what: str) -> list[
         return getattr(load_relation(name), what) if name in known else ""
 
     of_basis = {name: group(name) for name in basis.names}
+    of_targets = [group(one.target_relation) for one in analogies]
     found = []
-    for wanted in dict.fromkeys(group(one.target_relation) for one in analogies):
+    for wanted in dict.fromkeys(of_targets):
         left = [name for name in basis.names if of_basis[name] != wanted]
         if wanted and left and len(left) < len(basis):
-            rows = [i for i, one in enumerate(analogies) if group(one.target_relation) == wanted]
+            rows = [i for i, group_of_target in enumerate(of_targets) if group_of_target == wanted]
             found.append((basis.select(left), rows))
     return found
