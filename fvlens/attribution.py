@@ -406,9 +406,9 @@ def indirect_effects(
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact for the model. A
             screen runs suffixes by ``"kv"`` or whole prompts by ``"naive"``.
         max_memory: bytes for activations; by default chosen from what is free. On a CPU the process may hold up to
-            twice as much, as the C library keeps what is given back (less with ``MALLOC_MMAP_THRESHOLD_=65536`` in the
-            environment). Where memory runs out all the same, fewer prompts (then fewer copies of each) go through
-            together, with a warning.
+            2.5 times as much, as the C library keeps what is given back (at most a tenth above the bound with
+            ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment). Where memory runs out all the same, fewer prompts
+            (then fewer copies of each) go through together, with a warning.
         progress: show a progress bar. Interrupting returns the prompts that are finished, with a warning.
 
     Returns:

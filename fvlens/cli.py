@@ -554,7 +554,7 @@ def compose(
     model: ModelOption = "rel-small",
     seed: SeedOption = 0,
     map: Annotated[
-        Literal["none", "diagonal", "full", "lowrank"],
+        Literal["none", "diagonal", "full", "lowrank", "transfer"],
         typer.Option("--map", help="From source scores to weights; none needs no analogies."),
     ] = "none",
     gate: Annotated[

@@ -1,9 +1,10 @@
 """Composite vectors: rules, source scores, the map's training, explanations, evaluation with controls, leaks."""
 
 import dataclasses
+import functools
 import math
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from fvlens.composition import (
     uniform_weights,
     weights_by,
 )
+from fvlens.composition._affine import distinct, recognition
 from fvlens.prompts import render_prompts
 from fvlens.relations import Analogy, Pair, held_out, load_relation, make_analogies
 from fvlens.vectors import FunctionVector
@@ -231,7 +233,7 @@ def test_training_lowers_the_loss_of_its_own_formula(tiny, basis, train, map, se
         losses.append(total / 6)
     assert losses[0] == pytest.approx(fits[0].history.train_loss[0], rel=1e-4)
     assert losses[1] < losses[0] - 1e-3
-    assert fits[1].strength != 1
+    assert (fits[1].strength != 1) == (map != "transfer")  # T has a scale of its own
 
 
 def test_maps_have_the_shapes_that_they_are_named_for(tiny, basis, train):
@@ -247,6 +249,86 @@ def test_maps_have_the_shapes_that_they_are_named_for(tiny, basis, train):
     assert (full.matrix - torch.diag(full.matrix.diagonal())).abs().max() > 1e-4
     held = fit("full", l2=1e4)
     assert (held.matrix - torch.eye(len(basis))).norm() < (full.matrix - torch.eye(len(basis))).norm() / 2
+
+
+# Transfer maps
+
+
+@pytest.fixture(scope="module")
+def transferred(tiny, basis, train):
+    return fit_composite(tiny, basis, train, map="transfer", epochs=4, lr=0.1, generator=seeded(), progress=False)
+
+
+def test_recognition_is_the_optimum_of_its_loss(unchecked):
+    """The gradient of the penalised cross-entropy is 0, as counted by hand from probabilities less labels."""
+    g = seeded()
+    scores, labels = torch.randn(60, 4, generator=g).double() * torch.tensor([1.0, 5.0, 0.1, 2.0]), torch.arange(60) % 4
+    scores[torch.arange(60), labels] += torch.tensor([1.0, 4.0, 0.2, 1.0])[labels]
+    matrix, shift = recognition(scores.float(), labels)
+    centre, spread = scores.mean(dim=0), scores.std(dim=0, correction=0)
+    scaled, z = matrix.double() * spread, (scores - centre) / spread
+    off = (scores @ matrix.double().T + shift.double()).softmax(-1) - F.one_hot(labels, 4)
+    gradient = off.T @ z / 60 + 2e-4 * scaled
+    assert gradient.abs().max() < 1e-4 and off.mean(dim=0).abs().max() < 1e-4
+    assert gradient.norm() < 0.01 * (F.one_hot(labels, 4).double().T @ z / 60).norm()
+
+
+def test_recognition_counts_each_source_pair_once():
+    scores = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [3.0, 2.0], [3.0, 2.0]])
+    assert distinct(scores, torch.tensor([0, 1, 0, -1, 1])).tolist() == [True, True, False, False, True]
+
+
+def test_a_transfer_map_names_the_relation_and_then_weighs_by_it(tiny, transferred, train):
+    scores = source_scores(tiny, transferred.basis, [("hand", "finger")]).log_probs[0]
+    named = (scores @ transferred.matrix.T + transferred.shift).softmax(-1)
+    told = transferred.explain(tiny, "hand", "finger")
+    torch.testing.assert_close(told.recognised, named)
+    torch.testing.assert_close(told.weights, transferred.transfer @ named)
+    assert (told.weights < 0).any()
+    sizes = [abs(weight) for _, weight in told.top(5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert list(told.to_dataframe().columns) == ["relation", "weight", "score", "recognised"]
+    vector = transferred.vector_for(tiny, "hand", "finger").vector
+    torch.testing.assert_close(vector, (transferred.transfer @ named) @ transferred.basis.matrix)
+    entropy = gate_signals(tiny, transferred, train[:1])[0, 0].item()
+    first = transferred.explain(tiny, train[0].a, train[0].b).recognised.tolist()
+    assert entropy == pytest.approx(-sum(p * math.log(p) for p in first if p > 0), abs=1e-5)
+
+
+def test_sources_of_one_family_share_their_weights_where_the_ridge_says_so(tiny, basis, train):
+    """Without a part of their own, the columns of T differ within a family in b alone."""
+    fit = functools.partial(fit_composite, tiny, basis, train, map="transfer", generator=seeded(), progress=False)
+    free, held = fit(l2=0.0).transfer, fit(l2=1e9, epochs=40).transfer
+    family = [load_relation(name).family for name in NAMES]
+
+    def spread(transfer):
+        """Largest entry by which two columns of a family differ, beside those of the diagonal."""
+        found = []
+        for i, j in combinations(range(len(NAMES)), 2):
+            if family[i] == family[j]:
+                rows = [row for row in range(len(NAMES)) if row not in (i, j)]
+                found.append(float((transfer[rows, i] - transfer[rows, j]).abs().max()))
+        assert len(found) >= 3
+        return max(found)
+
+    assert spread(held) < 0.1 * spread(free)
+    other = next(i for i in range(5) if family[i] != family[0])
+    assert (held[:, 0] - held[:, other]).abs().max() > 10 * spread(held)
+
+
+def test_transfer_maps_are_kept_and_refused(tiny, basis, train, transferred, test_set, tmp_path):
+    again = CompositeMap.load(transferred.save(tmp_path / "transfer.safetensors"), model=tiny)
+    assert torch.equal(again.transfer, transferred.transfer) and again.map == "transfer"
+    torch.testing.assert_close(again.weights(tiny, "hand", "finger"), transferred.weights(tiny, "hand", "finger"))
+    found = evaluate_analogies(tiny, test_set, transferred, controls=[], generator=seeded(), progress=False)
+    assert set(found.by_relation("composite, one-shot", "unsteered, one-shot")["heaviest"]) <= set(NAMES)
+    nameless = [dataclasses.replace(one, source_relation="") for one in train]
+    with pytest.raises(ValueError, match="a transfer map needs analogies that name source relations of the basis"):
+        fit_composite(tiny, basis, nameless, map="transfer", generator=seeded(), progress=False)
+    with pytest.raises(ValueError, match=r"has a transfer \[5 5\]; map='transfer' has none"):
+        dataclasses.replace(transferred, transfer=None)
+    with pytest.raises(ValueError, match=r"has a transfer \[5 5\]; map='full' has \[5, 5\]"):
+        dataclasses.replace(transferred, map="full")
 
 
 def test_the_same_generator_gives_the_same_bits_and_nothing_else_changes(tiny, basis, train):
@@ -281,7 +363,7 @@ def test_the_best_epoch_on_validation_analogies_is_kept(tiny, basis, train, test
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(map="cubic"), "map='cubic'; expected one of none, diagonal, full, lowrank"),
+        (dict(map="cubic"), "map='cubic'; expected one of none, diagonal, full, lowrank, transfer"),
         (dict(scores="rank"), "scores='rank'; expected one of log_probability, probability"),
         (dict(rule="hard"), "rule='hard'; expected one of softmax"),
         (dict(setting="icl"), "setting='icl'; expected one of zero_shot, one_shot"),
@@ -313,7 +395,8 @@ def test_a_composite_is_the_weighted_sum_and_explains_itself(tiny, basis, fitted
     top = found.top(2)
     assert top[0][1] == max(found.weights.tolist()) and top[0][0] == NAMES[int(found.weights.argmax())]
     frame = found.to_dataframe()
-    assert list(frame.columns) == ["relation", "weight", "score"] and frame.weight.sum() == pytest.approx(1)
+    assert list(frame.columns) == ["relation", "weight", "score", "recognised"]
+    assert frame.weight.sum() == pytest.approx(1)
     figure = fitted.plot(tiny, "hand", "finger", n=3)
     assert figure.layout.yaxis.ticktext[0] == top[0][0] and "hand : finger" in figure.layout.title.text
 
@@ -591,12 +674,45 @@ def test_a_threshold_by_hand():
 
     signals = torch.tensor([[0.0, 1.0, 5.0], [0.0, 2.0, 1.0], [0.0, 3.0, 4.0], [0.0, 4.0, 2.0]])
     plain, steered = torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])
-    gate = _threshold(signals, plain, steered, "one_shot")
+    nothing = torch.zeros(4, dtype=torch.bool)
+    gate = _threshold(signals, plain, steered, nothing, "one_shot")
     assert gate.slopes == (0.0, 1.0, 0.0) and gate.offset == -2.5
     assert gate.strength(signals).tolist() == [0, 0, 1, 1]
     assert gate.describe() == "1 where +1 source gain -2.5 > 0, else 0"
-    never = _threshold(signals, plain, torch.zeros(4, dtype=torch.bool), "one_shot")
+    never = _threshold(signals, plain, nothing, nothing, "one_shot")
     assert never.strength(signals).tolist() == [0, 0, 0, 0]
+    # a cut that loses near analogies does not count
+    lost = torch.tensor([False, False, True, True])
+    open_to_all = _threshold(signals, nothing, lost, nothing, "one_shot")
+    assert open_to_all.strength(signals).tolist() == [0, 0, 1, 1]
+    protected = _threshold(signals[:, [2, 2, 2]], plain, lost, torch.tensor([False, True, False, False]), "one_shot")
+    assert protected.strength(signals[:, [2, 2, 2]])[1] == 0
+
+
+def test_near_analogies_limit_a_learned_gate(model, real):
+    """A vector that does harm: half of it loses near analogies, the protected gate none."""
+    harmful = dataclasses.replace(real[0], strength=-4.0)
+    asked = library_analogies("valid", n=60, names=NAMES, generator=seeded(2))
+    options = dict(epochs=0, generator=seeded(), progress=False)
+
+    def near(composite):
+        found = evaluate_analogies(
+            model, asked, composite, settings=["one_shot"], controls=[], allow_leak=True, generator=seeded(),
+            progress=False,
+        )  # fmt: skip
+        return [found.top1(f"{way}, one-shot", kind="near") for way in ("unsteered", "gated composite")]
+
+    free = fit_gate(model, harmful, asked, protect=False, **options)
+    assert (free.gates[0].slopes, free.gates[0].offset) == ((0.0, 0.0, 0.0), 0.0)
+    plain, lost = near(free)
+    assert lost < plain
+    protected = fit_gate(model, harmful, asked, **options)
+    plain, kept = near(protected)
+    assert kept >= plain and protected.gates[0].offset < 0
+    one_less = dataclasses.replace(protected.gates[0], offset=protected.gates[0].offset + 0.25)
+    assert near(harmful.with_gate(one_less))[1] < plain
+    only_far = [one for one in asked if one.kind == "far"]
+    assert fit_gate(model, harmful, only_far, **options).gates[0].offset == 0
 
 
 def test_a_gate_is_scored_kept_and_known_to_the_leak_check(tiny, fitted, for_gate, test_set, tmp_path):
@@ -676,6 +792,15 @@ def test_a_study_covers_every_change_and_its_figures_are_those_of_plain_evaluati
     assert removed.top1 < study["full basis"].top1
 
 
+def test_relations_of_the_embedded_model_are_recognised(model, real):
+    asked = library_analogies("train", n=300, names=NAMES, kind="near", generator=seeded(3))
+    made = fit_composite(model, real[0].basis, asked, map="transfer", epochs=0, generator=seeded(), progress=False)
+    scores = source_scores(model, made.basis, [one.source_pair for one in real[1]]).log_probs
+    named = [NAMES[i] for i in made.recognised(scores).argmax(dim=1)]
+    right = [name == one.source_relation for name, one in zip(named, real[1], strict=True)]
+    assert sum(right) >= 0.9 * len(right)
+
+
 def test_weights_are_stable_where_softmax_makes_them_so(study):
     """Without a map, what is left keeps its proportions; noise takes some of the mass."""
     for name in ("40% dropped", "own family removed", "own domain removed", "full basis", "near-duplicates merged"):
@@ -695,6 +820,7 @@ def test_duplicates_become_their_mean(basis):
     torch.testing.assert_close(weights @ target, torch.tensor([[0.1, 0.6, 0.1, 0.1, 0.1]]))
     half = torch.tensor([[0.5, 0.5]])
     assert _overlap(2 * half, torch.tensor([[0.9, 0.1]])).item() == pytest.approx(0.6)
+    assert _overlap(torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, 1.0]])).item() == pytest.approx(0.5)
 
 
 def test_a_map_is_trained_anew_for_every_changed_basis(tiny, fitted, train, test_set):
@@ -772,6 +898,10 @@ def test_a_library_composite_has_seen_no_test_pair(tiny, small):
 def test_library_analogies_are_half_near_half_far_and_of_their_part(unchecked):
     made = library_analogies("valid", n=40, generator=seeded())
     assert [one.kind for one in made] == ["near"] * 20 + ["far"] * 20
+    for kind in ("near", "far"):
+        assert [one.kind for one in library_analogies("valid", n=7, kind=kind, generator=seeded())] == [kind] * 7
+    with pytest.raises(ValueError, match="kind='both'; expected near, far or None"):
+        library_analogies("valid", n=7, kind="both", generator=seeded())
     division = held_out()
     for one in made:
         valid = division.split(load_relation(one.target_relation)).valid

@@ -66,8 +66,7 @@ def answer_analogy(
     asked = Analogy(a, b, c, d=b)  # the answer that an analogy must have takes no part
     source = asked.source_pair
     scores = source_scores(model, composite.basis, [source], template=composite.template)
-    weights, vectors = composite.mix(scores.log_probs)
-    vector = vectors[0]
+    vector = composite.mix(scores.log_probs)[1][0]
     words = [c] if choices is None else list(choices)
     answers: dict[str, list[tuple[str, float]]] = {}
     gates: dict[Setting, float] = {}
@@ -86,8 +85,7 @@ def answer_analogy(
             with torch.no_grad(), frozen(model):
                 found = _likeliest(model, queries, given, choices, n)
             answers[f"{name}, {setting.replace('_', '-')}"] = found
-    explanation = Explanation(composite.basis.names, weights[0], scores.log_probs[0], (source,))
-    return Answered(answers, explanation, gates)
+    return Answered(answers, composite.explanation(scores.log_probs[0], [source]), gates)
 
 
 def _likeliest(

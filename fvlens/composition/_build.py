@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,9 +47,15 @@ def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relatio
 
 
 def library_analogies(
-    part: str, *, n: int, generator: torch.Generator, names: Sequence[str] | None = None, n_foils: int = 3
+    part: str,
+    *,
+    n: int,
+    generator: torch.Generator,
+    names: Sequence[str] | None = None,
+    kind: Literal["near", "far"] | None = None,
+    n_foils: int = 3,
 ) -> list[Analogy]:
-    """Analogies of :func:`library_parts` for fitting or testing, half near and half far.
+    """Analogies of :func:`library_parts` for fitting or testing, half near and half far or of one kind.
 
     Far ones connect the pairs of domains that :func:`fvlens.relations.held_out` leaves for fitting.
 
@@ -58,17 +64,22 @@ def library_analogies(
         n: how many at most.
         generator: source of randomness.
         names: relations; by default those outside the held-out families.
+        kind: only near or only far ones.
         n_foils: wrong answers for each.
 
     Raises:
-        ValueError: no such part; no near or no far analogy can be made.
+        ValueError: no such part or kind; no near or no far analogy can be made.
     """
+    if kind not in (None, "near", "far"):
+        raise ValueError(f"library_analogies: kind={kind!r}; expected near, far or None.")
     parts = library_parts(part, names)
     known = [load_relation(one.name) for one in parts]
     shared: dict[str, Any] = dict(generator=generator, n_foils=n_foils, known=known)
-    near = make_analogies(parts, kind="near", n=n - n // 2, **shared)
+    n_far = {"near": 0, "far": n, None: max(1, n // 2)}[kind]
+    near = make_analogies(parts, kind="near", n=max(1, n - n_far), **shared) if kind != "far" else []
     domains = held_out().fitted_domain_pairs()
-    return [*near, *make_analogies(parts, kind="far", n=max(1, n // 2), domains=domains, **shared)]
+    far = make_analogies(parts, kind="far", n=n_far, domains=domains, **shared) if kind != "near" else []
+    return [*near, *far]
 
 
 def library_composite(
@@ -89,8 +100,9 @@ def library_composite(
     """A composite whose basis is trained on the library's relations, ready for :meth:`CompositeMap.vector_for`.
 
     Basis: one vector a relation, trained from zero on the first ``n_train`` pairs of its train part. Map: trained on
-    analogies of the train parts, its epoch chosen on a tenth as many of the valid parts. Gate: fitted on
-    analogies of the valid parts, drawn anew. Held-out families, pairs of domains and test pairs take no part.
+    analogies of the train parts, its epoch chosen on a tenth as many of the valid parts; for the bare query half near
+    and half far, for the one-shot prompt far ones, as it answers near ones unsteered. Gate: fitted on analogies of the
+    valid parts, half near and half far, drawn anew. Held-out families, pairs of domains and test pairs take no part.
 
     Args:
         model: any model that fvlens loads.
@@ -99,7 +111,7 @@ def library_composite(
         n_train: training pairs of each basis vector.
         map: ``"none"`` needs no analogies; see :func:`fit_composite`.
         setting: the prompts that map and gate are trained on.
-        n_analogies: training analogies of the map, and a fifth as many of the gate; half near, half far.
+        n_analogies: training analogies of the map; the gate has a fifth as many.
         epochs: passes over the pairs of the basis and over the analogies.
         gate: ``"learned"``, ``"threshold"`` or None.
         template: how queries are written.
@@ -130,10 +142,11 @@ def library_composite(
     if map == "none":
         composite = CompositeMap.plain(basis, template=template, setting=setting, pairs=pairs)
     else:
+        kind = "far" if setting == "one_shot" else None
         composite = fit_composite(
-            model, basis, library_analogies("train", n=n_analogies, **drawn), map=map, setting=setting,
-            valid=library_analogies("valid", n=max(2, n_analogies // 10), **drawn), epochs=epochs, template=template,
-            basis_pairs=pairs, generator=generator, progress=progress,
+            model, basis, library_analogies("train", n=n_analogies, kind=kind, **drawn), map=map, setting=setting,
+            valid=library_analogies("valid", n=max(2, n_analogies // 10), kind=kind, **drawn), epochs=epochs,
+            template=template, basis_pairs=pairs, generator=generator, progress=progress,
         )  # fmt: skip
     if gate is not None:
         analogies = library_analogies("valid", n=max(2, n_analogies // 5), **drawn)

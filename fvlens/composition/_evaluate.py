@@ -176,8 +176,8 @@ class AnalogyEvaluation:
         """Which target relations gain from one way over another, and what the mixture puts its weight on.
 
         One row a target relation, the largest gain first: ``relation, n``, top-1 of either way, ``gain``, and, with a
-        composite, ``heaviest`` (the basis relation with most weight on average), ``weight`` (its mean weight) and
-        ``own_weight`` (that of the target relation itself, 0 where it is not in the basis).
+        composite, ``heaviest`` (the basis relation with most weight on average, whatever its sign), ``weight`` (its
+        mean) and ``own_weight`` (that of the target relation itself, 0 where it is not in the basis).
         """
         import pandas as pd
 
@@ -189,7 +189,7 @@ class AnalogyEvaluation:
             row: dict[str, Any] = {"relation": name, "n": len(own), first: a, second: b, "gain": a - b}
             if self.basis:
                 mean = self.weights[own].mean(dim=0)
-                place = int(mean.argmax())
+                place = int(mean.abs().argmax())
                 own_weight = float(mean[self.basis.index(name)]) if name in self.basis else 0.0
                 row |= {"heaviest": self.basis[place], "weight": float(mean[place]), "own_weight": own_weight}
             rows.append(row)

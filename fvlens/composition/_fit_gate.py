@@ -1,5 +1,6 @@
 """Fitting a gate, and the signals that it reads."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from fvlens.finetuning import frozen
 from fvlens.relations import Analogy
 from fvlens.suffix import Path
 
+LOWERED_BY, LOWERINGS = 0.25, 200
+"""Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""
+
 
 def signals_from(
     model: Any,
@@ -29,7 +33,7 @@ def signals_from(
 ) -> Float[Tensor, "analogy signal"]:
     """:func:`gate_signals` from source scores that are there already."""
     n = len(analogies)
-    weights, vectors = composite.mix(scores.log_probs)
+    vectors = composite.mix(scores.log_probs)[1]
     options = _options(composite, path, max_memory)
     sources = Queries(model, [one.source_pair for one in analogies], **options)
     targets = _targets(model, analogies, setting, options)
@@ -42,7 +46,7 @@ def signals_from(
         for rows in torch.arange(n).split(targets.rows_at_once):
             first = targets.logits(rows, zero)[:, 0].float()
             sure[rows] = first.log_softmax(dim=-1).amax(dim=-1).cpu()
-    entropy = torch.special.entr(weights).sum(dim=-1)
+    entropy = torch.special.entr(composite.recognised(scores.log_probs)).sum(dim=-1)
     return torch.stack([entropy, steered - scores.unsteered, sure], dim=1)
 
 
@@ -75,7 +79,8 @@ def gate_signals(
         path, max_memory: as for :func:`fvlens.finetune`.
 
     Returns:
-        In the order of :data:`SIGNALS`: entropy of the weights (nats); ``log P(B | A; composite) - log P(B | A)``, a
+        In the order of :data:`SIGNALS`: entropy of the weights (nats; of what is
+        recognised, where a transfer map makes the weights of that); ``log P(B | A; composite) - log P(B | A)``, a
         mean per token (nats); log-probability of the most likely token after C without steering (nats).
 
     Raises:
@@ -98,6 +103,7 @@ def fit_gate(
     *,
     kind: GateKind = "learned",
     setting: Setting = "one_shot",
+    protect: bool = True,
     l2: float = 1e-3,
     lr: float = 0.1,
     epochs: int = 20,
@@ -107,12 +113,15 @@ def fit_gate(
     generator: torch.Generator,
     progress: bool = True,
 ) -> CompositeMap:
-    """Fit a gate to a composite, so that analogies that the model solves by itself are not made worse.
+    """Fit a gate to a composite, so that near analogies, which the model solves by itself, are not made worse.
 
     ``"learned"``: ``L = mean of -log P(D | prompt; resid_l += sigmoid(u . f + k) v) + l2 * |u|^2`` over the analogies,
     through the frozen model; f are the signals of :func:`gate_signals`, centred and scaled by what is seen here.
     ``"threshold"``: of all thresholds on one signal, in both directions, the one with the best top-1 on the analogies,
     and among equals the one that steers least. The paper has no gate [choice].
+
+    Either gate may not cost near analogies anything: of the thresholds only those count with which as many near ones
+    are solved as without steering; a learned gate's offset is lowered, in steps of 0.25, until that holds.
 
     Args:
         model: the model; its parameters and mode stay as they are.
@@ -121,6 +130,7 @@ def fit_gate(
             map was trained on trusts it too much.
         kind: ``"learned"`` or ``"threshold"``.
         setting: the prompts that it is for. A composite can have one gate a setting.
+        protect: whether the near ones among the analogies (``kind="near"``) limit the gate as said.
         l2, lr, epochs, batch_size: of the learned gate; Adam.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: order of the minibatches.
@@ -146,39 +156,47 @@ def fit_gate(
     signals = signals_from(model, composite, analogies, scores, setting=setting, **kept)
     vectors = composite.mix(scores.log_probs)[1]
     queries = _targets(model, analogies, setting, _options(composite, **kept))
+    near = torch.tensor([protect and one.kind == "near" for one in analogies])
+    plain = _hits(model, queries, torch.zeros_like(vectors))
     if kind == "threshold":
-        gate = _threshold(signals, *_hits(model, queries, vectors), setting)
+        gate = _threshold(signals, plain, _hits(model, queries, vectors), near, setting)
     else:
         with frozen(model), torch.enable_grad():
             gate = _learned(queries, signals, vectors, setting, l2, lr, epochs, batch_size, generator, progress)
+        for _ in range(LOWERINGS):
+            solved = _hits(model, queries, gate.strength(signals)[:, None] * vectors)
+            if int(solved[near].sum()) >= int(plain[near].sum()):
+                break
+            gate = dataclasses.replace(gate, offset=gate.offset - LOWERED_BY)
+        else:
+            gate = dataclasses.replace(gate, kind="threshold", slopes=(0.0,) * len(SIGNALS), offset=-1.0)  # never open
     return composite.with_gate(gate, analogies)
 
 
-def _hits(
-    model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"]
-) -> tuple[Bool[Tensor, " analogy"], Bool[Tensor, " analogy"]]:
-    """Whether each analogy is solved without and with its vector."""
-    found = []
+def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"]) -> Bool[Tensor, " analogy"]:
+    """Whether each analogy is solved with its vector."""
+    parts = []
     with torch.no_grad(), frozen(model):
-        for given in (torch.zeros_like(vectors), vectors):
-            parts = []
-            for rows in torch.arange(len(queries)).split(queries.rows_at_once):
-                best = queries.logits(rows, given[rows])[:, 0].argmax(dim=-1)
-                parts.append((best == queries.targets[rows.to(best.device), 0]).cpu())
-            found.append(torch.cat(parts))
-    return found[0], found[1]
+        for rows in torch.arange(len(queries)).split(queries.rows_at_once):
+            best = queries.logits(rows, vectors[rows])[:, 0].argmax(dim=-1)
+            parts.append((best == queries.targets[rows.to(best.device), 0]).cpu())
+    return torch.cat(parts)
 
 
-def _threshold(signals: Tensor, plain: Tensor, steered: Tensor, setting: Setting) -> Gate:
+def _threshold(
+    signals: Float[Tensor, "analogy signal"], plain: Bool[Tensor, " analogy"], steered: Bool[Tensor, " analogy"],
+    near: Bool[Tensor, " analogy"], setting: Setting,
+) -> Gate:  # fmt: skip
     gain = steered.double() - plain.double()
     best, chosen = (0.0, 0), Gate("threshold", (0.0,) * len(SIGNALS), -1.0, setting)  # never open
     for which in range(len(SIGNALS)):
         for sign in (1.0, -1.0):
             value, order = (sign * signals[:, which].double()).sort(descending=True)
             total = gain[order].cumsum(dim=0)
+            harmless = (gain * near)[order].cumsum(dim=0) >= 0
             cuts = torch.cat([(value[:-1] + value[1:]) / 2, value[-1:] - 1])
             apart = torch.cat([value[:-1] > value[1:], torch.tensor([True])])
-            for i in apart.nonzero()[:, 0].tolist():
+            for i in (apart & harmless).nonzero()[:, 0].tolist():
                 key = (float(total[i]), -(i + 1))
                 if key > best:
                     slopes = tuple(sign if j == which else 0.0 for j in range(len(SIGNALS)))

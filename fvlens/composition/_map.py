@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._gate import Gate
 from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.composition._rules import RULES, weights_by
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Map = Literal["none", "diagonal", "full", "lowrank"]
+Map = Literal["none", "diagonal", "full", "lowrank", "transfer"]
 ScoreKind = Literal["log_probability", "probability"]
-MAPS: tuple[Map, ...] = ("none", "diagonal", "full", "lowrank")
+MAPS: tuple[Map, ...] = ("none", "diagonal", "full", "lowrank", "transfer")
 SCORES: tuple[ScoreKind, ...] = ("log_probability", "probability")
 MAP_FORMAT = "fvlens-composite-map-1"
 
@@ -56,26 +57,29 @@ class Explanation:
 
     Attributes:
         names: the basis.
-        weights: one each, summing to 1.
+        weights: one each; at least 0 and summing to 1, except by a transfer map, which gives signed ones.
         scores: mean log-probability of B given A under each basis vector, in nats.
         pairs: the source pairs.
+        recognised: of a transfer map, how likely the source pair shows each basis relation; the weights otherwise.
     """
 
     names: tuple[str, ...]
     weights: Float[Tensor, " relation"]
     scores: Float[Tensor, " relation"]
     pairs: tuple[Pair, ...]
+    recognised: Float[Tensor, " relation"]
 
     def top(self, n: int = 10) -> list[tuple[str, float]]:
-        """The heaviest basis relations with their weights."""
-        order = self.weights.argsort(descending=True)[:n].tolist()
+        """The heaviest basis relations with their weights, whatever their sign."""
+        order = self.weights.abs().argsort(descending=True)[:n].tolist()
         return [(self.names[i], float(self.weights[i])) for i in order]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a basis relation: ``relation, weight, score``."""
+        """One row a basis relation: ``relation, weight, score, recognised``."""
         import pandas as pd
 
-        return pd.DataFrame({"relation": self.names, "weight": self.weights.numpy(), "score": self.scores.numpy()})
+        columns = dict(weight=self.weights, score=self.scores, recognised=self.recognised)
+        return pd.DataFrame({"relation": self.names, **{name: column.numpy() for name, column in columns.items()}})
 
     def plot(self, n: int = 12) -> "go.Figure":
         """The heaviest weights as bars."""
@@ -101,12 +105,14 @@ class FitHistory:
 class CompositeMap:
     """From a source pair to a composite vector: ``v = strength * sum_i w_i v_i``, ``w = rule(M s + c)``.
 
-    ``s`` are the scores of the source pair under the basis vectors (:func:`source_scores`).
+    ``s`` are the scores of the source pair under the basis vectors (:func:`source_scores`). A transfer map has
+    ``w = T rule(M s + c)``.
 
     Attributes:
         basis: the vectors v_i.
-        map: what was trained: ``"none"`` (M = 1, c = 0), ``"diagonal"``, ``"full"`` or ``"lowrank"``.
+        map: what was trained: ``"none"`` (M = 1, c = 0), ``"diagonal"``, ``"full"``, ``"lowrank"`` or ``"transfer"``.
         matrix, shift: M and c.
+        transfer: T of a transfer map, None of any other.
         strength: factor on the mixture; 1 unless it was trained.
         scores: ``"log_probability"`` or ``"probability"``.
         rule: a name of :data:`RULES`.
@@ -129,9 +135,17 @@ class CompositeMap:
     gates: tuple[Gate, ...] = ()
     seen: Seen = field(default_factory=Seen)
     history: FitHistory = field(default_factory=lambda: FitHistory((), (), ()))
+    transfer: Float[Tensor, "relation relation"] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.basis)
+        if (self.transfer is None) == (self.map == "transfer") or (
+            self.transfer is not None and self.transfer.shape != (n, n)
+        ):
+            got = "none" if self.transfer is None else str(list(self.transfer.shape))
+            raise ValueError(
+                f"CompositeMap: a transfer map, and no other, has a transfer [{n} {n}]; map={self.map!r} has {got}."
+            )
         if self.matrix.shape != (n, n) or self.shift.shape != (n,):
             raise ValueError(
                 f"CompositeMap: a basis of {n} needs a matrix [{n} {n}] and a shift [{n}], got "
@@ -177,6 +191,11 @@ class CompositeMap:
 
     def weights_of(self, log_probs: Float[Tensor, "*row relation"]) -> Float[Tensor, "*row relation"]:
         """Weights from scores that are there already (log-probabilities of the source's answer)."""
+        recognised = self.recognised(log_probs)
+        return recognised if self.transfer is None else recognised @ self.transfer.T
+
+    def recognised(self, log_probs: Float[Tensor, "*row relation"]) -> Float[Tensor, "*row relation"]:
+        """``rule(M s + c)``: the weights, or what a transfer map makes them of; at least 0, summing to 1."""
         given = log_probs.exp() if self.scores == "probability" else log_probs
         return weights_by(self.rule, given @ self.matrix.T + self.shift)
 
@@ -195,7 +214,12 @@ class CompositeMap:
             raise ValueError(f"expected as many a as b, at least one, got {len(first)} and {len(second)}.")
         pairs = tuple(Pair(x, y) for x, y in zip(first, second, strict=True))
         scores = source_scores(model, self.basis, pairs, template=self.template).log_probs.mean(dim=0)
-        return Explanation(self.basis.names, self.weights_of(scores), scores, pairs)
+        return self.explanation(scores, pairs)
+
+    def explanation(self, log_probs: Float[Tensor, " relation"], pairs: Sequence[Pair]) -> Explanation:
+        """The same from scores that are there already."""
+        weights, recognised = self.weights_of(log_probs), self.recognised(log_probs)
+        return Explanation(self.basis.names, weights, log_probs, tuple(pairs), recognised)
 
     def weights(self, model: Any, a: str | Sequence[str], b: str | Sequence[str]) -> Float[Tensor, " relation"]:
         """Weight of every basis vector for the relation of a to b (several source pairs: see :meth:`explain`)."""
@@ -229,6 +253,8 @@ class CompositeMap:
             **{name: getattr(self, name) for name in _PLAIN},
         }
         tensors = {"basis": self.basis.matrix, "matrix": self.matrix, "shift": self.shift}
+        if self.transfer is not None:
+            tensors["transfer"] = self.transfer
         return write_tensors(FilePath(path), tensors, header, MAP_FORMAT)
 
     @classmethod
@@ -251,6 +277,7 @@ class CompositeMap:
                 basis=VectorSet(tuple(vectors), tuple(map(str, header["categories"]))),
                 matrix=tensors["matrix"],
                 shift=tensors["shift"],
+                transfer=tensors.get("transfer"),
                 seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
                 gates=tuple(
                     Gate(one["kind"], tuple(map(float, one["slopes"])), float(one["offset"]), one["setting"])
@@ -274,59 +301,15 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(known)}.")
 
 
-class _Affine(nn.Module):
-    """``M s + c`` in one of four shapes, plus the factor on the mixture.
-
-    Scores are centred and scaled by what training saw, so that one learning rate fits all; :meth:`folded` gives the
-    plain M and c.
-    """
-
-    def __init__(self, map: Map, scores: Float[Tensor, "row relation"], rank: int, learn_strength: bool) -> None:
-        super().__init__()
-        self.map = map
-        n = scores.shape[1]
-        self.centre = scores.mean(dim=0) if map == "lowrank" else torch.zeros(n)
-        self.spread = scores.std(dim=0, correction=0).clamp(min=1e-3) if map == "lowrank" else torch.ones(n)
-        self.shift = nn.Parameter(torch.zeros(n), requires_grad=map != "none")
-        self.log_strength = nn.Parameter(torch.zeros(()), requires_grad=learn_strength)
-        if map == "diagonal":
-            self.scale = nn.Parameter(torch.ones(n))
-        elif map == "full":
-            self.change = nn.Parameter(torch.zeros(n, n))
-        elif map == "lowrank":
-            standard = (scores - self.centre) / self.spread
-            directions = torch.linalg.svd(standard, full_matrices=False).Vh[:rank]
-            self.right = nn.Parameter(directions.clone())
-            self.left = nn.Parameter(torch.zeros(n, len(directions)))
-
-    def matrix(self) -> Float[Tensor, "relation relation"]:
-        """M over the scaled scores."""
-        n = len(self.shift)
-        if self.map == "diagonal":
-            return torch.diag(self.scale)
-        if self.map == "full":
-            return torch.eye(n) + self.change
-        if self.map == "lowrank":
-            return self.left @ self.right
-        return torch.eye(n)
-
-    def distance(self) -> Tensor:
-        """Squared distance of M and c from the start, the ridge's term."""
-        change = {"diagonal": lambda: self.scale - 1, "full": lambda: self.change, "lowrank": self.matrix}[self.map]()
-        return change.square().sum() + self.shift.square().sum()
-
-    def forward(self, scores: Float[Tensor, "row relation"]) -> Float[Tensor, "row relation"]:
-        return ((scores - self.centre) / self.spread) @ self.matrix().T + self.shift
-
-    def folded(self) -> tuple[Float[Tensor, "relation relation"], Float[Tensor, " relation"]]:
-        matrix = self.matrix().detach() / self.spread
-        return matrix, self.shift.detach() - matrix @ self.centre
+def families_of(basis: VectorSet) -> list[str]:
+    """The library family of every basis relation, ``""`` for one that the library does not know."""
+    known = set(list_relations())
+    return [load_relation(name).family if name in known else "" for name in basis.names]
 
 
 def default_rank(basis: VectorSet) -> int:
     """The number of families among the basis's library relations (at least 1): what a map between domains needs."""
-    known = set(list_relations())
-    return max(1, len({load_relation(name).family for name in basis.names if name in known}))
+    return max(1, len(set(families_of(basis)) - {""}))
 
 
 def fit_composite(
@@ -341,7 +324,7 @@ def fit_composite(
     setting: Setting = "zero_shot",
     rank: int | None = None,
     learn_strength: bool = False,
-    l2: float = 1e-4,
+    l2: float | None = None,
     lr: float | None = None,
     epochs: int = 20,
     batch_size: int = 128,
@@ -359,19 +342,24 @@ def fit_composite(
     learns an affine map and a softmax [digest]; its shape is not known, so there are four [choice]. ``lowrank`` can
     connect domains that no training analogy connects, which a diagonal map cannot and a full one gets no signal for.
 
+    ``transfer`` [choice] drops the limit that weights are at least 0 and sum to 1: ``w = T rule(M s + c)``. M and c
+    are fitted first, to name the relation of the source pair (logistic regression on the names in the analogies); then
+    T, from 0, through the frozen model: ``T = b 1 + F G + R`` with one number b, weights F that all source relations of
+    a library family share, and a single relation's own R, whose ridge is ``l2 * mean |sum_i (R p)_i v_i|^2``.
+
     Args:
         model: the model; its parameters and mode stay as they are.
         basis: fine-tuned vectors of one layer.
         analogies: training analogies.
-        map: ``"none"``, ``"diagonal"``, ``"full"`` or ``"lowrank"``.
+        map: ``"none"``, ``"diagonal"``, ``"full"``, ``"lowrank"`` or ``"transfer"``.
         valid: analogies that choose the epoch (best top-1, then lowest loss); the last epoch without.
         scores: ``"log_probability"``, or ``"probability"`` as in the paper.
         rule: from affine scores to weights, a name of :data:`RULES`.
         setting: what the composite is injected into while training: ``"zero_shot"`` (the bare C) or ``"one_shot"``.
         rank: of ``"lowrank"``; by default the number of families in the basis.
         learn_strength: train a factor on the mixture too (1 otherwise). Many basis vectors with small weights make a
-            short composite.
-        l2: weight of the squared distance from the start.
+            short composite. T has a scale of its own, so a transfer map keeps 1.
+        l2: weight of the squared distance from the start, by default 1e-4; of the ridge on R, by default 3e-3.
         lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
         epochs, batch_size: passes over the analogies, analogies in a step.
         template: how queries are written.
@@ -384,7 +372,8 @@ def fit_composite(
         :class:`CompositeMap`.
 
     Raises:
-        ValueError: no analogies; an unknown map, score, rule or setting; numbers out of range; another model's basis.
+        ValueError: no analogies; an unknown map, score, rule or setting; numbers out of range; another model's basis;
+            a transfer map from analogies none of which names a source relation of the basis.
 
     Example:
         >>> import torch, fvlens
@@ -406,12 +395,17 @@ def fit_composite(
     for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
                                ("setting", setting, SETTINGS)):  # fmt: skip
         _check_choice(name, value, known)
+    l2 = (3e-3 if map == "transfer" else 1e-4) if l2 is None else l2
     for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):
         if not (math.isfinite(number) and number >= least):
             raise ValueError(f"fit_composite: expected {name} of at least {least}, got {number}.")
     if not analogies:
         raise ValueError("fit_composite: expected at least one analogy, got none.")
     basis.check(model)
+    place = {name: i for i, name in enumerate(basis.names)}
+    labels = torch.tensor([place.get(one.source_relation, -1) for one in analogies])
+    if map == "transfer" and not bool((labels >= 0).any()):
+        raise ValueError("fit_composite: a transfer map needs analogies that name source relations of the basis.")
     rank = default_rank(basis) if rank is None else rank
     if not 1 <= rank <= len(basis):
         raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
@@ -423,14 +417,19 @@ def fit_composite(
         given = given.exp()
     shown = shown_pairs([one.source_pair for one in every], setting)
     queries = Queries(model, [one.target_pair for one in every], shown, layer=basis.layer, **options)
-    affine = _Affine(map, given[:n_train], rank, learn_strength)
-    trained = [parameter for parameter in affine.parameters() if parameter.requires_grad]
+    if map == "transfer":
+        rows = distinct(given[:n_train], labels)
+        found = recognition(given[:n_train][rows], labels[rows])
+        trainee = Transfer(*found, rule, basis.matrix, families_of(basis))
+    else:
+        trainee = Affine(map, given[:n_train], rule, rank, learn_strength)
+    trained = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
     rate = lr or (0.05 if map == "diagonal" else 0.02)
     optimiser = torch.optim.Adam(trained, lr=rate) if trained else None
     matrix = basis.matrix
 
     def vectors(rows: Tensor) -> Tensor:
-        return affine.log_strength.exp() * (weights_by(rule, affine(given[rows])) @ matrix)
+        return trainee(given[rows]) @ matrix
 
     def score(start: int, end: int) -> tuple[float, float]:
         """Mean loss and top-1 of some analogies."""
@@ -446,7 +445,7 @@ def fit_composite(
 
     train_loss = [score(0, n_train)[0]]
     curves = [score(n_train, len(every))]
-    best, best_key = {k: v.clone() for k, v in affine.state_dict().items()}, (curves[0][1], -curves[0][0])
+    best, best_key = {k: v.clone() for k, v in trainee.state_dict().items()}, (curves[0][1], -curves[0][0])
     with frozen(model), torch.enable_grad(), tqdm(total=epochs, disable=not progress, desc="composite map") as bar:
         for epoch in range(epochs if optimiser is not None else 0):
             assert optimiser is not None
@@ -460,19 +459,20 @@ def fit_composite(
                     loss.backward()
                     total += float(loss.detach()) * len(rows)
                 if l2 and map != "none":
-                    (l2 * affine.distance()).backward()
+                    (l2 * trainee.penalty(given[rows])).backward()
                 optimiser.step()
             train_loss.append(total / n_train)
             curves.append(score(n_train, len(every)))
             key = (curves[-1][1], -curves[-1][0])
             if not valid or key > best_key:
-                best, best_key = {k: v.clone() for k, v in affine.state_dict().items()}, key
+                best, best_key = {k: v.clone() for k, v in trainee.state_dict().items()}, key
             bar.update()
-    affine.load_state_dict(best)
-    folded, shift = affine.folded()
+    trainee.load_state_dict(best)
+    folded, shift = trainee.folded()
     seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)
     return CompositeMap(
-        basis=basis, map=map, matrix=folded, shift=shift, strength=float(affine.log_strength.detach().exp()),
+        basis=basis, map=map, matrix=folded, shift=shift, strength=float(trainee.log_strength.detach().exp()),
         scores=scores, rule=rule, setting=setting, template=template, seen=seen,
         history=FitHistory(tuple(train_loss), tuple(c[0] for c in curves), tuple(c[1] for c in curves)),
+        transfer=trainee.transfer().detach() if isinstance(trainee, Transfer) else None,
     )  # fmt: skip

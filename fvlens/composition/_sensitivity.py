@@ -17,6 +17,7 @@ from fvlens.finetuning import VectorSet
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
 from fvlens.suffix import Path
+from fvlens.vectors import random_vector_like
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +34,8 @@ class Change:
         n_repeats: random draws behind it.
         top1: share of analogies solved with the changed basis, and its bootstrap interval over analogies.
         difference: to the full basis on the same analogies, paired.
-        stability: ``sum_i min(w_i, w'_i)`` of the weights before and after, 0 to 1, a mean over analogies; before
-            means over the relations that are left, scaled to sum 1.
+        stability: ``sum_i min(|w_i|, |w'_i|)`` over the relations that are left and weigh the same way before and
+            after, either scaled so that its sizes sum to 1; 0 to 1, a mean over analogies.
     """
 
     name: str
@@ -233,9 +234,9 @@ def basis_study(
 
 
 def _overlap(before: Float[Tensor, "row relation"], after: Float[Tensor, "row relation"]) -> Float[Tensor, " row"]:
-    """Common mass of two sets of weights, the first scaled to sum 1; NaN where nothing of it is left."""
-    scaled = before / before.sum(dim=1, keepdim=True)
-    return torch.minimum(scaled, after).sum(dim=1)
+    """Common mass of two sets of weights of summed size 1 each; NaN where nothing of the first is left."""
+    first, second = (w / w.abs().sum(dim=1, keepdim=True) for w in (before, after))
+    return torch.where(first * second > 0, torch.minimum(first.abs(), second.abs()), 0.0 * first).sum(dim=1)
 
 
 def _drop(basis: VectorSet, share: float, generator: torch.Generator) -> tuple[VectorSet, Tensor]:
@@ -264,12 +265,10 @@ def _merge(basis: VectorSet, cosine: float) -> tuple[VectorSet, Tensor]:
 
 def _noise(basis: VectorSet, share: float, generator: torch.Generator) -> tuple[VectorSet, Tensor]:
     n, extra = len(basis), max(1, round(share * len(basis)))
-    length = basis.matrix.norm(dim=1).mean()
-    directions = torch.randn(extra, basis.matrix.shape[1], generator=generator)
-    added = length * directions / directions.norm(dim=1, keepdim=True)
+    scale = float(basis.matrix.norm(dim=1).mean()) / basis[0].norm()
     vectors = [
-        dataclasses.replace(basis[0], vector=row, relation=f"noise {i + 1}", kind="random", heads=(), data_hash="")
-        for i, row in enumerate(added)
+        dataclasses.replace(scale * random_vector_like(basis[0], generator), relation=f"noise {i + 1}")
+        for i in range(extra)
     ]
     return VectorSet((*basis, *vectors)), torch.cat([torch.eye(n), torch.zeros(n, extra)], dim=1)
 

@@ -3,10 +3,11 @@
 Test analogies are the same for every seed and take no part in anything else (``fvlens/relations/held_out.json``): near
 ones, and far ones of three levels: (i) new word pairs between domains that fitting connects, (ii) between domains that
 it does not, (iii) of families that take part in nothing. A seed trains the basis (20 pairs a relation, from zero), maps
-on ``--n-fit`` analogies (half near, half far) and a gate on a fifth as many others, for the bare query and for the
-one-shot prompt; of the maps, the one with the best top-1 on the validation analogies is the composite. Values are means
-over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over analogies, paired where two
-ways are compared.
+on ``--n-fit`` analogies (half near and half far for the bare query, far ones for the one-shot prompt, which needs help
+with no others) and a gate on a fifth as many others (half near, half far). Of the maps, the one with the best top-1 on
+validation analogies is the composite: on near ones in the bare query, on far ones in the one-shot prompt. Values are
+means over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over analogies, paired
+where two ways are compared.
 """
 
 import argparse
@@ -70,14 +71,14 @@ def measure_seed(
     generator = torch.Generator().manual_seed(seed)
     plain = library_composite(model, names=names, layer=layer, generator=generator, progress=False)
     drawn: dict[str, Any] = dict(generator=generator, names=names, n_foils=0)
-    train, valid, for_gate = (
-        library_analogies(part, n=max(4, n), **drawn)
-        for part, n in (("train", n_fit), ("valid", n_fit // 10), ("valid", n_fit // 5))
-    )
+    for_gate = library_analogies("valid", n=max(4, n_fit // 5), **drawn)
     solved: dict[tuple[str, str, str], Tensor] = {}
     chosen: dict[str, dict[str, float]] = {}
     evaluations: dict[str, AnalogyEvaluation] = {}
     for setting in SETTINGS:
+        shot = setting == "one_shot"
+        train = library_analogies("train", n=max(4, n_fit), kind="far" if shot else None, **drawn)
+        valid = library_analogies("valid", n=max(4, n_fit // 10), kind="far" if shot else "near", **drawn)
         fitted: dict[str, CompositeMap] = {}
         for map in MAPS:
             began = time.monotonic()
@@ -88,7 +89,9 @@ def measure_seed(
             log.info("seed %d, %s, map %s: %.0f s", seed, setting, map, time.monotonic() - began)
         chosen[setting] = {map: max(one.history.valid_top1) for map, one in fitted.items()}
         best = max(chosen[setting], key=lambda map: chosen[setting][map])
-        gated = fit_gate(model, fitted[best], for_gate, setting=setting, generator=generator, progress=False)
+        gated = fit_gate(
+            model, fitted[best], for_gate, kind="threshold", setting=setting, generator=generator, progress=False
+        )
         log.info("seed %d, %s: map %s, gate %s", seed, setting, best, gated.gates[0].describe())
         for level, analogies in tests.items():
             shared: dict[str, Any] = dict(settings=[setting], generator=generator, progress=False)
