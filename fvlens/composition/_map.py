@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._gate import Gate
-from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
@@ -330,6 +330,7 @@ def fit_composite(
     batch_size: int = 128,
     template: str = "qa",
     basis_pairs: Sequence[Pair | tuple[str, str]] = (),
+    sources: SourceScores | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
@@ -364,6 +365,8 @@ def fit_composite(
         epochs, batch_size: passes over the analogies, analogies in a step.
         template: how queries are written.
         basis_pairs: pairs that the basis was trained on; kept for the leak check.
+        sources: :func:`source_scores` of the source pairs of ``analogies`` and then of ``valid``, where several maps
+            share them; counted here by default.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: order of the minibatches.
         progress: show a bar.
@@ -412,7 +415,14 @@ def fit_composite(
     every = [*analogies, *valid]
     n_train = len(analogies)
     options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
-    given = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options).log_probs
+    if sources is None:
+        sources = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options)
+    given = sources.log_probs
+    if given.shape != (len(every), len(basis)):
+        raise ValueError(
+            f"fit_composite: expected sources of {len(every)} analogies under {len(basis)} vectors, got "
+            f"{list(given.shape)}."
+        )
     if scores == "probability":
         given = given.exp()
     shown = shown_pairs([one.source_pair for one in every], setting)

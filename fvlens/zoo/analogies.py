@@ -27,12 +27,14 @@ from fvlens.composition import (
     SETTINGS,
     AnalogyEvaluation,
     CompositeMap,
+    SourceScores,
     evaluate_analogies,
     fit_composite,
     fit_gate,
     library_analogies,
     library_composite,
     library_parts,
+    source_scores,
 )
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
@@ -75,16 +77,22 @@ def measure_seed(
     solved: dict[tuple[str, str, str], Tensor] = {}
     chosen: dict[str, dict[str, float]] = {}
     evaluations: dict[str, AnalogyEvaluation] = {}
+
+    def scores_of(analogies: Sequence[Analogy]) -> SourceScores:
+        return source_scores(model, plain.basis, [one.source_pair for one in analogies], template=plain.template)
+
+    of_tests = {level: scores_of(analogies) for level, analogies in tests.items()}
     for setting in SETTINGS:
         shot = setting == "one_shot"
         train = library_analogies("train", n=max(4, n_fit), kind="far" if shot else None, **drawn)
         valid = library_analogies("valid", n=max(4, n_fit // 10), kind="far" if shot else "near", **drawn)
+        given = scores_of([*train, *valid])
         fitted: dict[str, CompositeMap] = {}
         for map in MAPS:
             began = time.monotonic()
             fitted[map] = fit_composite(
                 model, plain.basis, train, valid=valid, map=map, setting=setting, learn_strength=map != "none",
-                epochs=epochs, basis_pairs=sorted(plain.seen.pairs), generator=generator, progress=False,
+                epochs=epochs, basis_pairs=sorted(plain.seen.pairs), sources=given, generator=generator, progress=False,
             )  # fmt: skip
             log.info("seed %d, %s, map %s: %.0f s", seed, setting, map, time.monotonic() - began)
         chosen[setting] = {map: max(one.history.valid_top1) for map, one in fitted.items()}
@@ -95,6 +103,7 @@ def measure_seed(
         log.info("seed %d, %s: map %s, gate %s", seed, setting, best, gated.gates[0].describe())
         for level, analogies in tests.items():
             shared: dict[str, Any] = dict(settings=[setting], generator=generator, progress=False)
+            shared["sources"] = of_tests[level]
             found = evaluate_analogies(model, analogies, gated, **shared)
             evaluations[f"{level}, {setting}"] = found
             for name, way in found.scored.items():
