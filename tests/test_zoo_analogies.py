@@ -44,7 +44,15 @@ def test_the_table_is_that_of_single_evaluations(model, tmp_path, capsys, monkey
         gain = row["composite - unsteered"]
         assert gain["mean"] == pytest.approx(row["composite"]["mean"] - row["unsteered"]["mean"])
         assert gain["low"] <= gain["mean"] <= gain["high"]
-        shown = {one["heaviest"] for one in found["relations"] if one["level"] == row["level"]}
+        shown = {one[key] for one in found["relations"] for key in ("heaviest", "nearest") if key in one}
         assert shown <= set(NAMES)
+    pooled = [row for row in found["rows"] if row["level"] in ("far (i)", "far (ii)") and row["setting"] == "one-shot"]
+    assert sum(one["n"] for one in found["families"]) == sum(row["n"] for row in pooled) == 12
+    for key in ("unsteered", "composite", "composite - unsteered"):
+        by_family = sum(one["n"] * one[key]["mean"] for one in found["families"])
+        assert by_family == pytest.approx(sum(row["n"] * row[key]["mean"] for row in pooled))
+    gains = [one["composite - unsteered"]["mean"] for one in found["families"]]
+    assert gains == sorted(gains, reverse=True)
     text = capsys.readouterr().out
+    assert "| family, far (i) and (ii), one-shot | n |" in text
     assert text.count("| far (ii) | one-shot | 6 |") == 2 and "gated composite - unsteered" in text

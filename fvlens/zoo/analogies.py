@@ -4,7 +4,7 @@ Test analogies are the same for every seed and take no part in anything else (``
 ones, and far ones of three levels: (i) new word pairs between domains that fitting connects, (ii) between domains that
 it does not, (iii) of families that take part in nothing. A seed trains the basis (20 pairs a relation, from zero), maps
 on ``--n-fit`` analogies (half near and half far for the bare query, far ones for the one-shot prompt, which needs help
-with no others) and a gate on a fifth as many others (half near, half far). Of the maps, the one with the best top-1 on
+with no others) and a threshold gate on a fifth as many others (half near, half far). Of the maps, the one with the best top-1 on
 validation analogies is the composite: on near ones in the bare query, on far ones in the one-shot prompt. Values are
 means over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over analogies, paired
 where two ways are compared.
@@ -36,6 +36,7 @@ from fvlens.composition import (
     library_parts,
     source_scores,
 )
+from fvlens.finetuning import VectorSet
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
@@ -68,8 +69,10 @@ def drawn_tests(n: int, seed: int) -> dict[str, list[Analogy]]:
 def measure_seed(
     model: Any, tests: Mapping[str, Sequence[Analogy]], seed: int, *, names: Sequence[str] | None, n_fit: int,
     layer: int, epochs: int,
-) -> tuple[dict[tuple[str, str, str], Tensor], dict[str, dict[str, float]], dict[str, AnalogyEvaluation]]:  # fmt: skip
-    """What each way solves (level, setting, way), validation top-1 of each map by setting, and the evaluations."""
+) -> tuple[
+    dict[tuple[str, str, str], Tensor], dict[str, dict[str, float]], dict[str, AnalogyEvaluation], dict[str, Any]
+]:  # fmt: skip
+    """What each way solves (level, setting, way), validation top-1 of each map by setting, evaluations, neighbours."""
     generator = torch.Generator().manual_seed(seed)
     plain = library_composite(model, names=names, layer=layer, generator=generator, progress=False)
     drawn: dict[str, Any] = dict(generator=generator, names=names, n_foils=0)
@@ -112,7 +115,17 @@ def measure_seed(
                 by_map = found if map == best else evaluate_analogies(model, analogies, one, controls=[], **shared)
                 name = "no map" if map == "none" else f"map {map}"
                 solved[level, setting, name] = by_map[f"composite, {setting.replace('_', '-')}"].right.double()
-    return solved, chosen, evaluations
+    return solved, chosen, evaluations, _nearest(plain.basis)
+
+
+def _nearest(basis: VectorSet) -> dict[str, dict[str, Any]]:
+    """The other basis vector of the highest cosine, by relation."""
+    cosine = basis.similarity().fill_diagonal_(-2)
+    best = cosine.max(dim=1)
+    return {
+        name: {"nearest": basis.names[place], "cosine": value}
+        for name, place, value in zip(basis.names, best.indices.tolist(), best.values.tolist(), strict=True)
+    }
 
 
 def measure(
@@ -130,9 +143,11 @@ def measure(
     ``names`` restricts the basis and the fitting, not the tests.
     """
     tests = drawn_tests(n_test, 0)
-    every, maps, last = [], {}, {}
+    every, maps, last, near = [], {}, {}, {}
     for seed in seeds:
-        solved, chosen, last = measure_seed(model, tests, seed, names=names, n_fit=n_fit, layer=layer, epochs=epochs)
+        solved, chosen, last, near = measure_seed(
+            model, tests, seed, names=names, n_fit=n_fit, layer=layer, epochs=epochs
+        )
         every.append(solved)
         maps[str(seed)] = chosen
     means = {key: torch.stack([solved[key] for solved in every]).mean(dim=0) for key in every[0]}
@@ -152,12 +167,39 @@ def measure(
             rows.append(row)
             label = setting.replace("_", "-")
             table = last[f"{level}, {setting}"].by_relation(f"composite, {label}", f"unsteered, {label}")
-            relations += [{"level": level, "setting": label, **one} for one in table.to_dict("records")]
-    return {"seeds": list(seeds), "n_fit": n_fit, "layer": layer, "maps": maps, "rows": rows, "relations": relations}
+            relations += [
+                {"level": level, "setting": label, **one, **near.get(one["relation"], {})}
+                for one in table.to_dict("records")
+            ]
+    kept: dict[str, Any] = dict(seeds=list(seeds), n_fit=n_fit, layer=layer, maps=maps)
+    return {**kept, "rows": rows, "families": _families(tests, means), "relations": relations}
+
+
+def _families(
+    tests: Mapping[str, Sequence[Analogy]], means: Mapping[tuple[str, str, str], Tensor]
+) -> list[dict[str, Any]]:
+    """What the composite does to far analogies of fitted families in the one-shot prompt, a row a family."""
+    rows = []
+    pooled = [(level, i, one) for level in ("far (i)", "far (ii)") for i, one in enumerate(tests[level])]
+    families = [load_relation(one.target_relation).family for _, _, one in pooled]
+    for family in sorted(set(families)):
+        own = [(level, i) for (level, i, _), of in zip(pooled, families, strict=True) if of == family]
+        ways = {
+            way: torch.stack([means[level, "one_shot", way][i] for level, i in own])
+            for way in ("unsteered", "composite", "own vector")
+            if all((level, "one_shot", way) in means for level, _ in own)
+        }
+        mean, (low, high, _) = paired_difference(
+            ways["composite"], ways["unsteered"], generator=torch.Generator().manual_seed(0)
+        )
+        row: dict[str, Any] = {"family": family, "n": len(own)}
+        row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}
+        rows.append(row | {"composite - unsteered": {"mean": mean, "low": low, "high": high}})
+    return sorted(rows, key=lambda row: -row["composite - unsteered"]["mean"])
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """The ways, then the differences that bars are about, as Markdown."""
+    """The ways, the differences that bars are about, and far analogies by family, as Markdown."""
     labels = {"level": "analogies", "setting": "prompt", "n": "n"}
     ways = {way: (way, 2) for way in (*WAYS, *(f"map {map}" for map in MAPS if map != "none"))}
     absent = dict.fromkeys(("mean", "low", "high"), float("nan"))
@@ -170,7 +212,10 @@ def tables(found: Mapping[str, Any]) -> str:
         )
     }  # fmt: skip
     rows = [dict.fromkeys(differences, absent) | row for row in rows]
-    return markdown(rows, labels, ways) + "\n\n" + markdown(rows, labels, differences)
+    columns = {way: (way, 2) for way in ("unsteered", "composite", "own vector", "composite - unsteered")}
+    families = [dict.fromkeys(columns, absent) | row for row in found["families"]]
+    by_family = markdown(families, {"family": "family, far (i) and (ii), one-shot", "n": "n"}, columns)
+    return "\n\n".join([markdown(rows, labels, ways), markdown(rows, labels, differences), by_family])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
