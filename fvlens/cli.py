@@ -620,6 +620,9 @@ def analogy(
     weights = Table("basis relation", Column("weight", justify="right"), box=None)
     for name, weight in found.explanation.top(n_top):
         weights.add_row(name, f"{weight:.3f}")
+    if made.map == "transfer":
+        named = ", ".join(f"{name} {chance:.2f}" for name, chance in found.explanation.named())
+        out.print(f"{a} : {b} is taken for: {named}", highlight=False, soft_wrap=True)
     out.print(weights)
     for setting, strength in found.gates.items():
         out.print(f"gate, {_setting(setting)}: {strength:.2f} of the composite is injected", highlight=False)

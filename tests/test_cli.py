@@ -843,6 +843,18 @@ def test_analogy_prints_answer_weights_and_the_unsteered_answer(call, composite_
     assert any(re.search(r"gate, one-shot prompt: [01]\.00 of the composite is injected", line) for line in lines)
 
 
+def test_analogy_says_what_a_transfer_map_takes_the_pair_for(call, composite_file, model, tmp_path):
+    from fvlens.composition import CompositeMap, fit_composite, library_analogies
+
+    basis, generator = CompositeMap.load(composite_file).basis, torch.Generator().manual_seed(0)
+    asked = library_analogies("train", n=60, names=basis.names, kind="near", generator=generator)
+    made = fit_composite(model, basis, asked, map="transfer", epochs=1, generator=generator, progress=False)
+    code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "made.safetensors"))
+    assert code == 0
+    first, chance = made.explain(model, "cow", "calf").named(1)[0]
+    assert f"cow : calf is taken for: {first} {chance:.2f}, " in text
+
+
 def test_analogy_refuses_a_single_choice_and_a_strange_file(refused, saved, composite_file):
     hint = "expected at least two different words with commas between them"
     assert hint in refused("analogy", "a", "b", "c", "--choices", "one", "--composite", composite_file)

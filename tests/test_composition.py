@@ -306,6 +306,7 @@ def test_a_transfer_map_names_the_relation_and_then_weighs_by_it(tiny, transferr
     assert (told.weights < 0).any()
     sizes = [abs(weight) for _, weight in told.top(5)]
     assert sizes == sorted(sizes, reverse=True)
+    assert told.named(1) == [(NAMES[int(named.argmax())], pytest.approx(float(named.max())))]
     assert list(told.to_dataframe().columns) == ["relation", "weight", "score", "recognised"]
     vector = transferred.vector_for(tiny, "hand", "finger").vector
     torch.testing.assert_close(vector, (transferred.transfer @ named) @ transferred.basis.matrix)

@@ -71,8 +71,15 @@ class Explanation:
 
     def top(self, n: int = 10) -> list[tuple[str, float]]:
         """The heaviest basis relations with their weights, whatever their sign."""
-        order = self.weights.abs().argsort(descending=True)[:n].tolist()
-        return [(self.names[i], float(self.weights[i])) for i in order]
+        return self._first(self.weights, n)
+
+    def named(self, n: int = 3) -> list[tuple[str, float]]:
+        """The basis relations that the source pair most likely shows, with their probability."""
+        return self._first(self.recognised, n)
+
+    def _first(self, values: Float[Tensor, " relation"], n: int) -> list[tuple[str, float]]:
+        order = values.abs().argsort(descending=True)[:n].tolist()
+        return [(self.names[i], float(values[i])) for i in order]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a basis relation: ``relation, weight, score, recognised``."""

@@ -4,10 +4,10 @@ Test analogies are the same for every seed and take no part in anything else (``
 ones, and far ones of three levels: (i) new word pairs between domains that fitting connects, (ii) between domains that
 it does not, (iii) of families that take part in nothing. A seed trains the basis (20 pairs a relation, from zero), maps
 on ``--n-fit`` analogies (half near and half far for the bare query, far ones for the one-shot prompt, which needs help
-with no others) and a threshold gate on a fifth as many others (half near, half far). Of the maps, the one with the best top-1 on
-validation analogies is the composite: on near ones in the bare query, on far ones in the one-shot prompt. Values are
-means over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over analogies, paired
-where two ways are compared.
+with no others) and a threshold gate on a fifth as many others (half near, half far). Of the maps, the one with the
+best top-1 on validation analogies is the composite: on near ones in the bare query, on far ones in the one-shot
+prompt. Values are means over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over
+analogies, paired where two ways are compared.
 """
 
 import argparse
