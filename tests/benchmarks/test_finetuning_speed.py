@@ -24,8 +24,12 @@ from fvlens.finetuning._training import Task, Training, VectorAdapter, prompts_o
 from fvlens.interventions import resid_hook
 from fvlens.models import fingerprint
 
-N_TURNS, N_STEPS = 6, 5
-"""Turns of each side, and steps in a turn; the median step counts."""
+N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
+"""Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.
+
+Six turns of steps of 7 ms are over in a second, and the ratio of such a second lies anywhere from 4.3 to 5.7 on a shared
+machine. So short steps get more turns.
+"""
 
 
 def seconds(function, clock=time.perf_counter):
@@ -92,20 +96,22 @@ def measure_steps(model, *, n_relations, batch_size, layer):
     batch = [torch.arange(20 * i, 20 * i + batch_size) for i in range(n_relations)]
     rows, relation = torch.cat(batch), torch.arange(n_relations).repeat_interleave(batch_size)
     times = {"suffix": [], "plain": []}
+    steps = {"suffix": lambda: training._step(batch), "plain": lambda: plain.step(rows, relation, batch_size)}
+
+    def turn():
+        """So many steps of each side in a row, as training takes them."""
+        return {name: [seconds(step, time.process_time)[0] for _ in range(N_STEPS)] for name, step in steps.items()}
+
     with frozen(model):
-        for i in range(N_TURNS + 1):
-            for name, step in (
-                ("suffix", lambda: training._step(batch)),
-                ("plain", lambda: plain.step(rows, relation, batch_size)),
-            ):
-                for _ in range(N_STEPS):  # in a row, as training takes them
-                    spent, _ = seconds(step, time.process_time)
-                    if i:  # after the warm-up
-                        times[name].append(spent)
+        turn()  # warm-up
+        while len(times["plain"]) < N_TURNS * N_STEPS or sum(map(sum, times.values())) < N_SECONDS:
+            for name, spent in turn().items():
+                times[name] += spent
     medians = {name: statistics.median(values) for name, values in times.items()}
     difference = (trainable.matrix - plain.vectors).detach()
     return dict(
         **medians,
+        n_steps=len(times["plain"]),
         n_rows=len(rows),
         n_pos=adapter.tokens.shape[1],
         ratio=medians["plain"] / medians["suffix"],
@@ -117,10 +123,10 @@ def show(capsys, title, m):
     with capsys.disabled():
         print(
             f"\n{title}: {m['n_rows']} pairs of {m['n_pos']} tokens in a step, {torch.get_num_threads()} threads\n"
-            f"  plain forward and backward {1000 * m['plain']:9.1f} ms  (median of {N_TURNS * N_STEPS})\n"
+            f"  plain forward and backward {1000 * m['plain']:9.1f} ms  (median of {m['n_steps']})\n"
             f"  suffix                     {1000 * m['suffix']:9.1f} ms\n"
             f"  ratio                      {m['ratio']:9.1f}\n"
-            f"  relative difference of the vectors after {(N_TURNS + 1) * N_STEPS} steps: {m['difference']:.1e}"
+            f"  relative difference of the vectors after {m['n_steps'] + N_STEPS} steps: {m['difference']:.1e}"
         )
 
 
