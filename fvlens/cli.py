@@ -558,7 +558,8 @@ def compose(
         typer.Option("--map", help="From source scores to weights; none needs no analogies."),
     ] = "none",
     gate: Annotated[
-        Literal["learned", "threshold"] | None, typer.Option("--gate", help="What decides how strongly to steer.")
+        Literal["logistic", "threshold", "learned"] | None,
+        typer.Option("--gate", help="What decides whether to steer, or how strongly."),
     ] = None,
     setting: Annotated[
         Literal["zero_shot", "one_shot"], typer.Option("--setting", help="Prompts that map and gate are trained on.")

@@ -1,6 +1,6 @@
 """What is trained of a composite: modules from scaled source scores to weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,18 +137,27 @@ def recognition(
     centre, spread = scale_of(scores)
     standard = (scores - centre) / spread
     matrix, shift = torch.zeros(n, n, requires_grad=True), torch.zeros(n, requires_grad=True)
-    optimiser = torch.optim.LBFGS([matrix, shift], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        logits = standard @ matrix.T + shift
+        return nn.functional.cross_entropy(logits, labels) + RECOGNITION_L2 * matrix.square().sum()
+
+    minimise(loss, [matrix, shift])
+    return folded(matrix.detach(), shift.detach(), centre, spread)
+
+
+def minimise(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    """Bring a convex loss to its minimum by L-BFGS, in place."""
+    optimiser = torch.optim.LBFGS(list(parameters), max_iter=300, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad(set_to_none=True)
-        logits = standard @ matrix.T + shift
-        loss = nn.functional.cross_entropy(logits, labels) + RECOGNITION_L2 * matrix.square().sum()
-        loss.backward()
-        return float(loss.detach())
+        found = loss()
+        found.backward()
+        return float(found.detach())
 
     with torch.enable_grad():
         optimiser.step(closure)
-    return folded(matrix.detach(), shift.detach(), centre, spread)
 
 
 def distinct(scores: Float[Tensor, "row relation"], labels: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:

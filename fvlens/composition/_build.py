@@ -113,7 +113,7 @@ def library_composite(
         setting: the prompts that map and gate are trained on.
         n_analogies: training analogies of the map; the gate has a fifth as many.
         epochs: passes over the pairs of the basis and over the analogies.
-        gate: ``"learned"``, ``"threshold"`` or None.
+        gate: ``"logistic"``, ``"threshold"``, ``"learned"`` (see :func:`fit_gate`) or None.
         template: how queries are written.
         generator: all randomness.
         progress: show bars.

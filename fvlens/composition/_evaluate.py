@@ -335,11 +335,7 @@ def evaluate_analogies(
         kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
         pairs = [one.source_pair for one in analogies]
         sources = sources or source_scores(model, composite.basis, pairs, template=template, **kept)
-        if sources.log_probs.shape != (len(pairs), len(composite.basis)):
-            raise ValueError(
-                f"evaluate_analogies: expected sources of {len(pairs)} analogies under {len(composite.basis)} vectors, "
-                f"got {list(sources.log_probs.shape)}."
-            )
+        sources.check(len(pairs), len(composite.basis), "evaluate_analogies")
         vectors = _vectors(analogies, composite, sources.log_probs, controls, generator)
         for setting in settings:
             ways[setting] |= vectors

@@ -8,17 +8,31 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fvlens.composition._affine import minimise, scale_of
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
 from fvlens.composition._map import CompositeMap
-from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
+from fvlens.composition._queries import (
+    SETTINGS,
+    Queries,
+    Setting,
+    SourceScores,
+    answer_scores,
+    shown_pairs,
+    source_scores,
+)
 from fvlens.finetuning import frozen
 from fvlens.relations import Analogy
 from fvlens.suffix import Path
 
 LOWERED_BY, LOWERINGS = 0.25, 200
 """Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""
+NEAR_WEIGHT, LOGISTIC_L2 = 5.0, 1e-2
+"""Of a logistic gate: what a near analogy counts, and the weight of the squared slopes (over scaled signals)."""
+LEAST = 1e-6
+"""Least probability that two pairs show the same relation."""
 
 
 def signals_from(
@@ -37,17 +51,26 @@ def signals_from(
     options = _options(composite, path, max_memory)
     sources = Queries(model, [one.source_pair for one in analogies], **options)
     targets = _targets(model, analogies, setting, options)
-    steered, sure = torch.empty(n), torch.empty(n)
+    gained, sure = torch.empty(n), torch.empty(n)
+    answers = torch.empty(n, 2, dtype=torch.long)
     zero = torch.zeros(vectors.shape[1])
     with torch.no_grad(), frozen(model):
         for rows in torch.arange(n).split(sources.rows_at_once):
             logs = sources.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
-            steered[rows] = (logs / sources.n_tokens[rows]).float()
+            gained[rows] = (logs / sources.n_tokens[rows]).float() - scores.unsteered[rows]
         for rows in torch.arange(n).split(targets.rows_at_once):
-            first = targets.logits(rows, zero)[:, 0].float()
-            sure[rows] = first.log_softmax(dim=-1).amax(dim=-1).cpu()
-    entropy = torch.special.entr(composite.recognised(scores.log_probs)).sum(dim=-1)
-    return torch.stack([entropy, steered - scores.unsteered, sure], dim=1)
+            plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
+            sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
+            answers[rows] = torch.stack([plain.argmax(dim=-1), steered.argmax(dim=-1)], dim=1).cpu()
+    shown = composite.recognised(scores.log_probs)
+    said = answer_scores(
+        model, composite.basis, [one.c for one in analogies], answers, template=composite.template, path=path,
+        max_memory=max_memory,
+    )  # fmt: skip
+    same = (shown[:, None] * composite.recognised(said)).sum(dim=-1).clamp(min=LEAST).log()
+    likeness = F.cosine_similarity(vectors[:, None], composite.mix(said)[1], dim=-1)
+    entropy = torch.special.entr(shown).sum(dim=-1)
+    return torch.cat([torch.stack([entropy, gained, sure], dim=1), same, likeness], dim=1)
 
 
 def _options(composite: CompositeMap, path: Path | None, max_memory: int | None) -> dict[str, Any]:
@@ -66,22 +89,35 @@ def gate_signals(
     analogies: Sequence[Analogy],
     *,
     setting: Setting = "one_shot",
+    sources: SourceScores | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
 ) -> Float[Tensor, "analogy signal"]:
     """What a gate knows of each analogy; the answer D takes no part.
 
+    With p the weights of the source pair (what is recognised in it, where a transfer map makes the weights of that), v
+    its composite vector, and Y the model's most likely token after C in these prompts:
+
+    - ``entropy`` of p, in nats;
+    - ``source gain``: ``log P(B | A; v) - log P(B | A)``, a mean per token, in nats;
+    - ``confidence``: ``log P(Y)`` without steering, in nats;
+    - ``same relation``: ``log sum_i p_i q_i``, q being what p is of (A, B) of (C, Y): how likely both pairs show the
+      same basis relation (nats, not below log 1e-6); once with the Y of the unsteered model, once with the steered Y;
+    - ``likeness``: cosine of v and the composite vector of (C, Y), which is high for two relations of a family, too, if
+      the map knows that; with both Y again.
+
+    So a model checks its own answer: does it stand to C as B stands to A? [choice]
+
     Args:
         model: the model of the basis.
         composite: the map.
         analogies: what is asked.
-        setting: the prompts of the third signal.
+        setting: the prompts that C is asked in.
+        sources: :func:`source_scores` of the source pairs; counted here by default.
         path, max_memory: as for :func:`fvlens.finetune`.
 
     Returns:
-        In the order of :data:`SIGNALS`: entropy of the weights (nats; of what is
-        recognised, where a transfer map makes the weights of that); ``log P(B | A; composite) - log P(B | A)``, a
-        mean per token (nats); log-probability of the most likely token after C without steering (nats).
+        In the order of :data:`SIGNALS`.
 
     Raises:
         ValueError: no analogies; an unknown setting; another model than the basis's.
@@ -91,9 +127,21 @@ def gate_signals(
     if not analogies:
         raise ValueError("gate_signals: expected at least one analogy, got none.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
-    pairs = [one.source_pair for one in analogies]
-    scores = source_scores(model, composite.basis, pairs, template=composite.template, **kept)
-    return signals_from(model, composite, analogies, scores, setting=setting, **kept)
+    sources = _scores(model, composite, analogies, sources, "gate_signals", progress=False, **kept)
+    return signals_from(model, composite, analogies, sources, setting=setting, **kept)
+
+
+def _scores(
+    model: Any, composite: CompositeMap, analogies: Sequence[Analogy], given: SourceScores | None, whose: str,
+    **options: Any,
+) -> SourceScores:  # fmt: skip
+    """Scores of the source pairs, checked if they are there already."""
+    composite.basis.check(model)
+    if given is None:
+        pairs = [one.source_pair for one in analogies]
+        return source_scores(model, composite.basis, pairs, template=composite.template, **options)
+    given.check(len(analogies), len(composite.basis), whose)
+    return given
 
 
 def fit_gate(
@@ -101,13 +149,14 @@ def fit_gate(
     composite: CompositeMap,
     analogies: Sequence[Analogy],
     *,
-    kind: GateKind = "learned",
+    kind: GateKind = "logistic",
     setting: Setting = "one_shot",
     protect: bool = True,
     l2: float = 1e-3,
     lr: float = 0.1,
     epochs: int = 20,
     batch_size: int = 128,
+    sources: SourceScores | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
@@ -115,23 +164,25 @@ def fit_gate(
 ) -> CompositeMap:
     """Fit a gate to a composite, so that near analogies, which the model solves by itself, are not made worse.
 
-    ``"learned"``: ``L = mean of -log P(D | prompt; resid_l += sigmoid(u . f + k) v) + l2 * |u|^2`` over the analogies,
-    through the frozen model; f are the signals of :func:`gate_signals`, centred and scaled by what is seen here.
+    ``"logistic"``: a logistic regression on the signals of :func:`gate_signals` (centred and scaled by what is seen
+    here, ``1e-2 |u|^2``, L-BFGS) says of the analogies that steering changes whether it helps or harms; the gate opens
+    where helping is the likelier. A near analogy counts five times.
     ``"threshold"``: of all thresholds on one signal, in both directions, the one with the best top-1 on the analogies,
-    and among equals the one that steers least. The paper has no gate [choice].
-
-    Either gate may not cost near analogies anything: of the thresholds only those count with which as many near ones
-    are solved as without steering; a learned gate's offset is lowered, in steps of 0.25, until that holds.
+    and among equals the one that steers least; of those only with which as many near ones are solved as unsteered.
+    ``"learned"``: ``L = mean of -log P(D | prompt; resid_l += sigmoid(u . f + k) v) + l2 * |u|^2`` over the analogies,
+    through the frozen model, f being the scaled signals; then k is lowered, in steps of 0.25, until as many near ones
+    are solved as unsteered. The paper has no gate [choice].
 
     Args:
         model: the model; its parameters and mode stay as they are.
         composite: the map.
         analogies: near and far ones, other than those that the map was trained on; a gate that has only seen what a
             map was trained on trusts it too much.
-        kind: ``"learned"`` or ``"threshold"``.
+        kind: ``"logistic"``, ``"threshold"`` or ``"learned"``.
         setting: the prompts that it is for. A composite can have one gate a setting.
         protect: whether the near ones among the analogies (``kind="near"``) limit the gate as said.
         l2, lr, epochs, batch_size: of the learned gate; Adam.
+        sources: :func:`source_scores` of the source pairs, where several gates share them; counted here by default.
         path, max_memory: as for :func:`fvlens.finetune`.
         generator: order of the minibatches.
         progress: show a bar.
@@ -151,15 +202,15 @@ def fit_gate(
         if not (math.isfinite(number) and number >= least):
             raise ValueError(f"fit_gate: expected {name} of at least {least}, got {number}.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
-    pairs = [one.source_pair for one in analogies]
-    scores = source_scores(model, composite.basis, pairs, template=composite.template, progress=progress, **kept)
-    signals = signals_from(model, composite, analogies, scores, setting=setting, **kept)
-    vectors = composite.mix(scores.log_probs)[1]
+    sources = _scores(model, composite, analogies, sources, "fit_gate", progress=progress, **kept)
+    signals = signals_from(model, composite, analogies, sources, setting=setting, **kept)
+    vectors = composite.mix(sources.log_probs)[1]
     queries = _targets(model, analogies, setting, _options(composite, **kept))
     near = torch.tensor([protect and one.kind == "near" for one in analogies])
     plain = _hits(model, queries, torch.zeros_like(vectors))
-    if kind == "threshold":
-        gate = _threshold(signals, plain, _hits(model, queries, vectors), near, setting)
+    if kind != "learned":
+        find = _threshold if kind == "threshold" else _logistic
+        gate = find(signals, plain, _hits(model, queries, vectors), near, setting)
     else:
         with frozen(model), torch.enable_grad():
             gate = _learned(queries, signals, vectors, setting, l2, lr, epochs, batch_size, generator, progress)
@@ -169,7 +220,7 @@ def fit_gate(
                 break
             gate = dataclasses.replace(gate, offset=gate.offset - LOWERED_BY)
         else:
-            gate = dataclasses.replace(gate, kind="threshold", slopes=(0.0,) * len(SIGNALS), offset=-1.0)  # never open
+            gate = _always("threshold", False, setting)
     return composite.with_gate(gate, analogies)
 
 
@@ -183,12 +234,44 @@ def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"
     return torch.cat(parts)
 
 
+def _always(kind: GateKind, is_open: bool, setting: Setting) -> Gate:
+    """A gate of 0 or 1 that does not look at its signals."""
+    return Gate(kind, (0.0,) * len(SIGNALS), 1.0 if is_open else -1.0, setting)
+
+
+def _logistic(
+    signals: Float[Tensor, "analogy signal"], plain: Bool[Tensor, " analogy"], steered: Bool[Tensor, " analogy"],
+    near: Bool[Tensor, " analogy"], setting: Setting,
+) -> Gate:  # fmt: skip
+    changed = plain != steered
+    helps = steered[changed].double()
+    if helps.unique().numel() < 2:  # steering only helps or only harms
+        return _always("logistic", bool(helps.any()), setting)
+    centre, spread = scale_of(signals.double())
+    standard = ((signals - centre) / spread)[changed]
+    weight = torch.where(near[changed], NEAR_WEIGHT, 1.0)
+    slope, offset = (torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in (len(centre), ()))
+
+    def loss() -> Tensor:
+        found = F.binary_cross_entropy_with_logits(standard @ slope + offset, helps, weight=weight)
+        return found + LOGISTIC_L2 * slope.square().sum()
+
+    minimise(loss, [slope, offset])
+    return _plain("logistic", slope, offset, centre, spread, setting)
+
+
+def _plain(kind: GateKind, slope: Tensor, offset: Tensor, centre: Tensor, spread: Tensor, setting: Setting) -> Gate:
+    """A gate over signals as they are from one over scaled ones."""
+    slopes = slope.detach() / spread
+    return Gate(kind, tuple(slopes.tolist()), float(offset.detach() - slopes @ centre), setting)
+
+
 def _threshold(
     signals: Float[Tensor, "analogy signal"], plain: Bool[Tensor, " analogy"], steered: Bool[Tensor, " analogy"],
     near: Bool[Tensor, " analogy"], setting: Setting,
 ) -> Gate:  # fmt: skip
     gain = steered.double() - plain.double()
-    best, chosen = (0.0, 0), Gate("threshold", (0.0,) * len(SIGNALS), -1.0, setting)  # never open
+    best, chosen = (0.0, 0), _always("threshold", False, setting)
     for which in range(len(SIGNALS)):
         for sign in (1.0, -1.0):
             value, order = (sign * signals[:, which].double()).sort(descending=True)
@@ -208,7 +291,7 @@ def _learned(
     queries: Queries, signals: Tensor, vectors: Tensor, setting: Setting, l2: float, lr: float, epochs: int,
     batch_size: int, generator: torch.Generator, progress: bool,
 ) -> Gate:  # fmt: skip
-    centre, spread = signals.mean(dim=0), signals.std(dim=0, correction=0).clamp(min=1e-3)
+    centre, spread = scale_of(signals)
     standard = (signals - centre) / spread
     slope = torch.zeros(len(SIGNALS), requires_grad=True)
     offset = torch.zeros((), requires_grad=True)
@@ -224,5 +307,4 @@ def _learned(
             if l2:
                 (l2 * slope.square().sum()).backward()
             optimiser.step()
-    plain = slope.detach() / spread
-    return Gate("learned", tuple(plain.tolist()), float(offset.detach() - plain @ centre), setting)
+    return _plain("learned", slope, offset, centre, spread, setting)

@@ -1,8 +1,9 @@
 """Gates: whether an analogy is steered at all, and how strongly.
 
-A gate reads three signals that need no answer: how undecided the weights are, how much the composite helps its own
-source pair, and how sure the unsteered model is of its answer. ``strength = sigmoid(u . signals + k)`` if it is
-learned, 1 or 0 if it is a threshold on one of them.
+A gate reads signals that need no right answer: how undecided the weights are, how much the composite helps its own
+source pair, how sure the unsteered model is of what it says, and whether C and what it says, unsteered or steered, are
+related as A and B are, by the same scores under the basis. ``strength = sigmoid(u . signals + k)`` if it is learned;
+otherwise 1 where ``u . signals + k > 0`` and 0 elsewhere, over all signals (logistic) or one of them (threshold).
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from fvlens.composition._queries import Setting
 
-GateKind = Literal["learned", "threshold"]
-GATES: tuple[GateKind, ...] = ("learned", "threshold")
-SIGNALS = ("entropy", "source gain", "confidence")
+GateKind = Literal["logistic", "threshold", "learned"]
+GATES: tuple[GateKind, ...] = ("logistic", "threshold", "learned")
+SIGNALS = (
+    "entropy", "source gain", "confidence", "same relation", "same relation, steered", "likeness", "likeness, steered",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,9 @@ class Gate:
     """A factor between 0 and 1 on the composite vector of an analogy, from its signals.
 
     Attributes:
-        kind: ``"learned"`` (a sigmoid) or ``"threshold"`` (0 or 1).
+        kind: ``"logistic"`` or ``"threshold"`` (0 or 1), or ``"learned"`` (a sigmoid).
         slopes: weight of each of :data:`SIGNALS`.
-        offset: added to their weighted sum; a threshold opens above 0.
+        offset: added to their weighted sum; a gate of 0 or 1 opens above 0.
         setting: the prompts that it was fitted on, and that it is for.
     """
 

@@ -190,8 +190,8 @@ class CompositeMap:
         return dataclasses.replace(self, gates=(*kept, gate), seen=self.seen.with_analogies(analogies))
 
     def mix(
-        self, log_probs: Float[Tensor, "row relation"]
-    ) -> tuple[Float[Tensor, "row relation"], Float[Tensor, "row d_model"]]:
+        self, log_probs: Float[Tensor, "*row relation"]
+    ) -> tuple[Float[Tensor, "*row relation"], Float[Tensor, "*row d_model"]]:
         """Weights and composite vectors from scores that are there already, before any gate."""
         weights = self.weights_of(log_probs)
         return weights, self.strength * (weights @ self.basis.matrix)
@@ -424,12 +424,8 @@ def fit_composite(
     options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
     if sources is None:
         sources = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options)
+    sources.check(len(every), len(basis), "fit_composite")
     given = sources.log_probs
-    if given.shape != (len(every), len(basis)):
-        raise ValueError(
-            f"fit_composite: expected sources of {len(every)} analogies under {len(basis)} vectors, got "
-            f"{list(given.shape)}."
-        )
     if scores == "probability":
         given = given.exp()
     shown = shown_pairs([one.source_pair for one in every], setting)

@@ -1,6 +1,6 @@
 """Queries that are run once and then asked again under many vectors, and the scores of source pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,14 @@ class SourceScores:
     log_probs: Float[Tensor, "pair relation"]
     unsteered: Float[Tensor, " pair"]
 
+    def check(self, n_pairs: int, n_vectors: int, whose: str) -> None:
+        """Raise ValueError unless they are of so many pairs under so many vectors."""
+        if self.log_probs.shape != (n_pairs, n_vectors):
+            raise ValueError(
+                f"{whose}: expected sources of {n_pairs} analogies under {n_vectors} vectors, got "
+                f"{list(self.log_probs.shape)}."
+            )
+
 
 def source_scores(
     model: Any,
@@ -135,15 +143,48 @@ def source_scores(
     every = [Pair(*pair) for pair in pairs]
     unique = list(dict.fromkeys(every))
     queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)
-    matrix = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
-    n = len(matrix)
-    found = torch.empty(len(unique) * n)
-    with torch.no_grad(), frozen(model), tqdm(total=len(found), disable=not progress, desc="source pairs") as bar:
-        for index in torch.arange(len(found)).split(queries.rows_at_once):
-            rows = index // n
-            logs = queries.log_probs(rows, matrix[index % n]).sum(dim=1).cpu()
-            found[index] = logs.float() / queries.n_tokens[rows]
-            bar.update(len(index))
+    vectors = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
+
+    def mean_log_prob(rows: Tensor, given: Tensor) -> Tensor:
+        return queries.log_probs(rows, given).sum(dim=1).cpu().float() / queries.n_tokens[rows]
+
+    found = _under_each(model, queries, vectors, mean_log_prob, progress)
     place = {pair: i for i, pair in enumerate(unique)}
-    found = found.view(len(unique), n)[[place[pair] for pair in every]]
+    found = found[[place[pair] for pair in every]]
     return SourceScores(found[:, 1:].clone(), found[:, 0].clone())
+
+
+def answer_scores(
+    model: Any, basis: VectorSet, words: Sequence[str], tokens: Int[Tensor, "word answer"], **options: Any
+) -> Float[Tensor, "word answer relation"]:
+    """Log-probability (nats) of single tokens after the bare query of each word, under each basis vector.
+
+    Args:
+        model: the model.
+        basis: vectors v_1..v_n.
+        words: what is asked.
+        tokens: the answers to each.
+        options: ``template``, ``path`` and ``max_memory`` of :class:`Queries`.
+    """
+    queries = Queries(model, [Pair(word, word) for word in words], layer=basis.layer, **options)  # answers are ignored
+
+    def chosen(rows: Tensor, vectors: Tensor) -> Tensor:
+        logs = queries.logits(rows, vectors)[:, 0].float().log_softmax(dim=-1)
+        return logs.gather(1, tokens[rows].to(logs.device)).cpu()
+
+    return _under_each(model, queries, basis.matrix, chosen, progress=False).transpose(1, 2)
+
+
+def _under_each(
+    model: Any, queries: Queries, vectors: Float[Tensor, "relation d_model"], read: Callable[[Tensor, Tensor], Tensor],
+    progress: bool,
+) -> Float[Tensor, "query relation *value"]:  # fmt: skip
+    """What ``read`` (rows, a vector for each) finds of every query under every vector, without gradients."""
+    n = len(vectors)
+    total = len(queries) * n
+    parts = []
+    with torch.no_grad(), frozen(model), tqdm(total=total, disable=not progress, desc="source pairs") as bar:
+        for index in torch.arange(total).split(queries.rows_at_once):
+            parts.append(read(index // n, vectors[index % n]))
+            bar.update(len(index))
+    return torch.cat(parts).unflatten(0, (len(queries), n))

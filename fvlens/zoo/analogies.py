@@ -4,7 +4,7 @@ Test analogies are the same for every seed and take no part in anything else (``
 ones, and far ones of three levels: (i) new word pairs between domains that fitting connects, (ii) between domains that
 it does not, (iii) of families that take part in nothing. A seed trains the basis (20 pairs a relation, from zero), maps
 on ``--n-fit`` analogies (half near and half far for the bare query, far ones for the one-shot prompt, which needs help
-with no others) and a threshold gate on a fifth as many others (half near, half far). Of the maps, the one with the
+with no others) and a logistic gate on a fifth as many others (half near, half far). Of the maps, the one with the
 best top-1 on validation analogies is the composite: on near ones in the bare query, on far ones in the one-shot
 prompt. Values are means over seeds of each analogy, then over analogies; intervals are 95% bootstrap intervals over
 analogies, paired where two ways are compared.
@@ -84,6 +84,7 @@ def measure_seed(
     def scores_of(analogies: Sequence[Analogy]) -> SourceScores:
         return source_scores(model, plain.basis, [one.source_pair for one in analogies], template=plain.template)
 
+    of_gate = scores_of(for_gate)
     of_tests = {level: scores_of(analogies) for level, analogies in tests.items()}
     for setting in SETTINGS:
         shot = setting == "one_shot"
@@ -101,7 +102,7 @@ def measure_seed(
         chosen[setting] = {map: max(one.history.valid_top1) for map, one in fitted.items()}
         best = max(chosen[setting], key=lambda map: chosen[setting][map])
         gated = fit_gate(
-            model, fitted[best], for_gate, kind="threshold", setting=setting, generator=generator, progress=False
+            model, fitted[best], for_gate, setting=setting, sources=of_gate, generator=generator, progress=False
         )
         log.info("seed %d, %s: map %s, gate %s", seed, setting, best, gated.gates[0].describe())
         for level, analogies in tests.items():

@@ -27,8 +27,8 @@ from fvlens.models import fingerprint
 N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
 """Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.
 
-Six turns of steps of 7 ms are over in a second, and the ratio of such a second lies anywhere from 4.3 to 5.7 on a shared
-machine. So short steps get more turns.
+Six turns of steps of 7 ms are over in a second, and on a shared machine the ratio of such a second lies anywhere from
+4.3 to 5.7. So short steps get more turns.
 """
 
 
