@@ -45,6 +45,7 @@ from fvlens.zoo._table import markdown, mean_with_interval
 log = logging.getLogger("fvlens.zoo")
 
 LEVELS = ("near", "far (i)", "far (ii)", "far (iii)")
+_COMPOSITES = ("composite", "gated composite")
 WAYS = ("unsteered", "composite", "gated composite", "no map", "uniform", "best single", "random", "own vector")
 
 
@@ -158,13 +159,8 @@ def measure(
             ways = {way: values for (of, how, way), values in means.items() if (of, how) == (level, setting)}
             row: dict[str, Any] = {"level": level, "setting": setting.replace("_", "-"), "n": len(analogies)}
             row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}
-            for first in ("composite", "gated composite"):
-                for second in ways:
-                    if second != first:
-                        mean, (low, high, _) = paired_difference(
-                            ways[first], ways[second], generator=torch.Generator().manual_seed(0)
-                        )
-                        row[f"{first} - {second}"] = {"mean": mean, "low": low, "high": high}
+            for first in _COMPOSITES:
+                row |= {f"{first} - {way}": _difference(ways[first], ways[way]) for way in ways if way != first}
             rows.append(row)
             label = setting.replace("_", "-")
             table = last[f"{level}, {setting}"].by_relation(f"composite, {label}", f"unsteered, {label}")
@@ -187,16 +183,20 @@ def _families(
         own = [(level, i) for (level, i, _), of in zip(pooled, families, strict=True) if of == family]
         ways = {
             way: torch.stack([means[level, "one_shot", way][i] for level, i in own])
-            for way in ("unsteered", "composite", "own vector")
+            for way in ("unsteered", "composite", "gated composite", "own vector")
             if all((level, "one_shot", way) in means for level, _ in own)
         }
-        mean, (low, high, _) = paired_difference(
-            ways["composite"], ways["unsteered"], generator=torch.Generator().manual_seed(0)
-        )
         row: dict[str, Any] = {"family": family, "n": len(own)}
         row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}
-        rows.append(row | {"composite - unsteered": {"mean": mean, "low": low, "high": high}})
-    return sorted(rows, key=lambda row: -row["composite - unsteered"]["mean"])
+        row |= {f"{way} - unsteered": _difference(ways[way], ways["unsteered"]) for way in _COMPOSITES}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["gated composite - unsteered"]["mean"])
+
+
+def _difference(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Mean of the paired differences, with its interval."""
+    mean, (low, high, _) = paired_difference(first, second, generator=torch.Generator().manual_seed(0))
+    return {"mean": mean, "low": low, "high": high}
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -213,7 +213,8 @@ def tables(found: Mapping[str, Any]) -> str:
         )
     }  # fmt: skip
     rows = [dict.fromkeys(differences, absent) | row for row in rows]
-    columns = {way: (way, 2) for way in ("unsteered", "composite", "own vector", "composite - unsteered")}
+    columns = {way: (way, 2) for way in ("unsteered", *_COMPOSITES, "own vector")}
+    columns |= {f"{way} - unsteered": (f"{way} - unsteered", 2) for way in _COMPOSITES}
     families = [dict.fromkeys(columns, absent) | row for row in found["families"]]
     by_family = markdown(families, {"family": "family, far (i) and (ii), one-shot", "n": "n"}, columns)
     return "\n\n".join([markdown(rows, labels, ways), markdown(rows, labels, differences), by_family])
