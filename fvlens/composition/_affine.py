@@ -60,6 +60,10 @@ class Affine(nn.Module):
         affine = ((scores - self.centre) / self.spread) @ self.matrix().T + self.shift
         return self.log_strength.exp() * weights_by(self.rule, affine)
 
+    def strength(self) -> float:
+        """Factor on the mixture."""
+        return float(self.log_strength.detach().exp())
+
     def folded(self) -> tuple[Float[Tensor, "relation relation"], Float[Tensor, " relation"]]:
         """M and c over plain scores."""
         return folded(self.matrix().detach(), self.shift.detach(), self.centre, self.spread)
@@ -82,7 +86,6 @@ class Transfer(nn.Module):
         names = sorted(set(groups))
         self.members = torch.stack([torch.tensor([group == name for group in groups]) for name in names]).float()
         n = len(shift)
-        self.log_strength = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.same = nn.Parameter(torch.zeros(()))
         self.shared = nn.Parameter(torch.zeros(n, len(names)))
         self.own = nn.Parameter(torch.zeros(n, n))
@@ -102,6 +105,10 @@ class Transfer(nn.Module):
     def forward(self, scores: Float[Tensor, "row relation"]) -> Float[Tensor, "row relation"]:
         """Signed weights."""
         return self.recognised(scores) @ self.transfer().T
+
+    def strength(self) -> float:
+        """Factor on the mixture; T has a scale of its own."""
+        return 1.0
 
     def folded(self) -> tuple[Float[Tensor, "relation relation"], Float[Tensor, " relation"]]:
         """M and c over plain scores."""

@@ -484,7 +484,7 @@ def fit_composite(
     folded, shift = trainee.folded()
     seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)
     return CompositeMap(
-        basis=basis, map=map, matrix=folded, shift=shift, strength=float(trainee.log_strength.detach().exp()),
+        basis=basis, map=map, matrix=folded, shift=shift, strength=trainee.strength(),
         scores=scores, rule=rule, setting=setting, template=template, seen=seen,
         history=FitHistory(tuple(train_loss), tuple(c[0] for c in curves), tuple(c[1] for c in curves)),
         transfer=trainee.transfer().detach() if isinstance(trainee, Transfer) else None,
