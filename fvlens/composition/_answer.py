@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvlens.composition._fit_gate import signals_from
+from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Explanation
 from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.finetuning import frozen
@@ -77,7 +77,7 @@ def answer_analogy(
         ways = {"unsteered": torch.zeros_like(vector), "composite": vector}
         gate = composite.gate(setting)
         if gate is not None:
-            signals = signals_from(model, composite, [asked], scores, setting=setting, path=None, max_memory=None)
+            signals = gate_signals(model, composite, [asked], setting=setting, sources=scores)
             strength = gate.strength(signals)[0]
             gates[setting] = float(strength)
             ways["gated composite"] = strength * vector

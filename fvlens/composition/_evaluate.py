@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.composition._fit_gate import signals_from
+from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Seen
 from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
 from fvlens.composition._rules import RULES
@@ -341,7 +341,7 @@ def evaluate_analogies(
             ways[setting] |= vectors
             gate = composite.gate(setting)
             if gate is not None:
-                signals = signals_from(model, composite, analogies, sources, setting=setting, **kept)
+                signals = gate_signals(model, composite, analogies, setting=setting, sources=sources, **kept)
                 ways[setting]["gated composite"] = gate.strength(signals)[:, None] * vectors["composite"]
     scored: dict[str, Scored] = {}
     n_ways = sum(map(len, ways.values())) + (shots is not None)

@@ -35,44 +35,6 @@ LEAST = 1e-6
 """Least probability that two pairs show the same relation."""
 
 
-def signals_from(
-    model: Any,
-    composite: CompositeMap,
-    analogies: Sequence[Analogy],
-    scores: SourceScores,
-    *,
-    setting: Setting,
-    path: Path | None,
-    max_memory: int | None,
-) -> Float[Tensor, "analogy signal"]:
-    """:func:`gate_signals` from source scores that are there already."""
-    n = len(analogies)
-    vectors = composite.mix(scores.log_probs)[1]
-    options = _options(composite, path, max_memory)
-    sources = Queries(model, [one.source_pair for one in analogies], **options)
-    targets = _targets(model, analogies, setting, options)
-    gained, sure = torch.empty(n), torch.empty(n)
-    answers = torch.empty(n, 2, dtype=torch.long)
-    zero = torch.zeros(vectors.shape[1])
-    with torch.no_grad(), frozen(model):
-        for rows in torch.arange(n).split(sources.rows_at_once):
-            logs = sources.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
-            gained[rows] = (logs / sources.n_tokens[rows]).float() - scores.unsteered[rows]
-        for rows in torch.arange(n).split(targets.rows_at_once):
-            plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
-            sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
-            answers[rows] = torch.stack([plain.argmax(dim=-1), steered.argmax(dim=-1)], dim=1).cpu()
-    shown = composite.recognised(scores.log_probs)
-    said = answer_scores(
-        model, composite.basis, [one.c for one in analogies], answers, template=composite.template, path=path,
-        max_memory=max_memory,
-    )  # fmt: skip
-    same = (shown[:, None] * composite.recognised(said)).sum(dim=-1).clamp(min=LEAST).log()
-    likeness = F.cosine_similarity(vectors[:, None], composite.mix(said)[1], dim=-1)
-    entropy = torch.special.entr(shown).sum(dim=-1)
-    return torch.cat([torch.stack([entropy, gained, sure], dim=1), same, likeness], dim=1)
-
-
 def _options(composite: CompositeMap, path: Path | None, max_memory: int | None) -> dict[str, Any]:
     return dict(layer=composite.basis.layer, template=composite.template, path=path, max_memory=max_memory)
 
@@ -101,7 +63,7 @@ def gate_signals(
     - ``entropy`` of p, in nats;
     - ``source gain``: ``log P(B | A; v) - log P(B | A)``, a mean per token, in nats;
     - ``confidence``: ``log P(Y)`` without steering, in nats;
-    - ``same relation``: ``log sum_i p_i q_i``, q being what p is of (A, B) of (C, Y): how likely both pairs show the
+    - ``same relation``: ``log sum_i p_i q_i``, q being for (C, Y) what p is for (A, B): how likely both pairs show the
       same basis relation (nats, not below log 1e-6); once with the Y of the unsteered model, once with the steered Y;
     - ``likeness``: cosine of v and the composite vector of (C, Y), which is high for two relations of a family, too, if
       the map knows that; with both Y again.
@@ -120,15 +82,36 @@ def gate_signals(
         In the order of :data:`SIGNALS`.
 
     Raises:
-        ValueError: no analogies; an unknown setting; another model than the basis's.
+        ValueError: no analogies; an unknown setting; another model than the basis's; sources of other analogies.
     """
     if setting not in SETTINGS:
         raise ValueError(f"gate_signals: setting={setting!r}; expected one of {', '.join(SETTINGS)}.")
     if not analogies:
         raise ValueError("gate_signals: expected at least one analogy, got none.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
-    sources = _scores(model, composite, analogies, sources, "gate_signals", progress=False, **kept)
-    return signals_from(model, composite, analogies, sources, setting=setting, **kept)
+    scores = _scores(model, composite, analogies, sources, "gate_signals", progress=False, **kept)
+    n = len(analogies)
+    vectors = composite.mix(scores.log_probs)[1]
+    pairs = Queries(model, [one.source_pair for one in analogies], **_options(composite, **kept))
+    targets = _targets(model, analogies, setting, _options(composite, **kept))
+    gained, sure = torch.empty(n), torch.empty(n)
+    answers = torch.empty(n, 2, dtype=torch.long)
+    zero = torch.zeros(vectors.shape[1])
+    with torch.no_grad(), frozen(model):
+        for rows in torch.arange(n).split(pairs.rows_at_once):
+            logs = pairs.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
+            gained[rows] = (logs / pairs.n_tokens[rows]).float() - scores.unsteered[rows]
+        for rows in torch.arange(n).split(targets.rows_at_once):
+            plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
+            sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
+            answers[rows] = torch.stack([plain.argmax(dim=-1), steered.argmax(dim=-1)], dim=1).cpu()
+    words = [one.c for one in analogies]
+    said = answer_scores(model, composite.basis, words, answers, template=composite.template, **kept)
+    shown = composite.recognised(scores.log_probs)
+    same = (shown[:, None] * composite.recognised(said)).sum(dim=-1).clamp(min=LEAST).log()
+    likeness = F.cosine_similarity(vectors[:, None], composite.mix(said)[1], dim=-1)
+    entropy = torch.special.entr(shown).sum(dim=-1)
+    return torch.cat([torch.stack([entropy, gained, sure], dim=1), same, likeness], dim=1)
 
 
 def _scores(
@@ -191,7 +174,8 @@ def fit_gate(
         The composite with this gate, and with the analogies among what it has seen.
 
     Raises:
-        ValueError: no analogies; an unknown kind or setting; numbers out of range; another model than the basis's.
+        ValueError: no analogies; an unknown kind or setting; numbers out of range; another model than the basis's;
+            sources of other analogies.
     """
     for name, value, known in (("kind", kind, GATES), ("setting", setting, SETTINGS)):
         if value not in known:
@@ -203,7 +187,7 @@ def fit_gate(
             raise ValueError(f"fit_gate: expected {name} of at least {least}, got {number}.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
     sources = _scores(model, composite, analogies, sources, "fit_gate", progress=progress, **kept)
-    signals = signals_from(model, composite, analogies, sources, setting=setting, **kept)
+    signals = gate_signals(model, composite, analogies, setting=setting, sources=sources, **kept)
     vectors = composite.mix(sources.log_probs)[1]
     queries = _targets(model, analogies, setting, _options(composite, **kept))
     near = torch.tensor([protect and one.kind == "near" for one in analogies])
