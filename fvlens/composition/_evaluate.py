@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Seen
-from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
+from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, given_or_scored, shown_pairs
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
@@ -334,8 +334,9 @@ def evaluate_analogies(
     if composite is not None:
         kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
         pairs = [one.source_pair for one in analogies]
-        sources = sources or source_scores(model, composite.basis, pairs, template=template, **kept)
-        sources.check(len(pairs), len(composite.basis), "evaluate_analogies")
+        sources = given_or_scored(
+            sources, model, composite.basis, pairs, whose="evaluate_analogies", template=template, **kept
+        )
         vectors = _vectors(analogies, composite, sources.log_probs, controls, generator)
         for setting in settings:
             ways[setting] |= vectors

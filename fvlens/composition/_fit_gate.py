@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from fvlens.composition._affine import minimise, scale_of
+from fvlens.composition._affine import folded, minimise, scale_of
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
 from fvlens.composition._map import CompositeMap
 from fvlens.composition._queries import (
@@ -20,8 +20,8 @@ from fvlens.composition._queries import (
     Setting,
     SourceScores,
     answer_scores,
+    given_or_scored,
     shown_pairs,
-    source_scores,
 )
 from fvlens.finetuning import frozen
 from fvlens.relations import Analogy
@@ -89,18 +89,21 @@ def gate_signals(
     if not analogies:
         raise ValueError("gate_signals: expected at least one analogy, got none.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
-    scores = _scores(model, composite, analogies, sources, "gate_signals", progress=False, **kept)
-    n = len(analogies)
+    composite.basis.check(model)
+    n, pairs = len(analogies), [one.source_pair for one in analogies]
+    scores = given_or_scored(
+        sources, model, composite.basis, pairs, whose="gate_signals", template=composite.template, **kept
+    )
     vectors = composite.mix(scores.log_probs)[1]
-    pairs = Queries(model, [one.source_pair for one in analogies], **_options(composite, **kept))
+    asked = Queries(model, pairs, **_options(composite, **kept))
     targets = _targets(model, analogies, setting, _options(composite, **kept))
     gained, sure = torch.empty(n), torch.empty(n)
     answers = torch.empty(n, 2, dtype=torch.long)
     zero = torch.zeros(vectors.shape[1])
     with torch.no_grad(), frozen(model):
-        for rows in torch.arange(n).split(pairs.rows_at_once):
-            logs = pairs.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
-            gained[rows] = (logs / pairs.n_tokens[rows]).float() - scores.unsteered[rows]
+        for rows in torch.arange(n).split(asked.rows_at_once):
+            logs = asked.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
+            gained[rows] = (logs / asked.n_tokens[rows]).float() - scores.unsteered[rows]
         for rows in torch.arange(n).split(targets.rows_at_once):
             plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
             sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
@@ -112,19 +115,6 @@ def gate_signals(
     likeness = F.cosine_similarity(vectors[:, None], composite.mix(said)[1], dim=-1)
     entropy = torch.special.entr(shown).sum(dim=-1)
     return torch.cat([torch.stack([entropy, gained, sure], dim=1), same, likeness], dim=1)
-
-
-def _scores(
-    model: Any, composite: CompositeMap, analogies: Sequence[Analogy], given: SourceScores | None, whose: str,
-    **options: Any,
-) -> SourceScores:  # fmt: skip
-    """Scores of the source pairs, checked if they are there already."""
-    composite.basis.check(model)
-    if given is None:
-        pairs = [one.source_pair for one in analogies]
-        return source_scores(model, composite.basis, pairs, template=composite.template, **options)
-    given.check(len(analogies), len(composite.basis), whose)
-    return given
 
 
 def fit_gate(
@@ -186,7 +176,10 @@ def fit_gate(
         if not (math.isfinite(number) and number >= least):
             raise ValueError(f"fit_gate: expected {name} of at least {least}, got {number}.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
-    sources = _scores(model, composite, analogies, sources, "fit_gate", progress=progress, **kept)
+    pairs = [one.source_pair for one in analogies]
+    sources = given_or_scored(
+        sources, model, composite.basis, pairs, whose="fit_gate", template=composite.template, progress=progress, **kept
+    )
     signals = gate_signals(model, composite, analogies, setting=setting, sources=sources, **kept)
     vectors = composite.mix(sources.log_probs)[1]
     queries = _targets(model, analogies, setting, _options(composite, **kept))
@@ -241,13 +234,15 @@ def _logistic(
         return found + LOGISTIC_L2 * slope.square().sum()
 
     minimise(loss, [slope, offset])
-    return _plain("logistic", slope, offset, centre, spread, setting)
+    return _over_plain_signals("logistic", slope, offset, centre, spread, setting)
 
 
-def _plain(kind: GateKind, slope: Tensor, offset: Tensor, centre: Tensor, spread: Tensor, setting: Setting) -> Gate:
+def _over_plain_signals(
+    kind: GateKind, slope: Tensor, offset: Tensor, centre: Tensor, spread: Tensor, setting: Setting
+) -> Gate:
     """A gate over signals as they are from one over scaled ones."""
-    slopes = slope.detach() / spread
-    return Gate(kind, tuple(slopes.tolist()), float(offset.detach() - slopes @ centre), setting)
+    slopes, shift = folded(slope.detach(), offset.detach(), centre, spread)
+    return Gate(kind, tuple(slopes.tolist()), float(shift), setting)
 
 
 def _threshold(
@@ -291,4 +286,4 @@ def _learned(
             if l2:
                 (l2 * slope.square().sum()).backward()
             optimiser.step()
-    return _plain("learned", slope, offset, centre, spread, setting)
+    return _over_plain_signals("learned", slope, offset, centre, spread, setting)

@@ -14,7 +14,15 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._gate import Gate
-from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, shown_pairs, source_scores
+from fvlens.composition._queries import (
+    SETTINGS,
+    Queries,
+    Setting,
+    SourceScores,
+    given_or_scored,
+    shown_pairs,
+    source_scores,
+)
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
@@ -422,13 +430,12 @@ def fit_composite(
     every = [*analogies, *valid]
     n_train = len(analogies)
     options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
-    if sources is None:
-        sources = source_scores(model, basis, [one.source_pair for one in every], progress=progress, **options)
-    sources.check(len(every), len(basis), "fit_composite")
+    pairs = [one.source_pair for one in every]
+    sources = given_or_scored(sources, model, basis, pairs, whose="fit_composite", progress=progress, **options)
     given = sources.log_probs
     if scores == "probability":
         given = given.exp()
-    shown = shown_pairs([one.source_pair for one in every], setting)
+    shown = shown_pairs(pairs, setting)
     queries = Queries(model, [one.target_pair for one in every], shown, layer=basis.layer, **options)
     if map == "transfer":
         rows = distinct(given[:n_train], labels)

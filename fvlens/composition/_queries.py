@@ -98,14 +98,6 @@ class SourceScores:
     log_probs: Float[Tensor, "pair relation"]
     unsteered: Float[Tensor, " pair"]
 
-    def check(self, n_pairs: int, n_vectors: int, whose: str) -> None:
-        """Raise ValueError unless they are of so many pairs under so many vectors."""
-        if self.log_probs.shape != (n_pairs, n_vectors):
-            raise ValueError(
-                f"{whose}: expected sources of {n_pairs} analogies under {n_vectors} vectors, got "
-                f"{list(self.log_probs.shape)}."
-            )
-
 
 def source_scores(
     model: Any,
@@ -152,6 +144,24 @@ def source_scores(
     place = {pair: i for i, pair in enumerate(unique)}
     found = found[[place[pair] for pair in every]]
     return SourceScores(found[:, 1:].clone(), found[:, 0].clone())
+
+
+def given_or_scored(
+    given: SourceScores | None, model: Any, basis: VectorSet, pairs: Sequence[Pair], *, whose: str, **options: Any
+) -> SourceScores:
+    """The given scores, or :func:`source_scores` with these options where there are none.
+
+    Raises:
+        ValueError: they are not of so many pairs under so many vectors.
+    """
+    if given is None:
+        return source_scores(model, basis, pairs, **options)
+    if given.log_probs.shape != (len(pairs), len(basis)):
+        raise ValueError(
+            f"{whose}: expected sources of {len(pairs)} analogies under {len(basis)} vectors, got "
+            f"{list(given.log_probs.shape)}."
+        )
+    return given
 
 
 def answer_scores(
