@@ -28,8 +28,8 @@ from fvlens.models import Fingerprint, fingerprint, model_device
 from fvlens.prompts import Prompts, TokenClass
 from fvlens.screens import Screening, attribution_patching, integrated_gradients, relevance
 from fvlens.suffix import (
-    Path,
-    choose_path,
+    Route,
+    choose_route,
     halving,
     in_batches,
     open_reader,
@@ -68,7 +68,7 @@ class Recheck:
 
     heads: tuple[Head, ...]
     cie: Float[Tensor, "prompt rechecked"]
-    path: Path
+    path: Route
 
     @property
     def aie(self) -> Float[Tensor, " rechecked"]:
@@ -126,7 +126,7 @@ class IndirectEffects:
 
     cie: Float[Tensor, "prompt layer head"]
     baseline: Float[Tensor, " prompt"]
-    path: Path
+    path: Route
     method: str
     positions: Positions
     answer: str
@@ -361,7 +361,7 @@ def indirect_effects(
     n_steps: int = 8,
     positions: Positions | None = None,
     answer: Literal["first", "whole"] = "first",
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     progress: bool = True,
 ) -> IndirectEffects:
@@ -459,7 +459,7 @@ def indirect_effects(
     if differences:
         raise ValueError(f"indirect_effects: the means come from another model ({'; '.join(differences)}).")
     keys = _label_tokens(prompts) if method == "lrp" else None
-    chosen, reason = choose_path(model, path)
+    chosen, reason = choose_route(model, path)
     if chosen == "naive" and path is None and (method == "exact" or recheck):
         warnings.warn(f"indirect_effects takes the naive path, one forward pass a head ({reason}).", stacklevel=2)
 
@@ -505,7 +505,7 @@ def indirect_effects(
 
 
 def _check_screen(
-    method: str, recheck: int, n_steps: int, n_cells: int, positions: Positions, answer: str, path: Path | None
+    method: str, recheck: int, n_steps: int, n_cells: int, positions: Positions, answer: str, path: Route | None
 ) -> None:
     """Refuse settings that do not go with the method."""
     if method == "exact" and recheck:
@@ -544,7 +544,7 @@ def _label_tokens(prompts: Prompts) -> Bool[Tensor, "prompt pos"]:
     return keys
 
 
-def _gradient_path(model: Any, path: Path | None) -> Path:
+def _gradient_path(model: Any, path: Route | None) -> Route:
     """Gradients of suffixes where the model's own blocks can run them, else of whole prompts."""
     if path is not None:
         return path
@@ -604,14 +604,14 @@ class _Work:
         patched = torch.nn.functional.pad(position_mask(prompts, positions), (0, n_extra))
         return cls(tokens, mask, targets, patched, means, max_memory, progress)
 
-    def exact(self, model: Any, cells: Sequence[Head], path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    def exact(self, model: Any, cells: Sequence[Head], path: Route) -> Iterator[tuple[Tensor, Tensor]]:
         """Effects ``[prompt cell]`` of these heads, sorted by layer, and baselines."""
         with self._bar(len(self.tokens) * len(cells)) as bar:
             run = _naive if path == "naive" else _fast
             yield from run(self, model, cells, path, bar)
 
     def screen(
-        self, model: Any, method: str, path: Path, n_steps: int, keys: Tensor | None, notes: list[str]
+        self, model: Any, method: str, path: Route, n_steps: int, keys: Tensor | None, notes: list[str]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Scores ``[prompt layer head]`` and baselines; ``notes`` gets what must be said about them."""
         z = self.means.z
@@ -639,7 +639,7 @@ class _Work:
         return tqdm(total=total, desc="indirect effects", disable=not self.progress, leave=False)
 
 
-def _fast(work: _Work, model: Any, cells: Sequence[Head], path: Path, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _fast(work: _Work, model: Any, cells: Sequence[Head], path: Route, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """CIE and baseline of the prompts, batch by batch, on the fast path."""
     device = model_device(model)
     n_pos = work.tokens.shape[1]
@@ -669,7 +669,7 @@ def _fast(work: _Work, model: Any, cells: Sequence[Head], path: Path, bar: Any) 
     yield from halving(run, plan.over_prompts(len(work.tokens)), variants=plan.variants, what="indirect_effects")
 
 
-def _naive(work: _Work, model: Any, cells: Sequence[Head], path: Path, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _naive(work: _Work, model: Any, cells: Sequence[Head], path: Route, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """CIE and baseline by one hooked forward pass a head: slow, but it works for every model."""
     device = model_device(model)
     n_pos = work.tokens.shape[1]

@@ -36,7 +36,7 @@ from torch import Tensor
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import model_device
-from fvlens.suffix import Path, Slices, open_reader, plan_slices, run_prefix
+from fvlens.suffix import Route, Slices, open_reader, plan_slices, run_prefix
 from fvlens.types import is_bridge
 
 
@@ -60,7 +60,7 @@ class Screening:
     targets: Int[Tensor, "prompt pos"]
     patched: Bool[Tensor, "prompt pos"]
     means: Float[Tensor, "layer head d_head"]
-    path: Path
+    path: Route
 
     @property
     def n_suffix(self) -> int:
@@ -116,7 +116,7 @@ class _Batch:
         if self.run is None:
             tokens, mask = (x.repeat_interleave(n_copies, dim=0) for x in (self.tokens, self.mask))
             return open_reader(self.model, len(tokens), keep=False).read(tokens, mask, n_read=n_scored)
-        resid = self.run.resid_pre[layer][:, None].expand(-1, n_copies, -1, -1)
+        resid = self.run.resid_before(layer)[:, None].expand(-1, n_copies, -1, -1)
         return self.run.logits(self.run.continue_from(layer, resid)[:, :, -n_scored:].flatten(0, 1))
 
     def log_prob(self, logits: Float[Tensor, "row scored d_vocab"]) -> Float[Tensor, " row"]:

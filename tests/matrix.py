@@ -46,14 +46,14 @@ def _backends() -> tuple[str, ...]:
 
 
 BACKENDS = _backends()
-PATHS = {"hooked": ("weights", "kv"), "bridge": ("kv",)}
+ROUTES = {"hooked": ("weights", "kv"), "bridge": ("kv",)}
 """Exact fast paths of a backend, fastest first; the naive path is always there."""
 SLOWER: dict[tuple[str, str], tuple[str, ...]] = {}
 """(architecture, backend) whose fast paths are others than those of the backend."""
 
 
 def fast_paths(name: str, backend: str) -> tuple[str, ...]:
-    return SLOWER.get((name, backend), PATHS[backend])
+    return SLOWER.get((name, backend), ROUTES[backend])
 
 
 def off(ours: torch.Tensor, oracle: torch.Tensor) -> float:

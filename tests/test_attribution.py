@@ -21,7 +21,7 @@ from fvlens.attribution import IndirectEffects, Recheck
 from fvlens.interventions import z_hook
 from fvlens.models import embedded_folder, fingerprint
 from fvlens.prompts import TokenClass
-from fvlens.suffix import PATHS, has_hooks, plan_batch, plan_slices
+from fvlens.suffix import ROUTES, has_hooks, plan_batch, plan_slices
 from fvlens.types import Head
 
 pytestmark = needs_hooked  # most of it is about the weights path; test_bridge and test_matrix say the same of a bridge
@@ -218,7 +218,7 @@ def test_every_token_class_can_be_patched(models, generator):
 # --- properties ---
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("name", ["gpt2", "grouped-query", "parallel"])
 def test_a_heads_own_output_changes_nothing(models, generator, name, path):
     model = models(name)
@@ -266,7 +266,7 @@ def test_memory_bound_changes_nothing(models, generator, path):
     assert any(n_prompts > 1 for n_prompts, _ in cuts)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("name", ["gpt2", "grouped-query"])
 def test_padding_batch_and_order_change_nothing(models, generator, name, path):
     model = models(name)
@@ -310,7 +310,7 @@ def test_effects_of_heads_that_nobody_reads_are_zero(generator):
     assert got.cie[:, 1, [0, 1, 3]].abs().amax(dim=(0, 1)).min() > 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_same_bits_again_and_global_randomness_untouched(models, generator, path):
     model = models("gpt2")
     prompts = word_prompts(model, generator, n_prompts=3)
@@ -331,7 +331,7 @@ def test_half_precision_comes_close(generator):
     rounded = build("gpt2", dtype=torch.bfloat16)
     means = means_of(rounded, prompts, stretch=3)
     assert means.z.dtype == torch.float32
-    for path in PATHS:
+    for path in ROUTES:
         got = effects_of(rounded, prompts, means, path=path)
         assert got.cie.dtype == got.baseline.dtype == torch.float32
         correlation = torch.corrcoef(torch.stack([got.cie.flatten(), expected.cie.flatten()]))[0, 1]
@@ -391,7 +391,7 @@ def interrupt(monkeypatch, at_update):
     monkeypatch.setattr(attribution, "tqdm", Bar)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_interruption_keeps_what_is_finished(models, generator, monkeypatch, path):
     model = models("gpt2")
     prompts = word_prompts(model, generator, n_shots=0, n_prompts=34)
@@ -437,7 +437,7 @@ def fits(model, shape, bound):
     return plan.variants == shape["n_variants"] and plan.prompts > 4
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_interruption_before_anything_is_finished_passes_on(models, generator, monkeypatch, path):
     model = models("gpt2")
     prompts = word_prompts(model, generator, n_shots=0)
@@ -487,7 +487,7 @@ def interrupted_after(*batch):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_progress_bar_counts_prompts_and_heads(models, generator, monkeypatch, path):
     model = models("gpt2")
     prompts = word_prompts(model, generator, n_shots=0)
@@ -855,7 +855,7 @@ def test_no_hooks_stay_after_an_error_inside(tiny, generator):
     prompts = word_prompts(tiny, generator, n_shots=1)
     means = means_of(tiny, prompts)
     broken = dataclasses.replace(prompts, tokens=torch.full_like(prompts.tokens, tiny.cfg.d_vocab))
-    for path in PATHS:
+    for path in ROUTES:
         with pytest.raises(IndexError):
             effects_of(tiny, broken, means, path=path)
         assert not has_hooks(tiny)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from fvlens.interventions import hooked, inject, resid_hook, resid_pre_hook, z_hook
 from fvlens.models import embedded_folder
-from fvlens.suffix import choose_path, has_hooks, open_reader, run_prefix, steered_resid, why_not_kv
+from fvlens.suffix import choose_route, has_hooks, open_reader, run_prefix, steered_resid, why_not_kv
 from fvlens.types import Head, is_bridge
 
 
@@ -48,7 +48,7 @@ def test_every_architecture_takes_the_cached_path(bridges, name):
     model = bridges(name)
     assert is_bridge(model)
     assert why_not_kv(model) is None
-    assert choose_path(model) == ("kv", "TransformerBridge runs Hugging Face's own blocks")
+    assert choose_route(model) == ("kv", "TransformerBridge runs Hugging Face's own blocks")
 
 
 @pytest.mark.parametrize("n_suffix", [1, 4, None], ids=["one", "four", "all"])
@@ -165,21 +165,21 @@ def test_a_model_that_its_cache_does_not_serve_takes_the_naive_path(bridges, mon
         return keys, torch.zeros_like(values)
 
     monkeypatch.setattr(_bridge._FrozenLayer, "update", forgetful)
-    path, reason = choose_path(model)
+    path, reason = choose_route(model)
     assert path == "naive"
     assert "a suffix over its cache differs from a whole pass by" in reason
     with pytest.raises(ValueError, match=r"path='kv' is not exact for this model .*differs from a whole pass"):
-        choose_path(model, "kv")
+        choose_route(model, "kv")
     monkeypatch.setattr(_bridge, "_verdicts", {})
     monkeypatch.setattr(_bridge._FrozenLayer, "update", lambda self, *args, **kwargs: None)
-    assert "its blocks cannot be run over a cache (TypeError" in choose_path(model)[1]
+    assert "its blocks cannot be run over a cache (TypeError" in choose_route(model)[1]
     assert not any("forward" in block.__dict__ for block in model.blocks)
 
 
 def test_hooks_of_others_mean_the_naive_path(bridges):
     model = bridges("gpt2")
     with hooked(model, {z_hook(0): lambda z: None}):
-        assert choose_path(model) == ("naive", "hooks on the model")
+        assert choose_route(model) == ("naive", "hooks on the model")
 
 
 def test_the_residual_stream_in_the_middle_of_a_block_cannot_be_steered(bridges):

@@ -15,7 +15,7 @@ from oracle import hf
 from transformers import AutoModelForCausalLM
 
 import fvlens
-from fvlens.suffix import PATHS
+from fvlens.suffix import ROUTES
 
 CASES = [(name, backend) for name in ARCHITECTURES for backend in BACKENDS]
 every_case = pytest.mark.parametrize(("name", "backend"), CASES)
@@ -127,7 +127,7 @@ def test_means_in_every_batch_size(name, backend):
 
 
 @every_case
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_effects_on_every_path(name, backend, path):
     """At the last token; on fast paths also of whole answers, patched at the demonstrations' labels."""
     oracle = matrix.reference(name)

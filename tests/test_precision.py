@@ -23,9 +23,9 @@ from fvlens.suffix import open_reader, run_prefix, steered_resid, wide_logits
 from fvlens.zoo import precision as zoo_precision
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PATHS = {"hooked": ("weights", "kv", "naive"), "bridge": ("kv", "naive")}
+ROUTES = {"hooked": ("weights", "kv", "naive"), "bridge": ("kv", "naive")}
 BOTH = [(backend, precision) for backend in BACKENDS for precision in HALF]
-EACH = [(backend, precision, path) for backend, precision in BOTH for path in PATHS[backend]]
+EACH = [(backend, precision, path) for backend, precision in BOTH for path in ROUTES[backend]]
 NAME = "animal-german"
 
 
@@ -158,7 +158,7 @@ def test_logits_and_probabilities_are_not_rounded(backend, precision):
     torch.testing.assert_close(
         logs.double(), suffix.log_softmax(dim=-1).gather(-1, answers[:, None])[:, 0], rtol=1e-5, atol=1e-5
     )
-    for path in PATHS[backend]:
+    for path in ROUTES[backend]:
         effects, _ = effects_of(backend, precision, path)
         eps = torch.finfo(HALF[precision]).eps
         torch.testing.assert_close(effects.baseline.double().log(), expected_logs, rtol=0, atol=eps)

@@ -35,7 +35,7 @@ from fvlens.report import (
     write_report,
     write_run,
 )
-from fvlens.suffix import choose_path
+from fvlens.suffix import choose_route
 from fvlens.types import Head
 from fvlens.universal import read_heads
 
@@ -212,7 +212,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "icl_probability": float(np.mean(result.icl.probabilities.tolist())),
         "shuffled_probability": float(np.mean(result.shuffled.probabilities.tolist())),
         "other_relations": list(result.others),
-        "path": choose_path(model)[0],
+        "path": choose_route(model)[0],
         "ffv_path": result.tuned.run.path,
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],

@@ -13,9 +13,10 @@ import fvlens
 from fvlens.interventions import inject, resid_hook, z_hook
 from fvlens.suffix import (
     Slices,
+    _hooked,
     _memory,
     _run,
-    choose_path,
+    choose_route,
     counted_gain,
     has_hooks,
     plan_slices,
@@ -26,8 +27,8 @@ from fvlens.types import Head
 
 pytestmark = needs_hooked  # most of it is about the weights path; test_bridge and test_matrix say the same of a bridge
 
-PATHS = ("weights", "kv")
-BOTH = [(name, path) for name in ARCHITECTURES for path in PATHS if path in ("kv", FASTEST[name])]
+ROUTES = ("weights", "kv")
+BOTH = [(name, path) for name in ARCHITECTURES for path in ROUTES if path in ("kv", FASTEST[name])]
 BOTH = [(name, path) for name, path in BOTH if FASTEST[name] != "naive"]
 
 
@@ -74,8 +75,8 @@ def test_prefix_keeps_what_a_whole_pass_computes(models, generator, name, path):
     with torch.no_grad():
         logits, cache = model.run_with_cache(prompts.tokens, attention_mask=prompts.attention_mask)
     for layer in range(model.cfg.n_layers):
-        torch.testing.assert_close(run.resid_pre[layer], cache["resid_pre", layer][:, -n:])
-        torch.testing.assert_close(run.z[layer], cache["z", layer][:, -n:])
+        torch.testing.assert_close(run.resid_before(layer), cache["resid_pre", layer][:, -n:])
+        torch.testing.assert_close(run.kept_z(layer), cache["z", layer][:, -n:])
     torch.testing.assert_close(run.resid_final, cache["resid_post", model.cfg.n_layers - 1][:, -n:])
     torch.testing.assert_close(run.logits(run.resid_final), logits[:, -n:])
     assert (run.n_prompts, run.n_suffix) == (len(prompts), n)
@@ -197,21 +198,19 @@ def test_steps_take_fewer_operations(generator):
     """The point of them: queries, keys and values in one product, norms and GELU in one operation each."""
     model = random_model()
     prompts = word_prompts(model, generator)
-    run = run_prefix(model, prompts.tokens, prompts.attention_mask)
     vector, rows = torch.zeros(model.cfg.d_model), torch.arange(len(prompts))
-    steps = run.steps(0)
 
-    def count(function):
+    def count(path):
+        steps = run_prefix(model, prompts.tokens, prompts.attention_mask, path=path).steps(0)
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            function()
+            steps.logits(rows, vector)
         return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
-    count(lambda: None)
-    plain = count(lambda: run.select(rows).logits(steered_resid(run, 0, vector)))
-    assert count(lambda: steps.logits(rows, vector)) < 0.5 * plain
+    count("weights")
+    assert count("weights") < 0.5 * count("kv")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ROUTES)
 def test_steered_resid_starts_at_the_first_suffix_position(models, generator, path):
     """With an answer appended, the vector goes to the prompt's end, not to the answer's."""
     model = models("grouped-query")
@@ -280,24 +279,34 @@ def test_counted_gain_equals_the_tokens_that_really_go_through_the_blocks(genera
     model = random_model()
     prompts = word_prompts(model, generator, n_prompts=2, n_shots=2)
     n_layers, n_heads, n_pos = model.cfg.n_layers, model.cfg.n_heads, prompts.tokens.shape[1]
-    rows = 0.0
+    rows = {"class": 0.0, "engine": 0.0}
 
-    def counted(function):
-        def call(x, *args):
-            nonlocal rows
-            rows += 0.5 * x.shape[:-1].numel()
-            return function(x, *args)
+    def counted(function, whose, which):
+        def call(*args):
+            x = args[which]
+            rows[whose] += 0.5 * x.shape[:-1].numel()
+            return function(*args)
 
         return call
 
     for block in model.blocks:
-        monkeypatch.setattr(block.attn, "calculate_qkv_matrices", counted(block.attn.calculate_qkv_matrices))
-        monkeypatch.setattr(block.mlp, "forward", counted(block.mlp.forward))
-    means = fvlens.mean_head_activations(model, prompts, progress=False)
-    one_run, rows = rows, 0.0
+        monkeypatch.setattr(
+            block.attn, "calculate_qkv_matrices", counted(block.attn.calculate_qkv_matrices, "class", 0)
+        )
+        monkeypatch.setattr(block.mlp, "forward", counted(block.mlp.forward, "class", 0))
+    monkeypatch.setattr(_hooked.Walk, "heads", counted(_hooked.Walk.heads, "engine", 2))
+    monkeypatch.setattr(_hooked.Walk, "finish", counted(_hooked.Walk.finish, "engine", 2))
+    with torch.no_grad():
+        model(prompts.tokens, attention_mask=prompts.attention_mask)
+    one_run = rows["class"]
     assert one_run == len(prompts) * n_pos * n_layers
+    means = fvlens.mean_head_activations(model, prompts, progress=False)
+    rows["engine"] = 0.0
     fvlens.indirect_effects(model, prompts, means, path="weights", progress=False)
-    assert (1 + n_layers * n_heads) * one_run / rows == pytest.approx(counted_gain(n_layers, n_heads, n_pos))
+    assert rows["class"] in (one_run, 2 * one_run)  # nothing of the effects goes through the class's own blocks
+    saved = 0.5 * len(prompts) * (n_pos - 1)  # of the last block, only the suffix has a use
+    counted_rows = rows["engine"] + saved
+    assert (1 + n_layers * n_heads) * one_run / counted_rows == pytest.approx(counted_gain(n_layers, n_heads, n_pos))
 
 
 @given(st.integers(1, 60), st.integers(1, 50), st.integers(1, 200))
@@ -317,7 +326,7 @@ def test_plan_needs_what_it_says_and_uses_what_it_gets(tiny, data):
         n_pos=n_pos,
         n_suffix=data.draw(st.integers(1, n_pos)),
         n_variants=data.draw(st.integers(1, 40)),
-        path=data.draw(st.sampled_from(PATHS)),
+        path=data.draw(st.sampled_from(ROUTES)),
     )
     with pytest.raises(ValueError, match="max_memory=1 bytes is too small: one prompt of") as error:
         plan_slices(tiny, **shape, max_memory=1)
@@ -348,7 +357,7 @@ def test_default_plan_is_bounded_by_what_is_free(tiny, monkeypatch):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_fastest_exact_path_is_chosen(models, name):
-    path, reason = choose_path(models(name))
+    path, reason = choose_route(models(name))
     assert path == FASTEST[name]
     assert reason == {"alibi": "positions alibi", "shortformer": "positions shortformer"}.get(name, "")
 
@@ -374,12 +383,12 @@ def test_a_slower_path_says_why(monkeypatch, changes, path, reason):
     model = random_model()
     for key, value in changes.items():
         monkeypatch.setattr(model.cfg, key, value, raising=False)
-    assert choose_path(model) == (path, reason)
+    assert choose_route(model) == (path, reason)
     with pytest.raises(ValueError, match=re.escape(f"path='weights' is not exact for this model ({reason}); use path")):
-        choose_path(model, "weights")
+        choose_route(model, "weights")
     if path == "naive":
         with pytest.raises(ValueError, match=re.escape(f"path='kv' is not exact for this model ({reason}); use path")):
-            choose_path(model, "kv")
+            choose_route(model, "kv")
 
 
 @pytest.mark.parametrize("kind", ["fwd", "bwd"])
@@ -388,20 +397,20 @@ def test_hooks_of_the_user_mean_naive(kind):
     assert not has_hooks(model)
     model.add_hook(z_hook(1), lambda x, hook: None, dir=kind)
     assert has_hooks(model)
-    assert choose_path(model) == ("naive", "hooks on the model")
-    for path in PATHS:
+    assert choose_route(model) == ("naive", "hooks on the model")
+    for path in ROUTES:
         with pytest.raises(ValueError, match=re.escape(f"path='{path}' is not exact for this model (hooks on the")):
-            choose_path(model, path)
+            choose_route(model, path)
     model.reset_hooks()
-    assert choose_path(model) == ("weights", "")
+    assert choose_route(model) == ("weights", "")
 
 
 def test_a_path_can_be_insisted_on(tiny, unchecked):
-    assert choose_path(tiny, "naive") == ("naive", "asked for")
-    assert choose_path(tiny, "kv") == ("kv", "asked for")
-    assert choose_path(tiny, "weights") == ("weights", "")
+    assert choose_route(tiny, "naive") == ("naive", "asked for")
+    assert choose_route(tiny, "kv") == ("kv", "asked for")
+    assert choose_route(tiny, "weights") == ("weights", "")
     with pytest.raises(ValueError, match="path='quick'; expected one of weights, kv, naive, or None for the fastest"):
-        choose_path(tiny, "quick")
+        choose_route(tiny, "quick")
 
 
 # --- errors ---
@@ -416,8 +425,13 @@ def test_suffix_length_is_checked(tiny, generator, n_suffix):
         run_prefix(tiny, prompts.tokens, prompts.attention_mask, n_suffix=n_suffix)
 
 
-def test_patched_wants_heads_in_order(tiny, generator):
-    prompts = word_prompts(tiny, generator, n_shots=0)
-    run = run_prefix(tiny, prompts.tokens, prompts.attention_mask)
-    with pytest.raises(ValueError, match=re.escape("expected heads sorted by layer, got ['L1H0', 'L0H2']")):
-        run.patched([Head(1, 0), Head(0, 2)], torch.zeros(2, tiny.cfg.d_head), torch.ones(len(prompts), 1).bool())
+def test_variants_may_come_in_any_order(models, generator):
+    model = models("grouped-query")
+    prompts = word_prompts(model, generator, n_shots=1)
+    run = run_prefix(model, prompts.tokens, prompts.attention_mask)
+    heads = [Head(1, 0), Head(0, 2), Head(2, 3), Head(0, 1)]
+    values = torch.randn(len(heads), model.cfg.d_head, generator=generator, dtype=torch.float64)
+    where = torch.ones(len(prompts), 1).bool()
+    together = run.patched(heads, values, where)
+    for i, head in enumerate(heads):
+        torch.testing.assert_close(together[:, i : i + 1], run.patched([head], values[i : i + 1], where))

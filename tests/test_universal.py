@@ -14,7 +14,7 @@ import fvlens
 from fvlens import Relation, universal, universal_heads
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.relations import Pair
-from fvlens.suffix import choose_path
+from fvlens.suffix import choose_route
 from fvlens.types import Head
 from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read_heads, relation_effects
 
@@ -128,7 +128,7 @@ def test_effects_and_scores_are_those_of_the_parts(model, found):
     assert found.relations == NAMES
     assert found.kept.all()
     assert (found.labels, found.n_shots, found.n_prompts, found.n_corrupted) == ("permuted", 4, 6, 3)
-    assert (found.template, found.path, found.complete) == ("qa", choose_path(model)[0], True)
+    assert (found.template, found.path, found.complete) == ("qa", choose_route(model)[0], True)
     assert found.fingerprint == fingerprint(model)
 
 

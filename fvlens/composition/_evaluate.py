@@ -17,7 +17,7 @@ from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, Pair
-from fvlens.suffix import Path
+from fvlens.suffix import Route
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -260,7 +260,7 @@ def evaluate_analogies(
     allow_leak: bool = False,
     template: str | None = None,
     sources: SourceScores | None = None,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
     progress: bool = True,

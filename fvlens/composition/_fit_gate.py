@@ -25,7 +25,7 @@ from fvlens.composition._queries import (
 )
 from fvlens.finetuning import frozen
 from fvlens.relations import Analogy
-from fvlens.suffix import Path
+from fvlens.suffix import Route
 
 LOWERED_BY, LOWERINGS = 0.25, 200
 """Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""
@@ -35,7 +35,7 @@ LEAST = 1e-6
 """Least probability that two pairs show the same relation."""
 
 
-def _options(composite: CompositeMap, path: Path | None, max_memory: int | None) -> dict[str, Any]:
+def _options(composite: CompositeMap, path: Route | None, max_memory: int | None) -> dict[str, Any]:
     return dict(layer=composite.basis.layer, template=composite.template, path=path, max_memory=max_memory)
 
 
@@ -52,7 +52,7 @@ def gate_signals(
     *,
     setting: Setting = "one_shot",
     sources: SourceScores | None = None,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
 ) -> Float[Tensor, "analogy signal"]:
     """What a gate knows of each analogy; the answer D takes no part.
@@ -130,7 +130,7 @@ def fit_gate(
     epochs: int = 20,
     batch_size: int = 128,
     sources: SourceScores | None = None,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
     progress: bool = True,

@@ -26,7 +26,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
-from fvlens.suffix import Path
+from fvlens.suffix import Route
 from fvlens.vectors import FunctionVector, read_tensors, vector_from, vector_header, write_tensors
 
 if TYPE_CHECKING:
@@ -346,7 +346,7 @@ def fit_composite(
     template: str = "qa",
     basis_pairs: Sequence[Pair | tuple[str, str]] = (),
     sources: SourceScores | None = None,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
     progress: bool = True,

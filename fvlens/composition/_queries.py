@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
 from fvlens.prompts import render_prompts
 from fvlens.relations import Pair
-from fvlens.suffix import Path, choose_path
+from fvlens.suffix import Route, choose_route
 
 Setting = Literal["zero_shot", "one_shot"]
 SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")
@@ -43,14 +43,14 @@ class Queries:
         *,
         layer: int,
         template: str = "qa",
-        path: Path | None = None,
+        path: Route | None = None,
         max_memory: int | None = None,
     ) -> None:
         shown = [()] * len(queries) if demonstrations is None else demonstrations
         n_shots = max(map(len, shown))
         prompts = render_prompts(model, queries, shown, template=template, n_shots=n_shots)
         with frozen(model):
-            self.path, _ = choose_path(model, path)
+            self.path, _ = choose_route(model, path)
             self._adapter = VectorAdapter(
                 model, prompts, TrainableVector(torch.zeros(model.cfg.d_model), layer), self.path, max_memory
             )
@@ -105,7 +105,7 @@ def source_scores(
     pairs: Sequence[Pair | tuple[str, str]],
     *,
     template: str = "qa",
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     progress: bool = False,
 ) -> SourceScores:

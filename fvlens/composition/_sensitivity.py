@@ -16,7 +16,7 @@ from fvlens.composition._queries import Setting
 from fvlens.finetuning import VectorSet
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
-from fvlens.suffix import Path
+from fvlens.suffix import Route
 from fvlens.vectors import random_vector_like
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def basis_study(
     epochs: int = 20,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     generator: torch.Generator,
     progress: bool = True,

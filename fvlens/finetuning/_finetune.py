@@ -30,7 +30,7 @@ from fvlens.finetuning._training import (
 )
 from fvlens.models import fingerprint, model_device
 from fvlens.relations import Pair, Relation, Split, load_relation
-from fvlens.suffix import Path, choose_path
+from fvlens.suffix import Route, choose_route
 from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class FineTuned:
     lr: float
     seed: int
     seconds: float
-    path: Path
+    path: Route
     complete: bool
     state: TrainingState
 
@@ -190,7 +190,7 @@ def finetune(
     patience: int | None = None,
     template: str | None = None,
     relation: str | None = None,
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     resume: TrainingState | str | FilePath | None = None,
     checkpoint: str | FilePath | None = None,
@@ -288,7 +288,7 @@ def finetune_many(
     schedule: Schedule = "cosine",
     patience: int | None = None,
     template: str = "qa",
-    path: Path | None = None,
+    path: Route | None = None,
     max_memory: int | None = None,
     resume: TrainingState | str | FilePath | None = None,
     checkpoint: str | FilePath | None = None,
@@ -348,7 +348,7 @@ def finetune_many(
 class _Options:
     """How a training runs, none of which changes its numbers."""
 
-    path: Path | None
+    path: Route | None
     max_memory: int | None
     resume: TrainingState | str | FilePath | None
     checkpoint: str | FilePath | None
@@ -460,7 +460,7 @@ def _finetune_at(
     what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
     prompts = prompts_of(model, tasks, settings.template)
     with frozen(model):
-        path, reason = choose_path(model, options.path)
+        path, reason = choose_route(model, options.path)
         if path == "naive" and options.path is None:
             warnings.warn(f"finetune takes whole forward passes, which is slow ({reason}).", stacklevel=4)
         training = Training(tasks, VectorAdapter(model, prompts, trainable, path, options.max_memory), settings)
@@ -526,7 +526,7 @@ def _fine_tuned(
     state: TrainingState,
     complete: bool,
     seconds: float,
-    path: Path,
+    path: Route,
 ) -> FineTuned:
     return FineTuned(
         vector=vector,

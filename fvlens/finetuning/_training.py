@@ -28,7 +28,7 @@ from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
-from fvlens.suffix import Path, SteeredSuffix, SuffixRun, open_reader, plan_slices, run_prefix
+from fvlens.suffix import Route, SteeredSuffix, joined_runs, open_reader, plan_slices, run_prefix
 from fvlens.vectors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Adapter(abc.ABC):
         max_memory: bytes for activations; by default chosen from what is free.
     """
 
-    path: Path = "naive"
+    path: Route = "naive"
     relative_lr = RELATIVE_LR
     """Default learning rate, as a share of :meth:`scale`."""
 
@@ -263,7 +263,7 @@ class VectorAdapter(Adapter):
     """A vector of the residual stream a relation, over kept prefixes where a fast path is exact."""
 
     def __init__(
-        self, model: Any, prompts: Prompts, trainable: TrainableVector, path: Path, max_memory: int | None = None
+        self, model: Any, prompts: Prompts, trainable: TrainableVector, path: Route, max_memory: int | None = None
     ) -> None:
         self.path, self.trainable = path, trainable
         super().__init__(model, prompts, max_memory)
@@ -275,7 +275,7 @@ class VectorAdapter(Adapter):
                     self.tokens.split(self.rows_at_once), self.mask.split(self.rows_at_once), strict=True
                 )
             ]
-            run = SuffixRun.joined(parts)
+            run = joined_runs(parts)
             self.after = run.resid_after(trainable.layer)[:, 0]
             self.suffix = run.steps(trainable.layer)
 

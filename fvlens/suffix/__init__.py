@@ -23,13 +23,24 @@ TransformerBridge, whose lower blocks then hand on what they are given. Where ne
 
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
+from fvlens.suffix._layout import laid_out, refresh, wide_logits
 from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
-from fvlens.suffix._paths import PATHS, Path, choose_path, counted_gain, has_hooks, why_not_kv, why_not_weights
 from fvlens.suffix._reader import Reader, open_reader
-from fvlens.suffix._run import SuffixRun, wide_logits
+from fvlens.suffix._routes import (
+    ROUTES,
+    Route,
+    choose_route,
+    counted_gain,
+    has_hooks,
+    why_not_kv,
+    why_not_weights,
+)
+from fvlens.suffix._run import SuffixRun, joined_runs
 from fvlens.suffix._steps import SteeredSuffix, steered_resid
 from fvlens.types import is_bridge
 
@@ -40,16 +51,22 @@ def run_prefix(
     attention_mask: Int[Tensor, "prompt pos"],
     *,
     n_suffix: int = 1,
-    path: Path = "weights",
+    path: Route = "weights",
+    from_layer: int = 0,
+    keep_z: bool = True,
+    compute: torch.dtype | None = None,
 ) -> SuffixRun:
-    """Run prompts once and keep what patched suffixes need.
+    """Run prompts once and keep what suffixes under edits need.
 
     Args:
         model: the model.
         tokens: prompts, left-padded, with the answer's tokens (all but the last) appended where several are scored.
         attention_mask: 1 for real tokens, 0 for padding.
-        n_suffix: number of last positions that patches may change.
+        n_suffix: number of last positions that edits may change.
         path: ``"weights"`` or ``"kv"``.
+        from_layer: the lowest layer that a suffix will start at; less is kept the higher it is (``"weights"`` only).
+        keep_z: keep the heads' outputs, which variants need that join inside a block (``"weights"`` only).
+        compute: precision of products (``"weights"`` only); None for the model's own.
 
     Raises:
         ValueError: ``n_suffix`` is not between 1 and the number of positions.
@@ -63,26 +80,40 @@ def run_prefix(
         from fvlens.suffix._bridge import run_bridge
 
         return run_bridge(model, tokens, attention_mask, n_suffix)
-    from fvlens.suffix._hooked import run_hooked
+    from fvlens.suffix._hooked import run_cached, run_weights
 
-    return run_hooked(model, tokens, attention_mask, n_suffix, path)
+    if path == "kv":
+        return run_cached(model, tokens, attention_mask, n_suffix)
+    with torch.no_grad():
+        layout = laid_out(model, compute=compute)
+        return run_weights(model, layout, tokens, attention_mask, n_suffix, from_layer, keep_z)
 
 
 __all__ = [
-    "PATHS",
-    "Path",
+    "OPS",
+    "ROUTES",
+    "SITES",
+    "Edit",
+    "Op",
     "Reader",
+    "Route",
+    "Site",
     "Slices",
     "SteeredSuffix",
     "SuffixRun",
-    "choose_path",
+    "Variant",
+    "choose_route",
     "counted_gain",
     "halving",
     "has_hooks",
     "in_batches",
+    "joined_runs",
+    "laid_out",
     "open_reader",
     "plan_batch",
     "plan_slices",
+    "refresh",
+    "rows_of",
     "run_prefix",
     "steered_resid",
     "why_not_kv",

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from fvlens.interventions import hooked, resid_hook, resid_pre_hook, z_hook
-from fvlens.suffix._run import Patch, SuffixRun, is_half, wide_logits
+from fvlens.suffix._edits import SiteEdits
+from fvlens.suffix._layout import is_half, wide_logits
+from fvlens.suffix._run import SuffixRun, row_edits
 
 
 class _FrozenLayer(DynamicLayer):
@@ -45,29 +47,39 @@ class _FrozenLayer(DynamicLayer):
 
 
 class _Enough(Exception):
-    """Raised behind the last block, where everything wanted is known: the unembedding would be wasted."""
+    """Raised behind a block, where everything wanted is known: the rest would be wasted."""
 
 
 @dataclass(frozen=True, slots=True)
 class BridgeRun(SuffixRun):
-    """The wrapped model's own forward. Keys and values are ``[prompt kv_head prefix d_head]``, rotated."""
+    """The wrapped model's own forward, one block after another.
 
-    def _run_from(self, layer: int, resid: Tensor, patch: Patch | None) -> Tensor:
+    Attributes:
+        keys, values: of the prefix, one tensor a layer, rotated.
+    """
+
+    keys: tuple[Float[Tensor, "prompt kv_head prefix d_head"], ...]
+    values: tuple[Float[Tensor, "prompt kv_head prefix d_head"], ...]
+
+    def _cache(self, take: Any) -> dict[str, Any]:
+        return {name: tuple(take(tensor) for tensor in getattr(self, name)) for name in ("keys", "values")}
+
+    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
         model = self.model
+        resid = self.resid_in_block(layer, active, n_fresh)
         n_prompts, n_variants = resid.shape[:2]
         cache = Cache(layers=[_FrozenLayer(*kv, n_variants) for kv in zip(self.keys, self.values, strict=True)])
-        edits: dict[str, Any] = {resid_pre_hook(layer): lambda old: resid.flatten(0, 1).to(old)}
-        if patch is not None:
-            edits[z_hook(layer)] = patch.apply
-        with _skipping(model, range(layer)), hooked(model, edits):
-            final = _behind_last_block(
+        hooks = {resid_pre_hook(layer): lambda old: resid.flatten(0, 1).to(old), **row_edits(edits, layer, n_prompts)}
+        with _skipping(model, range(layer)), hooked(model, hooks):
+            after = _behind_block(
                 model,
+                layer,
                 self.suffix_tokens.repeat_interleave(n_variants, dim=0),
                 attention_mask=self.attention_mask.repeat_interleave(n_variants, dim=0),
                 past_key_values=cache,
                 use_cache=True,
             )
-        return final.to(resid.device).unflatten(0, (n_prompts, n_variants))
+        return after.to(resid.device).unflatten(0, (n_prompts, n_variants))
 
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         model = self.model
@@ -122,15 +134,15 @@ _lengths: "weakref.WeakKeyDictionary[Any, int | None]" = weakref.WeakKeyDictiona
 """Block -> how many things it gives its model, as seen when a prefix was run; None for a bare tensor."""
 
 
-def _behind_last_block(model: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """The residual stream behind the last block; the rest of the forward is not run."""
+def _behind_block(model: Any, layer: int, tokens: Tensor, **options: Any) -> Tensor:
+    """The residual stream behind a block; the rest of the forward is not run."""
     found: list[Tensor] = []
 
     def stop(resid: Tensor) -> None:
         found.append(resid)
         raise _Enough
 
-    with hooked(model, {resid_hook(model.cfg.n_layers - 1): stop}), contextlib.suppress(_Enough):
+    with hooked(model, {resid_hook(layer): stop}), contextlib.suppress(_Enough):
         model(tokens, **options)
     return found[0]
 
@@ -168,6 +180,7 @@ def run_bridge(
     return BridgeRun(
         model=model,
         path="kv",
+        from_layer=0,
         keys=tuple(layer.keys[:, :, :n_prefix].contiguous() for layer in kept_layers),
         values=tuple(layer.values[:, :, :n_prefix].contiguous() for layer in kept_layers),
         resid_pre=torch.stack([kept[resid_pre_hook(layer)].to(device) for layer in range(n_layers)]),
@@ -203,8 +216,8 @@ def _try_out(model: Any) -> str | None:
         if len(run.keys) != cfg.n_layers:
             return f"{len(run.keys)} of {cfg.n_layers} layers keep keys and values"
         pairs = [(run.logits(run.resid_final), whole)]
-        for layer in (0, cfg.n_layers // 2):
-            pairs.append((run.continue_from(layer, run.resid_pre[layer][:, None])[:, 0], run.resid_final))
+        for layer in sorted({0, cfg.n_layers // 2, cfg.n_layers - 1}):
+            pairs.append((run.continue_from(layer, run.resid_before(layer)[:, None])[:, 0], run.resid_final))
     except Exception as error:  # whatever a stranger's forward may raise: the naive path still works
         return f"its blocks cannot be run over a cache ({type(error).__name__}: {error})"
     bound = max(1e-3, 8 * torch.finfo(whole.dtype).eps)

@@ -1,20 +1,19 @@
-"""The fast path over ``HookedTransformer``: over its weights, or through its own ``start_at_layer`` and cache."""
+"""The engine over ``HookedTransformer``: over its weights, or through its own ``start_at_layer`` and cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import einops
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from fvlens.interventions import hooked, resid_pre_hook, z_hook
-from fvlens.suffix._paths import Path
-from fvlens.suffix._run import Patch, SuffixRun, is_half, wide_logits
-from fvlens.suffix._steps import GeneralSteps, SteeredSuffix, WeightsSteps
-from fvlens.types import Head
+from fvlens.suffix._attention import Keys, allowed_keys, attend, attend_within
+from fvlens.suffix._edits import SiteEdits
+from fvlens.suffix._layout import Block, Layout, is_half, rotated, wide_logits
+from fvlens.suffix._run import SuffixRun, row_edits
+from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix
 
 
 def unembedded(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -33,166 +32,213 @@ def unembedded(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tenso
 
 
 def _linear(resid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(resid, weight.T, bias)  # the class's own forward copies the whole weight first
+    return torch.nn.functional.linear(resid, weight.T, bias)  # the class's own forward copies the whole weight first
+
+
+# --- over the weights ---
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A model's blocks over rows of tokens, by its layout.
+
+    Attributes:
+        cfg: the model's configuration.
+        layout: its weights, laid out.
+        mask: 1 for real tokens of prefix and suffix, 0 for padding.
+        rotations: cosines and sines of the last positions, for each table of the layout.
+    """
+
+    cfg: Any
+    layout: Layout
+    mask: Int[Tensor, "prompt pos"]
+    rotations: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def over(cls, model: Any, layout: Layout, mask: Int[Tensor, "prompt pos"], n_last: int) -> "Walk":
+        """The walk of the last positions of rows with this mask."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - n_last :]
+        return cls(model.cfg, layout, mask, layout.rotations(positions))
+
+    @property
+    def cap(self) -> float:
+        """Soft cap of the attention scores, 0 without one."""
+        return max(0.0, self.cfg.attn_scores_soft_cap or 0.0)
+
+    def heads(
+        self, block: Block, x: Float[Tensor, "row d_model"], shape: Sequence[int], rotations: Sequence[Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[*shape heads d_head]``, normed and rotated where the model does so."""
+        n_heads, n_kv = self.cfg.n_heads, self.cfg.n_key_value_heads or self.cfg.n_heads
+        together = block.qkv(x).view(*shape, n_heads + 2 * n_kv, self.cfg.d_head)
+        if block.qk_norm is not None:
+            q, k, v = together.split([n_heads, n_kv, n_kv], dim=-2)
+            q, k = block.qk_norm[0](q), block.qk_norm[1](k)
+            qk = torch.cat([q, k], dim=-2) if block.rotary is not None else None
+        else:
+            qk, v = together.split([n_heads + n_kv, n_kv], dim=-2)
+            q, k = qk.split([n_heads, n_kv], dim=-2)
+        if block.rotary is not None:
+            assert qk is not None
+            cos, sin = rotations[block.rotary]
+            q, k = rotated(qk, cos, sin, self.cfg.rotary_adjacent_pairs).split([n_heads, n_kv], dim=-2)
+        return q, k, v
+
+    def finish(
+        self, block: Block, resid: Float[Tensor, "row d_model"], z: Float[Tensor, "row z"]
+    ) -> Float[Tensor, "row d_model"]:
+        """Everything of a block after its heads' mixed values."""
+        attn_out = block.out(z)
+        if block.after_attention is not None:
+            attn_out = block.after_attention(attn_out)
+        middle = resid + attn_out
+        if block.mlp is None or block.ln2 is None:
+            return middle
+        return middle + block.mlp(block.ln2(resid if self.cfg.parallel_attn_mlp else middle))
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsRun(SuffixRun):
-    """The blocks' own norms, MLPs and projections, but our own attention: the prefix is not copied for each variant.
+    """Over the model's weights, laid out once; the variants of a prompt share its keys and values.
 
-    Keys and values are ``[prompt prefix kv_head d_head]``; keys are rotated already.
+    Attributes:
+        kept: keys and values of the prefix from ``from_layer`` on, keys first, rotated already.
+        walk: the model's blocks over the suffix.
     """
 
-    def steps(self, layer: int) -> SteeredSuffix:
-        if self._score_cap:
-            return GeneralSteps(self, layer)
-        n_prefix, n_suffix = self.attention_mask.shape[1] - self.n_suffix, self.n_suffix
-        return WeightsSteps(self, layer, lambda attn: self._allowed(attn, n_prefix, n_suffix))
+    kept: Float[Tensor, "prompt layer two_kv prefix d_head"]
+    walk: Walk
 
-    @property
-    def _score_cap(self) -> float:
-        """Soft cap of the attention scores, 0 without one."""
-        return max(0.0, self.model.cfg.attn_scores_soft_cap or 0.0)
+    def _cache(self, take: Any) -> dict[str, Any]:
+        rotations = [(take(cos), take(sin)) for cos, sin in self.walk.rotations]
+        walk = Walk(self.walk.cfg, self.walk.layout, take(self.walk.mask), rotations)
+        return {"kept": take(self.kept), "walk": walk}
+
+    def keys(self, layer: int, kept: Tensor | None = None, rows: Tensor | None = None) -> Keys:
+        """What the suffix attends to in a layer; of some rows, whose part of the cache is given."""
+        block = self.walk.layout.blocks[layer]
+        mask = self.walk.mask if rows is None else self.walk.mask[rows]
+        allowed = allowed_keys(mask.bool(), self.n_suffix, block.window)
+        own = self.kept[:, layer - self.from_layer] if kept is None else kept
+        return Keys(own, allowed, block.scale, self.walk.cap)
+
+    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
+        block, walk = self.walk.layout.blocks[layer], self.walk
+        zs, resids = [], []
+        if active is not None:
+            x = block.ln1(active.reshape(-1, active.shape[-1]))
+            rotations = [(cos[:, None], sin[:, None]) for cos, sin in walk.rotations]  # alike for all variants
+            q, k, v = walk.heads(block, x, active.shape[:3], rotations)
+            zs.append(attend(q, k, v, self.keys(layer)))
+            resids.append(active)
+        if n_fresh:
+            zs.append(self.kept_z(layer)[:, None].expand(-1, n_fresh, -1, -1, -1))
+            resids.append(self.resid_before(layer)[:, None].expand(-1, n_fresh, -1, -1))
+        z = edits.apply(zs[0] if len(zs) == 1 else torch.cat(zs, dim=1))
+        resid = resids[0] if len(resids) == 1 else torch.cat(resids, dim=1)
+        return walk.finish(block, resid.reshape(-1, resid.shape[-1]), z.flatten(3).flatten(0, 2)).view(resid.shape)
 
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        return unembedded(self.model, resid)
+        layout = self.walk.layout
+        flat = layout.final(resid.reshape(-1, resid.shape[-1]))
+        return layout.unembed(flat).view(*resid.shape[:-1], -1)
 
-    def _patched(self, heads: Sequence[Head], values: Tensor, where: Tensor) -> Tensor:
-        active: Tensor | None = None
-        start = 0
-        first = heads[0].layer
-        for layer in range(first, self.model.cfg.n_layers):
-            if active is not None:
-                active = self._block(layer, active)
-            end = start + sum(head.layer == layer for head in heads)
-            if end > start:
-                index = torch.tensor([head.head for head in heads[start:end]], device=values.device)
-                fresh = self._patch_layer(layer, index, values[start:end], where)
-                active = fresh if active is None else torch.cat([active, fresh], dim=1)
-                start = end
-        assert active is not None
-        return active
+    def steps(self, layer: int) -> SteeredSuffix:
+        return LaidOutSteps(self, layer)
 
-    def _patch_layer(self, layer: int, index: Tensor, values: Tensor, where: Tensor) -> Tensor:
-        """Output of block ``layer`` for one variant a head in ``index``; only the attention's output changes."""
-        block = self.model.blocks[layer]
-        z = self.z[layer]
-        weight = block.attn.W_O
-        attn_out = F.linear(z.flatten(2), weight.flatten(0, 1).T, block.attn.b_O)
-        change = values[None, :, None] - einops.rearrange(z[:, :, index], "p s v e -> p v s e")
-        change = change * where[:, None, :, None]
-        attn_out = attn_out[:, None] + torch.einsum("pvse,ved->pvsd", change, weight[index])
-        resid = self.resid_pre[layer][:, None].expand_as(attn_out)
-        return self._finish_block(layer, resid, attn_out)
 
-    def _run_from(self, layer: int, resid: Tensor, patch: Patch | None) -> Tensor:
-        assert patch is None
-        for i in range(layer, self.model.cfg.n_layers):
-            resid = self._block(i, resid)
-        return resid
+def run_weights(
+    model: Any,
+    layout: Layout,
+    tokens: Int[Tensor, "prompt pos"],
+    mask: Int[Tensor, "prompt pos"],
+    n_suffix: int,
+    from_layer: int,
+    keep_z: bool,
+) -> WeightsRun:
+    """Run prompts once over the weights and keep what suffixes need."""
+    cfg = model.cfg
+    n_prompts, n_pos = tokens.shape
+    n_prefix, n_kv = n_pos - n_suffix, cfg.n_key_value_heads or cfg.n_heads
+    walk = Walk.over(model, layout, mask, n_pos)
+    resid, *_ = model.input_to_embed(tokens, attention_mask=mask)
+    kept = resid.new_empty(n_prompts, cfg.n_layers - from_layer, 2 * n_kv, n_prefix, cfg.d_head)
+    pre, zs = [], []
+    real = mask.bool()
+    for layer, block in enumerate(layout.blocks):
+        if layer >= from_layer:
+            pre.append(resid[:, n_prefix:].clone())
+        q, k, v = walk.heads(block, block.ln1(resid.reshape(-1, cfg.d_model)), resid.shape[:2], walk.rotations)
+        if layer >= from_layer:
+            own = kept[:, layer - from_layer]
+            own[:, :n_kv], own[:, n_kv:] = k[:, :n_prefix].transpose(1, 2), v[:, :n_prefix].transpose(1, 2)
+        if layer == cfg.n_layers - 1:  # nothing above reads the prefix
+            q, resid = q[:, n_prefix:], resid[:, n_prefix:]
+        z = attend_within(
+            q, k, v, allowed_keys(real, q.shape[1], block.window), scale=block.scale, cap=walk.cap
+        )
+        if layer >= from_layer and keep_z:
+            zs.append(z[:, -n_suffix:].clone())
+        rows = z.reshape(-1, cfg.n_heads * cfg.d_head)
+        resid = walk.finish(block, resid.reshape(-1, cfg.d_model), rows).view(resid.shape)
+    return WeightsRun(
+        model=model,
+        path="weights",
+        from_layer=from_layer,
+        resid_pre=torch.stack(pre) if pre else resid.new_empty(0, n_prompts, n_suffix, cfg.d_model),
+        z=torch.stack(zs) if zs else None,
+        resid_final=resid.contiguous(),
+        attention_mask=mask,
+        suffix_tokens=tokens[:, n_prefix:],
+        kept=kept,
+        walk=Walk.over(model, layout, mask, n_suffix),
+    )
 
-    def _block(self, layer: int, resid: Tensor) -> Tensor:
-        block = self.model.blocks[layer]
-        return self._finish_block(layer, resid, self._attention(layer, block, resid))
 
-    def _finish_block(self, layer: int, resid: Tensor, attn_out: Tensor) -> Tensor:
-        """Everything of a block after its attention, with the block's own norms and MLP."""
-        block = self.model.blocks[layer]
-        cfg = self.model.cfg
-        shape = resid.shape
-        resid, attn_out = resid.reshape(-1, *shape[2:]), attn_out.reshape(-1, *shape[2:])
-        if cfg.use_normalization_before_and_after:
-            attn_out = block.ln1_post(attn_out)
-        middle = resid + attn_out
-        if not cfg.attn_only:
-            middle = middle + block.apply_mlp(block.ln2(resid if cfg.parallel_attn_mlp else middle))
-        return middle.reshape(shape)
-
-    def _attention(self, layer: int, block: Any, resid: Tensor) -> Tensor:
-        """Attention of suffix variants over the shared prefix and their own suffix."""
-        attn = block.attn
-        n_prompts, n_variants, n_suffix, _ = resid.shape
-        n_prefix = self.keys[layer].shape[1]
-        x = block.ln1(resid.flatten(0, 1))
-        q, k, v = attn.calculate_qkv_matrices(x, x, x)
-        if self.model.cfg.positional_embedding_type == "rotary":
-            mask = self.attention_mask.repeat_interleave(n_variants, dim=0)
-            q, k = attn.apply_rotary(q, n_prefix, mask), attn.apply_rotary(k, n_prefix, mask)
-        allowed = self._allowed(attn, n_prefix, n_suffix)  # [prompt suffix prefix+suffix]
-        everywhere = bool(allowed.all())
-        if n_variants == 1 and not self._score_cap:  # nothing is shared, so one fused operation will do
-            z = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                torch.cat([self.keys[layer], k], dim=1).transpose(1, 2),
-                torch.cat([self.values[layer], v], dim=1).transpose(1, 2),
-                attn_mask=None if everywhere else allowed[:, None],
-                scale=1 / attn.attn_scale,
-                enable_gqa=k.shape[2] < q.shape[2],
-            )
-            z = z.transpose(1, 2).flatten(2)[:, None]
-            return F.linear(z, attn.W_O.flatten(0, 1).T, attn.b_O)
-        kv_heads = k.shape[2]
-        sizes = {"p": n_prompts, "v": n_variants, "s": n_suffix, "k": kv_heads}
-        q = einops.rearrange(q, "(p v) s (k g) e -> p k (v s g) e", **sizes)
-        k_new = einops.rearrange(k, "(p v) s k e -> p v k s e", p=n_prompts, v=n_variants)
-        v_new = einops.rearrange(v, "(p v) s k e -> p v k s e", p=n_prompts, v=n_variants)
-        group = q.shape[2] // (n_variants * n_suffix)
-        to_prefix = q @ einops.rearrange(self.keys[layer], "p t k e -> p k e t")
-        q_own = einops.rearrange(q, "p k (v s g) e -> p v k (s g) e", v=n_variants, s=n_suffix)
-        to_suffix = einops.rearrange(q_own @ k_new.mT, "p v k (s g) t -> p k (v s g) t", s=n_suffix)
-        scores = torch.cat([to_prefix, to_suffix], dim=-1) / attn.attn_scale
-        if self._score_cap:
-            scores = self._score_cap * torch.tanh(scores / self._score_cap)
-        if not everywhere:
-            allowed = allowed[:, None, None, :, None].expand(-1, 1, n_variants, -1, group, -1).flatten(2, 4)
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        pattern = scores.softmax(dim=-1).to(v.dtype)
-        z = pattern[..., :n_prefix] @ einops.rearrange(self.values[layer], "p t k e -> p k t e")
-        own = einops.rearrange(pattern[..., n_prefix:], "p k (v s g) t -> p v k (s g) t", v=n_variants, s=n_suffix)
-        z = z + einops.rearrange(own @ v_new, "p v k (s g) e -> p k (v s g) e", s=n_suffix)
-        z = einops.rearrange(z, "p k (v s g) e -> p v s (k g e)", v=n_variants, s=n_suffix)
-        return F.linear(z, attn.W_O.flatten(0, 1).T, attn.b_O)
-
-    def _allowed(self, attn: Any, n_prefix: int, n_suffix: int) -> Bool[Tensor, "prompt suffix key"]:
-        """Which keys each suffix position may attend to: real tokens, not later ones, inside a local window.
-
-        Padding inside the suffix (of prompts shorter than others) attends to itself alone, which keeps it finite; no
-        real token attends to it.
-        """
-        device = self.attention_mask.device
-        query = n_prefix + torch.arange(n_suffix, device=device)[:, None]
-        key = torch.arange(n_prefix + n_suffix, device=device)[None]
-        allowed = key <= query
-        if attn.attn_type == "local":
-            allowed = allowed & (key > query - self.model.cfg.window_size)
-        return (allowed[None] & self.attention_mask[:, None].bool()) | (key == query)
+# --- through the class's own blocks ---
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRun(SuffixRun):
-    """The model's own ``start_at_layer`` and a frozen ``past_kv_cache``. Keys: ``[prompt prefix kv_head d_head]``."""
+    """The model's own ``start_at_layer`` and a frozen ``past_kv_cache``, one block after another.
+
+    Attributes:
+        keys, values: of the prefix, one tensor a layer, as the class's cache holds them.
+    """
+
+    keys: tuple[Float[Tensor, "prompt prefix kv_head d_head"], ...]
+    values: tuple[Float[Tensor, "prompt prefix kv_head d_head"], ...]
+
+    def _cache(self, take: Any) -> dict[str, Any]:
+        return {name: tuple(take(tensor) for tensor in getattr(self, name)) for name in ("keys", "values")}
 
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         return unembedded(self.model, resid)
 
-    def _run_from(self, layer: int, resid: Tensor, patch: Patch | None) -> Tensor:
+    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
+        resid = self.resid_in_block(layer, active, n_fresh)
         n_prompts, n_variants = resid.shape[:2]
-        copies = [
-            TransformerLensKeyValueCacheEntry(
-                keys.repeat_interleave(n_variants, dim=0), values.repeat_interleave(n_variants, dim=0), frozen=True
-            )
-            for keys, values in zip(self.keys, self.values, strict=True)
+
+        def copies(kept: tuple[Tensor, ...], i: int) -> Tensor:
+            """What each variant attends to; of blocks that do not run, only the length is asked."""
+            if i == layer:
+                return kept[i].repeat_interleave(n_variants, dim=0)
+            return kept[i][:1].expand(n_prompts * n_variants, -1, -1, -1)
+
+        entries = [
+            TransformerLensKeyValueCacheEntry(copies(self.keys, i), copies(self.values, i), frozen=True)
+            for i in range(len(self.keys))
         ]
         mask = self.attention_mask.repeat_interleave(n_variants, dim=0)
-        cache = TransformerLensKeyValueCache(copies, mask[:, : self.keys[0].shape[1]], frozen=True)
-        with hooked(self.model, {} if patch is None else {z_hook(layer): patch.apply}):
+        cache = TransformerLensKeyValueCache(entries, mask[:, : self.keys[0].shape[1]], frozen=True)
+        with hooked(self.model, row_edits(edits, layer, n_prompts)):
             out = self.model(
                 resid.flatten(0, 1),
                 start_at_layer=layer,
-                stop_at_layer=self.model.cfg.n_layers,
+                stop_at_layer=layer + 1,
                 past_kv_cache=cache,
                 attention_mask=mask,
                 return_type=None,
@@ -200,10 +246,10 @@ class CachedRun(SuffixRun):
         return out.unflatten(0, (n_prompts, n_variants))
 
 
-def run_hooked(
-    model: Any, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"], n_suffix: int, path: Path
-) -> SuffixRun:
-    """Run prompts once through a HookedTransformer and keep what patched suffixes need."""
+def run_cached(
+    model: Any, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"], n_suffix: int
+) -> CachedRun:
+    """Run prompts once through a HookedTransformer's own blocks and keep what suffixes need."""
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     cfg = model.cfg
@@ -226,23 +272,16 @@ def run_hooked(
             return_type=None,
         )
     n_prefix = tokens.shape[1] - n_suffix
-    keys, values = [], []
-    for layer, entry in enumerate(cache.entries):
-        k = entry.past_keys
-        if path == "weights" and cfg.positional_embedding_type == "rotary":
-            with torch.no_grad():
-                k = model.blocks[layer].attn.apply_rotary(k, 0, attention_mask)
-        keys.append(k[:, :n_prefix].contiguous())
-        values.append(entry.past_values[:, :n_prefix].contiguous())
     device = tokens.device  # a model split over devices leaves each layer's on its own
-    return (WeightsRun if path == "weights" else CachedRun)(
+    return CachedRun(
         model=model,
-        path=path,
-        keys=tuple(keys),
-        values=tuple(values),
+        path="kv",
+        from_layer=0,
         resid_pre=torch.stack([kept[resid_pre_hook(layer)].to(device) for layer in range(cfg.n_layers)]),
         z=torch.stack([kept[z_hook(layer)].to(device) for layer in range(cfg.n_layers)]),
         resid_final=final[:, -n_suffix:].detach().clone().to(device),
         attention_mask=attention_mask,
         suffix_tokens=tokens[:, -n_suffix:],
+        keys=tuple(entry.past_keys[:, :n_prefix].contiguous() for entry in cache.entries),
+        values=tuple(entry.past_values[:, :n_prefix].contiguous() for entry in cache.entries),
     )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from fvlens.models import free_memory
-from fvlens.suffix._paths import Path
+from fvlens.suffix._routes import Route
 from fvlens.types import is_bridge
 
 _T = TypeVar("_T")
@@ -125,7 +125,7 @@ class Estimate:
         kept = self.kept(n_pos, n_suffix)
         return max(running + kept - self.cache(n_pos), self.cache(n_pos) + kept)
 
-    def variant(self, n_pos: int, n_suffix: int, path: Path, *, gradients: bool = False) -> int:
+    def variant(self, n_pos: int, n_suffix: int, path: Route, *, gradients: bool = False) -> int:
         """A patched copy on its way through a block, and on the kv path its copies of the prefix."""
         needed = self.activations(n_suffix, n_pos, gradients=gradients) + (self.logits if gradients else 0)
         if path == "kv":
@@ -192,7 +192,7 @@ def plan_slices(
     n_pos: int,
     n_suffix: int,
     n_variants: int,
-    path: Path,
+    path: Route,
     max_memory: int | None,
     gradients: bool = False,
 ) -> Slices:

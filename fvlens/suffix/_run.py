@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fvlens.suffix._paths import Path
+from fvlens.interventions import z_hook
+from fvlens.suffix._edits import Edit, SiteEdits, Variant, check_variants, joining
+from fvlens.suffix._routes import Route
 from fvlens.types import Head
 
 if TYPE_CHECKING:
@@ -19,53 +21,27 @@ if TYPE_CHECKING:
 _LOGIT_SLICE = 16 * 1024 * 1024
 """Numbers in one slice of logits, where no memory bound says otherwise."""
 
-_WEIGHT_SLICE = 4 * 1024 * 1024
-"""Numbers of an unembedding that are copied to single precision at once."""
-
-
-def wide_logits(
-    resid: Float[Tensor, "*rows d_model"],
-    weight: Float[Tensor, "d_model d_vocab"],
-    bias: Float[Tensor, " d_vocab"] | None = None,
-) -> Float[Tensor, "*rows d_vocab"]:
-    """``resid @ weight + bias`` in float32 or wider, so that the logits of a model in half precision are not rounded.
-
-    bfloat16 would round a logit between 16 and 32 to a multiple of 1/8: up to 6% of a probability, and ties for the
-    best token.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    resid = resid.to(weight.device, dtype)
-    columns = max(1, _WEIGHT_SLICE // weight.shape[0])
-    logits = torch.cat([resid @ some.to(dtype) for some in weight.split(columns, dim=1)], dim=-1)
-    return logits if bias is None else logits + bias.to(dtype)
-
-
-def is_half(dtype: torch.dtype) -> bool:
-    """Whether logits of this precision would be rounded."""
-    return dtype in (torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True, slots=True)
 class SuffixRun(abc.ABC):
-    """Prompts that were run once, ready for patched suffixes.
+    """Prompts that were run once, ready for suffixes under edits.
 
     Attributes:
         model: the model.
         path: ``"weights"`` or ``"kv"``.
-        keys, values: a tensor a layer, of the prefix positions, as the path's own attention takes them.
-        resid_pre: the residual stream before each layer at the suffix.
-        z: every head's output at the suffix.
+        from_layer: suffixes can start at this layer or above; nothing is kept of those below.
+        resid_pre: the residual stream before each layer from there on, at the suffix.
+        z: every head's output in these layers at the suffix; None where it was not kept.
         resid_final: the residual stream after the last layer at the suffix.
         attention_mask: 1 for real tokens of prefix and suffix, 0 for padding.
         suffix_tokens: the tokens of the suffix.
     """
 
     model: Any
-    path: Path
-    keys: tuple[Float[Tensor, "prompt *cache d_head"], ...]
-    values: tuple[Float[Tensor, "prompt *cache d_head"], ...]
+    path: Route
+    from_layer: int
     resid_pre: Float[Tensor, "layer prompt suffix d_model"]
-    z: Float[Tensor, "layer prompt suffix head d_head"]
+    z: Float[Tensor, "layer prompt suffix head d_head"] | None
     resid_final: Float[Tensor, "prompt suffix d_model"]
     attention_mask: Int[Tensor, "prompt pos"]
     suffix_tokens: Int[Tensor, "prompt suffix"]
@@ -73,94 +49,136 @@ class SuffixRun(abc.ABC):
     @property
     def n_suffix(self) -> int:
         """Number of suffix positions."""
-        return self.resid_pre.shape[2]
+        return self.resid_final.shape[1]
 
     @property
     def n_prompts(self) -> int:
         """Number of prompts."""
-        return self.resid_pre.shape[1]
+        return self.resid_final.shape[0]
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _cache(self, take: Any) -> dict[str, Any]:
+        """Keys and values, by the name of their field, each tensor given to ``take``."""
 
     def select(self, rows: Int[Tensor, " row"]) -> "SuffixRun":
         """Some of the prompts, in this order; a prompt may come more than once."""
         rows = rows.to(self.attention_mask.device)
         return dataclasses.replace(
             self,
-            keys=tuple(keys[rows.to(keys.device)] for keys in self.keys),
-            values=tuple(values[rows.to(values.device)] for values in self.values),
             resid_pre=self.resid_pre[:, rows],
-            z=self.z[:, rows],
+            z=None if self.z is None else self.z[:, rows],
             resid_final=self.resid_final[rows],
             attention_mask=self.attention_mask[rows],
             suffix_tokens=self.suffix_tokens[rows],
+            **self._cache(lambda tensor: tensor[rows.to(tensor.device)]),
         )
 
-    @classmethod
-    def joined(cls, runs: "Sequence[SuffixRun]") -> "SuffixRun":
-        """Runs of the same length one after another, as if their prompts had been run together."""
-        if len(runs) == 1:
-            return runs[0]
-        return dataclasses.replace(
-            runs[0],
-            keys=tuple(torch.cat(layer) for layer in zip(*(run.keys for run in runs), strict=True)),
-            values=tuple(torch.cat(layer) for layer in zip(*(run.values for run in runs), strict=True)),
-            resid_pre=torch.cat([run.resid_pre for run in runs], dim=1),
-            z=torch.cat([run.z for run in runs], dim=1),
-            resid_final=torch.cat([run.resid_final for run in runs]),
-            attention_mask=torch.cat([run.attention_mask for run in runs]),
-            suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
-        )
+    # -- residual streams ---------------------------------------------------------------------------------------------
 
-    def steps(self, layer: int) -> "SteeredSuffix":
-        """The same prompts, for many runs with a vector added after ``layer`` and weights that do not change meanwhile.
-
-        A path that can gain by it keeps a rearranged copy of some weights of the layers above.
-        """
-        from fvlens.suffix._steps import GeneralSteps
-
-        return GeneralSteps(self, layer)
+    def resid_before(self, layer: int) -> Float[Tensor, "prompt suffix d_model"]:
+        """The residual stream before a layer at the suffix, as it was kept."""
+        self._check_layer(layer)
+        return self.resid_final if layer == self.model.cfg.n_layers else self.resid_pre[layer - self.from_layer]
 
     def resid_after(self, layer: int) -> Float[Tensor, "prompt suffix d_model"]:
         """The residual stream after a layer at the suffix, as it was kept."""
-        return self.resid_final if layer + 1 == self.model.cfg.n_layers else self.resid_pre[layer + 1]
+        return self.resid_before(layer + 1)
 
-    def patched(
-        self,
-        heads: Sequence[Head],
-        values: Float[Tensor, "variant d_head"],
-        where: Bool[Tensor, "prompt suffix"],
+    def kept_z(self, layer: int) -> Float[Tensor, "prompt suffix head d_head"]:
+        """Every head's output in a layer at the suffix, as it was kept."""
+        self._check_layer(layer)
+        assert self.z is not None, "this run kept no z"
+        return self.z[layer - self.from_layer]
+
+    def _check_layer(self, layer: int) -> None:
+        assert layer >= self.from_layer, f"layer {layer} of a run that was kept from layer {self.from_layer} on"
+
+    # -- suffixes -----------------------------------------------------------------------------------------------------
+
+    def under(self, variants: Sequence[Variant]) -> Float[Tensor, "prompt variant suffix d_model"]:
+        """Residual streams after the last layer, of every prompt under every variant; differentiable in the values.
+
+        All variants go up together: each joins the batch at its first edited layer and gets its later edits on the way.
+
+        Raises:
+            ValueError: an edit does not fit the model or the prompts.
+        """
+        check_variants(self.model, variants, self.n_prompts, self.n_suffix)
+        n_layers = self.model.cfg.n_layers
+        places = [joining(variant, n_layers) for variant in variants]
+        order = sorted(range(len(variants)), key=places.__getitem__)
+        ordered = [variants[i] for i in order]
+        places = [places[i] for i in order]
+        active: Tensor | None = None  # of the first variants in this order, those that have joined
+        n_active = 0
+        for layer in range(places[0][0] if places else n_layers, n_layers):
+            inside, behind = places.count((layer, 0)), places.count((layer, 1))
+            n_active += inside
+            if n_active:
+                active = self._block(layer, active, inside, SiteEdits.of(ordered[:n_active], layer, "z"))
+            if behind:
+                active = _joined(active, self.resid_after(layer), behind)
+                n_active += behind
+            if active is not None:
+                active = SiteEdits.of(ordered[:n_active], layer, "resid_post").apply(active)
+        final = _joined(active, self.resid_final, len(variants) - n_active)
+        if order == sorted(order):
+            return final
+        return final[:, torch.tensor(order, device=final.device).argsort()]
+
+    def resid_in_block(
+        self, layer: int, active: Float[Tensor, "prompt joined suffix d_model"] | None, n_fresh: int
     ) -> Float[Tensor, "prompt variant suffix d_model"]:
-        """Residual stream after the last layer, one variant a head, with that head's z replaced.
+        """What goes into a block: the variants on their way, and what was kept for those that join inside it."""
+        return _joined(active, self.resid_before(layer), n_fresh)
+
+    @abc.abstractmethod
+    def _block(
+        self, layer: int, active: Float[Tensor, "prompt joined suffix d_model"] | None, n_fresh: int, edits: SiteEdits
+    ) -> Float[Tensor, "prompt variant suffix d_model"]:
+        """The residual stream after a block, of variants on their way and then of ``n_fresh`` that join inside it.
 
         Args:
-            heads: the patched heads, sorted by layer; variant i has only ``heads[i]`` patched.
-            values: the new z of each head.
-            where: the suffix positions at which z is replaced.
+            layer: the block.
+            active: the residual stream before it, of variants that have joined below; None if there are none.
+            n_fresh: variants that join here: their residual stream before the block, and their z before the edits, are
+                the kept ones.
+            edits: of z, for all these variants.
         """
-        if list(heads) != sorted(heads):
-            raise ValueError(f"patched: expected heads sorted by layer, got {[str(head) for head in heads]}.")
-        return self._patched(heads, values, where)
-
-    def _patched(self, heads: Sequence[Head], values: Tensor, where: Tensor) -> Tensor:
-        """One batch a layer: its variants start at that layer."""
-        parts = []
-        for layer in sorted({head.layer for head in heads}):
-            rows = [i for i, head in enumerate(heads) if head.layer == layer]
-            index = torch.tensor([heads[i].head for i in rows], device=values.device)
-            resid = self.resid_pre[layer][:, None].expand(-1, len(rows), -1, -1)
-            parts.append(self._run_from(layer, resid, Patch(index, values[rows], where)))
-        return torch.cat(parts, dim=1)
 
     def continue_from(
         self, layer: int, resid: Float[Tensor, "prompt variant suffix d_model"]
     ) -> Float[Tensor, "prompt variant suffix d_model"]:
         """Run suffix variants whose residual stream BEFORE ``layer`` is given through the rest of the model."""
-        if layer == self.model.cfg.n_layers:
-            return resid
-        return self._run_from(layer, resid, None)
+        for i in range(layer, self.model.cfg.n_layers):
+            resid = self._block(i, resid, 0, SiteEdits())
+        return resid
 
-    @abc.abstractmethod
-    def _run_from(self, layer: int, resid: Tensor, patch: "Patch | None") -> Tensor:
-        """The suffix variants through the blocks from ``layer`` on, heads of that layer patched."""
+    def patched(
+        self, heads: Sequence[Head], values: Float[Tensor, "variant d_head"], where: Bool[Tensor, "prompt suffix"]
+    ) -> Float[Tensor, "prompt variant suffix d_model"]:
+        """Residual stream after the last layer, one variant a head, with that head's z replaced.
+
+        Args:
+            heads: the patched heads; variant i has only ``heads[i]`` patched.
+            values: the new z of each head.
+            where: the suffix positions at which z is replaced.
+        """
+        edits = [
+            Edit(head.layer, "z", value, head=head.head, op="replace", where=where)
+            for head, value in zip(heads, values, strict=True)
+        ]
+        return self.under([(edit,) for edit in edits])
+
+    def steps(self, layer: int) -> "SteeredSuffix":
+        """The same prompts, for many runs with a vector added after ``layer``, as training takes them."""
+        from fvlens.suffix._steps import GeneralSteps
+
+        return GeneralSteps(self, layer)
+
+    # -- outcomes -----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -199,20 +217,43 @@ class SuffixRun(abc.ABC):
         return found.masked_scatter(scored.to(targets.device), torch.cat(parts))
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """Which heads of a layer get which z: variant i has head ``index[i]`` replaced by ``values[i]``."""
+def _joined(active: Tensor | None, kept: Float[Tensor, "prompt suffix d_model"], n: int) -> Tensor:
+    """The variants on their way, and ``n`` copies of what was kept behind them."""
+    if n == 0 and active is not None:
+        return active
+    fresh = kept[:, None].expand(-1, n, -1, -1)
+    return fresh if active is None else torch.cat([active, fresh.to(active.device)], dim=1)
 
-    index: Int[Tensor, " variant"]
-    values: Float[Tensor, "variant d_head"]
-    where: Bool[Tensor, "prompt suffix"]
 
-    def apply(self, z: Float[Tensor, "rows suffix head d_head"]) -> Float[Tensor, "rows suffix head d_head"]:
-        """The z of prompts times variants with the patch in it, as a new tensor."""
-        n_prompts, n_variants = self.where.shape[0], len(self.index)
-        z = z.unflatten(0, (n_prompts, n_variants)).clone()
-        index, where = self.index.to(z.device), self.where.to(z.device)
-        variant = torch.arange(n_variants, device=z.device)
-        old = z[:, variant, :, index]  # [variant prompt suffix d_head]
-        z[:, variant, :, index] = torch.where(where[None, :, :, None], self.values[:, None, None].to(z), old)
-        return z.flatten(0, 1)
+def row_edits(edits: SiteEdits, layer: int, n_prompts: int) -> dict[str, Any]:
+    """The edits of z as hooks on a block that runs prompts times variants as rows."""
+    if not edits:
+        return {}
+
+    def apply(z: Float[Tensor, "row suffix head d_head"]) -> Float[Tensor, "row suffix head d_head"]:
+        return edits.apply(z.unflatten(0, (n_prompts, -1))).flatten(0, 1)
+
+    return {z_hook(layer): apply}
+
+
+def joined_runs(runs: Sequence[SuffixRun]) -> SuffixRun:
+    """Runs of the same length one after another, as if their prompts had been run together."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    caches = [run._cache(lambda tensor: tensor) for run in runs]
+    return dataclasses.replace(
+        first,
+        resid_pre=torch.cat([run.resid_pre for run in runs], dim=1),
+        z=None if first.z is None else torch.cat([run.z for run in runs if run.z is not None], dim=1),
+        resid_final=torch.cat([run.resid_final for run in runs]),
+        attention_mask=torch.cat([run.attention_mask for run in runs]),
+        suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
+        **{name: _side_by_side([cache[name] for cache in caches]) for name in caches[0]},
+    )
+
+
+def _side_by_side(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))

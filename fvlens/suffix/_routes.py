@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from fvlens.types import is_bridge
 
-Path = Literal["weights", "kv", "naive"]
-PATHS: tuple[Path, ...] = ("weights", "kv", "naive")
+Route = Literal["weights", "kv", "naive"]
+ROUTES: tuple[Route, ...] = ("weights", "kv", "naive")
 
 
 def counted_gain(n_layers: int, n_heads: int, n_tokens: int) -> float:
@@ -74,7 +74,7 @@ def why_not_kv(model: Any) -> str | None:
     return next((text for applies, text in reasons if applies), None)
 
 
-def choose_path(model: Any, wanted: Path | None = None) -> tuple[Path, str]:
+def choose_route(model: Any, wanted: Route | None = None) -> tuple[Route, str]:
     """The path to take and why.
 
     Args:
@@ -87,8 +87,8 @@ def choose_path(model: Any, wanted: Path | None = None) -> tuple[Path, str]:
     Raises:
         ValueError: ``wanted`` is not a path, or would not be exact for this model.
     """
-    if wanted is not None and wanted not in PATHS:
-        raise ValueError(f"path={wanted!r}; expected one of {', '.join(PATHS)}, or None for the fastest exact one.")
+    if wanted is not None and wanted not in ROUTES:
+        raise ValueError(f"path={wanted!r}; expected one of {', '.join(ROUTES)}, or None for the fastest exact one.")
     if wanted == "naive":
         return "naive", "asked for"
     no_weights = why_not_weights(model)
