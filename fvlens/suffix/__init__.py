@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
 from fvlens.suffix._layout import laid_out, refresh, wide_logits
-from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
+from fvlens.suffix._memory import Slices, copy_fits, halving, in_batches, plan_batch, plan_slices
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._routes import (
     ROUTES,
@@ -54,6 +54,7 @@ def run_prefix(
     path: Route = "weights",
     from_layer: int = 0,
     keep_z: bool = True,
+    copied: bool | None = None,
     compute: torch.dtype | None = None,
 ) -> SuffixRun:
     """Run prompts once and keep what suffixes under edits need.
@@ -66,6 +67,7 @@ def run_prefix(
         path: ``"weights"`` or ``"kv"``.
         from_layer: the lowest layer that a suffix will start at; less is kept the higher it is (``"weights"`` only).
         keep_z: keep the heads' outputs, which variants need that join inside a block (``"weights"`` only).
+        copied: lay the weights out in a second copy (``"weights"`` only); by default where it fits the memory.
         compute: precision of products (``"weights"`` only); None for the model's own.
 
     Raises:
@@ -85,7 +87,7 @@ def run_prefix(
     if path == "kv":
         return run_cached(model, tokens, attention_mask, n_suffix)
     with torch.no_grad():
-        layout = laid_out(model, compute=compute)
+        layout = laid_out(model, compute=compute, copied=copy_fits(model) if copied is None else copied)
         return run_weights(model, layout, tokens, attention_mask, n_suffix, from_layer, keep_z)
 
 

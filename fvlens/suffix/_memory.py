@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from fvlens.models import free_memory
+from fvlens.suffix._layout import is_laid_out
 from fvlens.suffix._routes import Route
 from fvlens.types import is_bridge
 
@@ -24,8 +25,6 @@ _MOST_ROWS = 128
 """Rows of an automatic batch at most: more is no faster (see tests/benchmarks/test_cost.py)."""
 _MOST_LOGITS = 64 * 1024 * 1024
 """Numbers in one slice of logits at most."""
-_ASSUMED = 4 * 1024**3
-"""Free bytes where the system does not tell."""
 
 
 # --- the estimate ---
@@ -41,6 +40,7 @@ class Estimate:
         bridge: the model is a ``TransformerBridge``.
         holds_patterns: every layer holds on to its attention pattern, as a bridge's joint attention does.
         unembeds_all: a pass cannot be told to unembed its last positions only.
+        gated: the MLP has a gate.
     """
 
     size: int
@@ -54,6 +54,7 @@ class Estimate:
     bridge: bool
     holds_patterns: bool
     unembeds_all: bool
+    gated: bool
 
     @classmethod
     def of(cls, model: Any) -> "Estimate":
@@ -77,6 +78,7 @@ class Estimate:
             bridge=bridge,
             holds_patterns=bridge and hasattr(getattr(model.blocks[0], "attn", None), "_pattern"),
             unembeds_all=unembeds_all,
+            gated=bool(getattr(cfg, "gated_mlp", False)),
         )
 
     @property
@@ -91,6 +93,14 @@ class Estimate:
     def unembedding(self) -> int:
         """The copy that HookedTransformer makes of its unembedding whenever it unembeds."""
         return 0 if self.bridge else self.size * self.d_model * self.d_vocab
+
+    @property
+    def copy(self) -> int:
+        """A second copy of the weights, laid out for the engine; of a model in half precision without unembedding."""
+        attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
+        block = attention + (3 if self.gated else 2) * self.d_model * self.d_mlp
+        unembedding = self.d_model * self.d_vocab if self.size >= 4 else 0
+        return self.size * (self.n_layers * block + unembedding)
 
     @property
     def logits(self) -> int:
@@ -115,9 +125,11 @@ class Estimate:
         kept = self.cache(n_pos) if keep else 0
         return self.activations(n_pos, n_pos) + kept + self.logits * (n_pos if self.unembeds_all else n_read)
 
-    def kept(self, n_pos: int, n_suffix: int) -> int:
-        """What remains of a prompt's run: keys, values, residual streams and heads' outputs."""
-        return self.cache(n_pos) + n_suffix * self.size * self.n_layers * (self.d_model + self.n_heads * self.d_head)
+    def kept(self, n_pos: int, n_suffix: int, *, from_layer: int = 0, keep_z: bool = True) -> int:
+        """What remains of a prompt's run: keys, values, residual streams and heads' outputs, from a layer on."""
+        width = self.d_model + (self.n_heads * self.d_head if keep_z else 0)
+        share = (self.n_layers - from_layer) / self.n_layers
+        return int(share * (self.cache(n_pos) + n_suffix * self.size * self.n_layers * width)) + 1
 
     def prefix(self, n_pos: int, n_suffix: int) -> int:
         """A prompt's run, with what is kept of it, which is copied out of the run's cache."""
@@ -129,9 +141,7 @@ class Estimate:
         """A patched copy on its way through a block, and on the kv path its copies of the prefix."""
         needed = self.activations(n_suffix, n_pos, gradients=gradients) + (self.logits if gradients else 0)
         if path == "kv":
-            width = 3 * self.n_heads * (self.n_layers if gradients else 1)
-            if not self.bridge:  # its cache takes the copies of all layers at once
-                width += 2 * self.n_layers * self.n_kv_heads
+            width = (3 * self.n_heads + 2 * self.n_kv_heads) * (self.n_layers if gradients else 1)
             needed += self.size * n_pos * width * self.d_head
         return needed
 
@@ -140,20 +150,49 @@ class Estimate:
         return 2 * n_suffix * self.size * self.d_model
 
 
+_CEILING = {"cuda": 8 * 1024**3}
+_USUAL_CEILING = 1024**3
+"""Bytes for activations where the user names none: of a GPU, and of anything else."""
+
+
 def bound(model: Any, max_memory: int | None = None) -> int:
     """Bytes that activations may take.
 
-    By default a quarter of what is free, at most 1 GiB on a CPU and 8 GiB on a GPU; of a model that is split, on the
-    fullest of its devices.
+    By default 1 GiB on a CPU and 8 GiB on a GPU, so that the size of a batch, and with it the rounding, follows from
+    the model and the prompts alone. Where that is more than a quarter of what is free (of a model that is split, on the
+    fullest of its devices), it is less, with a warning.
     """
     if max_memory is not None:
         return max_memory
-    free = []
+    least = None
     for device in {parameter.device for parameter in model.parameters()}:
-        found = free_memory(device)
-        ceiling = 8 * 1024**3 if device.type == "cuda" else 1024**3
-        free.append(min((_ASSUMED if found is None else found) // 4, ceiling))
-    return min(free)
+        free = free_memory(device)
+        usual = _CEILING.get(device.type, _USUAL_CEILING)
+        room = usual if free is None else min(free // 4, usual)
+        if room < usual:
+            warnings.warn(
+                f"only {(free or 0) / 2**20:.0f} MiB are free on {device}: activations may take {room / 2**20:.0f} "
+                f"MiB instead of {usual / 2**20:.0f}, so fewer prompts may run together, which moves the rounding.",
+                stacklevel=3,
+            )
+        least = room if least is None else min(least, room)
+    assert least is not None, "a model without parameters"
+    return least
+
+
+def copy_fits(model: Any, max_memory: int | None = None) -> bool:
+    """Whether the weights may be laid out in a second copy: it is there already, or there is room for it.
+
+    Within a bound that was given, it may take half; otherwise it must fit what is free beside the activations.
+    """
+    if is_laid_out(model):
+        return True
+    size = Estimate.of(model).copy
+    if max_memory is not None:
+        return size <= max_memory // 2
+    device = next(iter(model.parameters())).device
+    free = free_memory(device)
+    return free is None or size + _CEILING.get(device.type, _USUAL_CEILING) <= free
 
 
 # --- slices ---
@@ -167,11 +206,13 @@ class Slices:
         prompts: prompts that go through together.
         variants: patched copies of each that go through together.
         logits: rows that are unembedded together.
+        copied: the weights are laid out in a second copy (``"weights"`` only).
     """
 
     prompts: int
     variants: int
     logits: int = 1
+    copied: bool = True
 
     def over_prompts(self, n: int) -> Iterator[slice]:
         """Slices that cover ``n`` prompts."""
@@ -195,49 +236,55 @@ def plan_slices(
     path: Route,
     max_memory: int | None,
     gradients: bool = False,
+    from_layer: int = 0,
+    keep_z: bool = True,
 ) -> Slices:
     """How many prompts and variants go through together.
 
     Args:
         model: the model.
         n_pos, n_suffix: positions of a prompt, and of its suffix.
-        n_variants: patched copies of a prompt, each with one head patched.
+        n_variants: copies of a prompt that are edited.
         path: the path taken.
-        max_memory: bytes for activations; by default a quarter of what is free, at most 1 GiB on a CPU and 8 GiB on a
-            GPU.
+        max_memory: bytes for activations, and for the second copy of the weights where this call would make it; by
+            default 1 GiB for activations on a CPU and 8 GiB on a GPU, or a quarter of what is free if that is less.
         gradients: the variants run with gradients, all of them through the same blocks.
+        from_layer, keep_z: what is kept of a prompt, as :func:`run_prefix` takes them.
 
     Raises:
         ValueError: ``max_memory`` is too small for a single prompt with a single variant.
     """
     estimate = Estimate.of(model)
     available = bound(model, max_memory)
-    kept, prefix = estimate.kept(n_pos, n_suffix), estimate.prefix(n_pos, n_suffix)
+    copied = path == "weights" and copy_fits(model, max_memory)
+    if copied and max_memory is not None and not is_laid_out(model):
+        available -= estimate.copy
+    # what lays out its weights once copies none on the way, and the other paths copy those of one block at a time
+    weights = 0 if copied else estimate.weights
+    unembedding = 0 if path == "weights" else estimate.unembedding
+    kept = estimate.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)
+    prefix = estimate.prefix(n_pos, n_suffix)
     variant = estimate.variant(n_pos, n_suffix, path, gradients=gradients)
     result = estimate.result(n_suffix)
-
-    def running(variants: int) -> int:
-        """Variants in a block at the same time: on the kv path those of one layer."""
-        return min(variants, estimate.n_heads) if path == "kv" and not gradients else variants
 
     def need(prompts: int, variants: int) -> int:
         alive = prompts * (kept + variants * result)
         return max(
-            estimate.weights + prompts * prefix,
-            estimate.weights + alive + prompts * running(variants) * variant,
-            estimate.unembedding + alive + estimate.logits,
+            weights + prompts * prefix,
+            weights + alive + prompts * variants * variant,
+            unembedding + alive + estimate.logits,
         )
 
     least = need(1, 1)
     if least > available:
-        raise ValueError(_too_small(available, n_pos, " with one patched copy", least))
+        raise ValueError(_too_small(available, n_pos, " with one edited copy", least))
     variants = _largest(n_variants, lambda n: need(1, n) <= available)
     prompts = 1
     if variants == n_variants:
         prompts = _largest(available // kept, lambda n: need(n, variants) <= available)
-    rest = available - estimate.unembedding - prompts * (kept + variants * result)
+    rest = available - unembedding - prompts * (kept + variants * result)
     logits = min(rest // estimate.logits, _MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
-    return Slices(prompts=prompts, variants=variants, logits=max(1, logits))
+    return Slices(prompts=prompts, variants=variants, logits=max(1, logits), copied=copied)
 
 
 def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
@@ -272,7 +319,7 @@ def plan_batch(
         n_pos: positions of a prompt, with whatever follows it.
         n_read: positions whose logits are read.
         keep: keys and values are kept.
-        max_memory: bytes for activations; by default chosen from what is free, as by :func:`plan_slices`.
+        max_memory: bytes for activations; by default as by :func:`plan_slices`.
 
     Raises:
         ValueError: ``max_memory`` was given and is too small for a single prompt.
