@@ -496,6 +496,7 @@ def inject(
 ) -> None:
     """What a prompt continues with, without and with a vector injected at its last token."""
     from fvlens.interventions import inject as injecting
+    from fvlens.metrics import best_tokens
     from fvlens.models import bos_token_id, model_device
     from fvlens.vectors import FunctionVector
 
@@ -517,15 +518,16 @@ def inject(
 
     def answer() -> tuple[list[str], str]:
         with torch.inference_mode():
-            chances = network(tokens)[0, -1].float().softmax(dim=-1)
+            logits = network(tokens)[0, -1].float()
             text = ""
             if generate:
                 longer = network.generate(tokens, max_new_tokens=generate, do_sample=False, verbose=False)
                 text = network.tokenizer.decode(longer[0, tokens.shape[1] :].tolist())
-        best = chances.topk(min(top, len(chances)))
+        best = best_tokens(logits, min(top, len(logits)))
+        chances = logits.softmax(dim=-1)[best].tolist()
         words = [
             f"{network.tokenizer.decode([token])!r} {chance:.3f}"
-            for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for token, chance in zip(best.tolist(), chances, strict=True)
         ]
         return words, text
 

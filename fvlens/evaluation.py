@@ -31,6 +31,7 @@ from fvlens.interventions import inject
 from fvlens.metrics import (
     Difference,
     Interval,
+    best_token,
     bootstrap_interval,
     exact_match,
     log_probability,
@@ -390,7 +391,7 @@ def _score(
             # padding behind a short answer: masked, and read by nobody
             longer = batch.reader.read(given.clamp(min=0), (given >= 0).to(batch.mask.dtype), n_read=n_answer - 1)
             rest = (log_probability(longer, wanted.clamp(min=0)) * counted).sum(dim=1)
-        return _Scores(rank(logits, answers[:, 0]).cpu(), first.cpu(), rest.cpu(), logits.argmax(-1).cpu())
+        return _Scores(rank(logits, answers[:, 0]).cpu(), first.cpu(), rest.cpu(), best_token(logits).cpu())
 
     with torch.no_grad():
         parts = list(halving(run, _batches(model, prompts, lengths - 1, batch_size), what="evaluate"))
@@ -689,12 +690,12 @@ def _generate(
         batch = _Batch.of(model, prompts, rows, keep=max_new_tokens > 1)
         with contextlib.ExitStack() as block:
             block.enter_context(_steered(model, vector, scale, rows, len(prompts)))
-            new = [batch.first().argmax(dim=-1, keepdim=True)]
+            new = [best_token(batch.first())[:, None]]
             if not every_new_token:
                 block.close()
             for _ in range(max_new_tokens - 1):
                 logits = batch.reader.read(new[-1], torch.ones_like(new[-1]), n_read=1)[:, -1]
-                new.append(logits.argmax(dim=-1, keepdim=True))
+                new.append(best_token(logits)[:, None])
         return torch.cat(new, dim=1).cpu()
 
     with torch.no_grad():

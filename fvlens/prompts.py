@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fvlens.metrics import best_token
 from fvlens.models import bos_token_id, model_device
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.suffix import in_batches, open_reader, plan_batch
@@ -473,7 +474,7 @@ def filter_correct(
     def run(rows: slice) -> list[Pair]:
         tokens, mask = prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device)
         logits = open_reader(model, len(tokens), keep=False).read(tokens, mask, n_read=1)
-        right = (logits[:, -1].argmax(dim=-1).cpu() == prompts.first_answer_token[rows]).tolist()
+        right = (best_token(logits[:, -1]).cpu() == prompts.first_answer_token[rows]).tolist()
         return [pair for pair, ok in zip(wanted[rows], right, strict=True) if ok]
 
     size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fvlens.activations import HeadMeans
 from fvlens.interventions import resid_hook, z_hook
+from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.suffix import wide_logits
 from fvlens.types import Head, HeadLike, as_heads
@@ -167,8 +168,8 @@ class FunctionVector:
         with torch.inference_mode():
             resid = self.vector.to(model.W_U.device, model.W_U.dtype)[None, None]
             logits = wide_logits(model.ln_final(resid) if final_norm else resid, model.W_U)[0, 0]
-            values, tokens = logits.topk(k)
-        return [(model.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+            tokens = best_tokens(logits, k)
+        return [(model.tokenizer.decode([t]), v) for t, v in zip(tokens.tolist(), logits[tokens].tolist(), strict=True)]
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -97,3 +97,21 @@ def tiny():
 def generator():
     """A generator with seed 0."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tied():
+    """A model that gives two words the same largest logit behind any prompt: `` cold``, of the smaller id, `` small``.
+
+    The answer to ``hot`` is therefore right and that to ``big`` of rank 1.
+    """
+    if not HAS_HOOKED:
+        pytest.skip("needs HookedTransformer, gone from TransformerLens 4 on")
+    made = random_model()
+    first, second = (made.tokenizer(word, add_special_tokens=False)["input_ids"] for word in (" cold", " small"))
+    assert len(first) == len(second) == 1 and first < second
+    with torch.no_grad():
+        made.unembed.W_U.zero_()  # only the bias is left, so that no rounding parts the two
+        made.unembed.b_U.copy_(torch.arange(made.cfg.d_vocab) / -1e6)
+        made.unembed.b_U[[*first, *second]] = 1.0
+    return made

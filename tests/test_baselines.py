@@ -788,3 +788,10 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         main(["compare", "magic", "--out", str(folder)])
     assert end.value.code == 2 and "magic" in capsys.readouterr().err
+
+
+def test_of_two_equal_logits_the_smaller_id_is_right(tied):
+    pairs = [("hot", "cold"), ("big", "small")]
+    vector = fvlens.FunctionVector(torch.ones(tied.cfg.d_model), 1, (), "r", fingerprint(tied))
+    found = evaluate_adapted(tied, pairs, vector, generator=seeded())
+    assert found.ranks.tolist() == [0, 1] and found.predictions == ("cold", "cold")

@@ -1075,3 +1075,31 @@ def test_relations_that_gain_come_first_with_their_weights(model, real):
     assert row["heaviest"] == NAMES[int(mean.argmax())]
     assert row["weight"] == pytest.approx(float(mean.max()), abs=1e-5)
     assert row["own_weight"] == pytest.approx(float(mean[NAMES.index(row["relation"])]), abs=1e-5)
+
+
+# Ties
+
+
+def test_of_two_equal_logits_the_smaller_id_is_right(tied):
+    """In scores, in the choice of the best epoch, in gates and in answers."""
+    from fvlens.composition._fit_gate import _hits
+    from fvlens.composition._queries import Queries
+
+    mark = fingerprint(tied)
+    made = [FunctionVector(torch.randn(32, generator=seeded(i)), 0, (), name, mark) for i, name in enumerate("ab")]
+    vectors = VectorSet(tuple(made))
+    known = [Analogy("icy", "cold", "hot", "cold"), Analogy("tiny", "small", "big", "small")]
+    other = dataclasses.replace(known[1], alternatives=("cold",))
+    found = evaluate_analogies(tied, [*known, other], settings=["zero_shot"], generator=seeded(), progress=False)
+    way = found["unsteered, zero-shot"]
+    assert way.ranks.tolist() == [0, 1, 1]
+    assert way.right.tolist() == [True, False, True]
+
+    queries = Queries(tied, [one.target_pair for one in known], layer=0)
+    assert _hits(tied, queries, torch.zeros(2, 32)).tolist() == [True, False]
+
+    fit = fit_composite(tied, vectors, known[:1], map="full", valid=known, epochs=1, generator=seeded(), progress=False)
+    assert list(fit.history.valid_top1) == [0.5, 0.5]
+
+    answers = answer_analogy(tied, fit, "icy", "cold", "big", n=2).answers["unsteered, zero-shot"]
+    assert [word for word, _ in answers] == ["cold", "small"] and answers[0][1] == answers[1][1]

@@ -883,3 +883,19 @@ def test_a_missing_kind_is_refused(tiny):
         ValueError, match=r"no row of kind 'other_relation'; this table has no_vector, vector, random_v"
     ):
         table.summary("other_relation")
+
+
+# --- ties ---
+
+
+def test_of_two_equal_logits_the_smaller_id_is_right(tied):
+    """Ranks, top-1, predictions and generated text tell the same."""
+    pairs = [("hot", "cold"), ("big", "small"), ("large", "small")]
+    found = evaluate(tied, pairs, generator=seeded())
+    assert found.ranks.tolist() == [0, 1, 1]
+    assert found.predictions == ("cold",) * 3
+    assert found.top1 == pytest.approx(1 / 3)
+    assert torch.equal(found.probabilities, found.probabilities[:1].expand(3))
+    made = generate_answers(tied, pairs, max_new_tokens=2, generator=seeded())
+    assert made.raw_texts == (" cold cold",) * 3
+    assert made.matches.tolist() == [False] * 3

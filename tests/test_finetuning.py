@@ -1311,3 +1311,17 @@ def test_no_warnings_in_an_ordinary_training(small):
             small, {"a": split_of(TRAIN, VALID)}, init="zero", layer=1, epochs=1, generator=seeded(), progress=False
         )
     assert isinstance(runs, FineTunedSet)
+
+
+# --- ties ---
+
+
+@pytest.mark.parametrize("path", ["weights", "kv", "naive"])
+def test_of_two_equal_logits_the_smaller_id_is_right_in_validation(tied, path):
+    """The model answers every prompt by its bias alone, which no vector changes."""
+    vector = vector_of(tied)
+    for valid, expected in (([("hot", "cold"), ("big", "small")], 0.5), ([("big", "small")], 0.0)):
+        tuned = finetune(
+            tied, [("icy", "cold")], valid=valid, init=vector, epochs=1, path=path, generator=seeded(), progress=False
+        )
+        assert tuned.history.valid_top1.tolist() == [expected, expected]

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from fvlens import metrics
 from fvlens.metrics import (
     Interval,
+    best_token,
+    best_tokens,
     bootstrap_interval,
     exact_match,
+    is_best,
     log_probability,
     paired_difference,
     probability,
@@ -83,14 +86,81 @@ def test_rank_is_a_brute_force_count(generator):
     tokens = torch.randint(12, (3, 4), generator=generator)
     for i in range(3):
         for j in range(4):
-            row, mine = logits[i, j].tolist(), logits[i, j, tokens[i, j]].item()
-            assert rank(logits, tokens)[i, j].item() == sum(value > mine for value in row)
+            row, token = logits[i, j].tolist(), int(tokens[i, j])
+            larger = sum(value > row[token] for value in row)
+            earlier = sum(value == row[token] for value in row[:token])
+            assert rank(logits, tokens)[i, j].item() == larger + earlier
 
 
 def test_rank_zero_is_argmax_where_there_are_no_ties(generator):
     logits = torch.randn(200, 11, generator=generator)
     tokens = torch.randint(11, (200,), generator=generator)
     assert torch.equal(rank(logits, tokens) == 0, logits.argmax(-1) == tokens)
+
+
+# among them 1.001, which is 1 in bfloat16, and zeros of both signs, which are equal
+few_values = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1e-8, 1.0, 1.001, 60000.0, math.inf])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    logits=st.integers(1, 9).flatmap(
+        lambda width: st.lists(st.lists(few_values, min_size=width, max_size=width), min_size=1, max_size=4)
+    ),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_all_that_judges_reads_one_order(logits, dtype):
+    """The order is Python's stable sort by falling logit, of the numbers as the type holds them."""
+    logits = torch.tensor(logits).to(dtype)
+    n_rows, width = logits.shape
+    orders = [sorted(range(width), key=lambda token: (-row[token], token)) for row in logits.double().tolist()]
+    assert best_token(logits).tolist() == [order[0] for order in orders]
+    for k in {1, width}:
+        assert best_tokens(logits, k).tolist() == [order[:k] for order in orders]
+    for token in range(width):
+        asked = torch.full((n_rows,), token)
+        places = [order.index(token) for order in orders]
+        assert rank(logits, asked).tolist() == places
+        assert is_best(logits, asked).tolist() == [place == 0 for place in places]
+
+
+@pytest.mark.parametrize("width", [1000, 50257])  # long rows are reduced in pieces
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_first_of_many_equal_tokens_is_best_in_long_rows(generator, width, dtype):
+    logits = torch.randint(0, 3, (8, width), generator=generator).to(dtype)
+    expected = torch.from_numpy((logits == 2).numpy().argmax(axis=-1))  # numpy gives the first
+    assert torch.equal(best_token(logits), expected)
+    assert torch.equal(rank(logits, expected), torch.zeros(8, dtype=torch.int64))
+    assert rank(logits[:1], torch.tensor([width - 1])).item() == sum(
+        value > logits[0, -1] or (value == logits[0, -1] and i < width - 1) for i, value in enumerate(logits[0])
+    )
+
+
+def test_a_single_row_has_a_best_token_without_an_axis():
+    assert best_token(torch.tensor([0.0, 2.0, 2.0])).shape == ()
+    assert int(best_token(torch.tensor([0.0, 2.0, 2.0]))) == 1
+
+
+def test_no_rows_have_no_best_token():
+    assert best_token(torch.zeros(0, 7)).tolist() == []
+
+
+def test_nan_is_refused_or_never_right():
+    logits = torch.tensor([[0.0, math.nan, 1.0], [3.0, 0.0, 0.0], [math.nan, math.nan, math.nan]])
+    with pytest.raises(ValueError, match="best_token: expected logits without NaN, got 4 NaN of 9; check the model"):
+        best_token(logits)
+    with pytest.raises(ValueError, match="best_tokens: expected logits without NaN, got 4 NaN of 9"):
+        best_tokens(logits, 2)
+    for token in (0, 1, 2, 3, -1):  # the last two are no tokens
+        assert is_best(logits, torch.full((3,), token)).tolist() == [False, token == 0, False]
+
+
+def test_best_tokens_refuses_more_than_there_are_and_an_empty_vocabulary_has_none():
+    for k in (0, 8):
+        with pytest.raises(ValueError, match=re.escape(f"best_tokens: expected k in 1..7 (the vocabulary), got {k}")):
+            best_tokens(torch.zeros(2, 7), k)
+    with pytest.raises(ValueError, match="best_token: expected a vocabulary of at least 1 token, got 0"):
+        best_token(torch.zeros(2, 0))
 
 
 @pytest.mark.parametrize("bad, shown", [(-1, "got -1"), (7, "got 7")])

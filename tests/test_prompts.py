@@ -570,3 +570,8 @@ def test_a_prompt_longer_than_the_context(model, generator):
     expected = r"a prompt with its answer is 24 tokens long, but the model's context holds 23; use fewer shots .got 2."
     with pytest.raises(ValueError, match=expected):
         build_prompts(stand_in(model.tokenizer, n_ctx=23), ANTONYMS, n_prompts=3, n_shots=2, generator=generator)
+
+
+def test_of_two_equal_logits_only_the_smaller_id_passes_the_filter(tied):
+    pairs = [Pair("hot", "cold"), Pair("big", "small"), Pair("icy", "cold")]
+    assert filter_correct(tied, pairs, n_shots=1, generator=seeded()) == (pairs[0], pairs[2])

@@ -545,3 +545,15 @@ def test_distributed_vector_refuses_another_model(tiny, other, generator):
             pytest.fail("the block was entered")
     with fvlens.inject(other, made, check=False):
         other(prompts.tokens, attention_mask=prompts.attention_mask)
+
+
+def test_decode_puts_the_smaller_of_two_equal_tokens_first(tied):
+    with torch.no_grad():
+        weight = tied.unembed.W_U
+        before = weight.clone()
+        try:
+            weight[:, [7, 100, 300]] = 1.0
+            words = vector_of(tied, torch.ones(32)).decode(tied, 3, final_norm=False)
+        finally:
+            weight.copy_(before)
+    assert [word for word, _ in words] == [tied.tokenizer.decode([i]) for i in (7, 100, 300)]

@@ -11,6 +11,7 @@ from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Explanation
 from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
 from fvlens.finetuning import frozen
+from fvlens.metrics import best_tokens
 from fvlens.relations import Analogy, Pair
 
 
@@ -92,13 +93,13 @@ def _likeliest(
     model: Any, queries: Queries, vector: Tensor, choices: Sequence[str] | None, n: int
 ) -> list[tuple[str, float]]:
     if choices is None:
-        chances = queries.logits(torch.tensor([0]), vector)[0, 0].float().softmax(dim=-1)
-        best = chances.topk(min(n, len(chances)))
-        words = [model.tokenizer.decode([token]).strip() for token in best.indices.tolist()]
-        return list(zip(words, best.values.tolist(), strict=True))
+        logits = queries.logits(torch.tensor([0]), vector)[0, 0].float()
+        best = best_tokens(logits, min(n, len(logits)))
+        words = [model.tokenizer.decode([token]).strip() for token in best.tolist()]
+        return list(zip(words, logits.softmax(dim=-1)[best].tolist(), strict=True))
     rows = torch.arange(len(queries))
     logs = queries.log_probs(rows, vector).sum(dim=1).cpu() / queries.n_tokens
     chances = logs.float().softmax(dim=0)
-    order = chances.argsort(descending=True).tolist()
+    order = chances.argsort(descending=True, stable=True).tolist()
     listed = list(choices)
     return [(listed[i], float(chances[i])) for i in order]

@@ -15,7 +15,7 @@ from fvlens.composition._map import CompositeMap, Seen
 from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, given_or_scored, shown_pairs
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
-from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
+from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.relations import Analogy, Pair
 from fvlens.suffix import Route
 
@@ -448,8 +448,8 @@ class _Asked:
                 there = mine.to(logits.device)
                 top = logits[there, 0]
                 wanted = queries.targets[rows[mine].to(logits.device), 0]
-                ranks[own[rows][mine]] = (top > top.gather(1, wanted[:, None])).sum(dim=1).cpu()
-                best[own[rows][mine]] = top.argmax(dim=1).cpu()
+                ranks[own[rows][mine]] = rank(top, wanted).cpu()
+                best[own[rows][mine]] = best_token(top).cpu()
         right = ranks == 0
         for i, one in enumerate(self.analogies):
             if one.alternatives and not right[i]:

@@ -24,6 +24,7 @@ from fvlens.composition._queries import (
     shown_pairs,
 )
 from fvlens.finetuning import frozen
+from fvlens.metrics import best_token, is_best
 from fvlens.relations import Analogy
 from fvlens.suffix import Route
 
@@ -107,7 +108,7 @@ def gate_signals(
         for rows in torch.arange(n).split(targets.rows_at_once):
             plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
             sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
-            answers[rows] = torch.stack([plain.argmax(dim=-1), steered.argmax(dim=-1)], dim=1).cpu()
+            answers[rows] = torch.stack([best_token(plain), best_token(steered)], dim=1).cpu()
     words = [one.c for one in analogies]
     said = answer_scores(model, composite.basis, words, answers, template=composite.template, **kept)
     shown = composite.recognised(scores.log_probs)
@@ -206,8 +207,8 @@ def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"
     parts = []
     with torch.no_grad(), frozen(model):
         for rows in torch.arange(len(queries)).split(queries.rows_at_once):
-            best = queries.logits(rows, vectors[rows])[:, 0].argmax(dim=-1)
-            parts.append((best == queries.targets[rows.to(best.device), 0]).cpu())
+            logits = queries.logits(rows, vectors[rows])[:, 0]
+            parts.append(is_best(logits, queries.targets[rows.to(queries.targets.device), 0]).cpu())
     return torch.cat(parts)
 
 

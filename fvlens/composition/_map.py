@@ -25,6 +25,7 @@ from fvlens.composition._queries import (
 )
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.finetuning import VectorSet, frozen
+from fvlens.metrics import is_best
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
 from fvlens.vectors import FunctionVector, read_tensors, vector_from, vector_header, write_tensors
@@ -460,7 +461,7 @@ def fit_composite(
             for rows in torch.arange(start, end).split(queries.rows_at_once):
                 logits = queries.logits(rows, vectors(rows))
                 losses.append(-queries.of_answers(logits, rows).sum(dim=1).cpu())
-                hits.append((logits[:, 0].argmax(-1) == queries.targets[rows.to(logits.device), 0]).cpu())
+                hits.append(is_best(logits[:, 0], queries.targets[rows.to(queries.targets.device), 0]).cpu())
         return float(torch.cat(losses).double().mean()), float(torch.cat(hits).double().mean())
 
     train_loss = [score(0, n_train)[0]]

@@ -18,7 +18,7 @@ from fvlens.evaluation import Evaluation, layer_sweep
 from fvlens.finetuning._baselines import Adapted, Baseline, act_add, as_change, few_shot, lora, soft_prompt
 from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.finetuning._finetune import finetune
-from fvlens.metrics import Interval, bootstrap_interval, kl_divergence, log_probability, rank
+from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, build_prompts, render_prompts
 from fvlens.relations import Pair, Relation, list_relations, load_relation
@@ -94,7 +94,7 @@ def evaluate_adapted(
             ranks.append(rank(logits[:, 0], wanted[:, 0]).cpu())
             found = log_probability(logits, wanted.clamp(min=0)).masked_fill(wanted < 0, 0.0)
             logs.append(found.cpu())
-            best.append(logits[:, 0].argmax(dim=-1).cpu())
+            best.append(best_token(logits[:, 0]).cpu())
     all_ranks, all_logs = torch.cat(ranks), torch.cat(logs)
     texts = model.tokenizer.batch_decode([[token] for token in torch.cat(best).tolist()])
     steering = change.steering if isinstance(change, Steered) else None

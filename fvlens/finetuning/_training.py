@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.interventions import hooked, resid_hook, z_hook
+from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
@@ -222,10 +223,10 @@ class Adapter(abc.ABC):
     def scores(
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row answer_pos"], Bool[Tensor, " row"]]:
-        """The same, and whether the answer's first token is the most likely one."""
+        """The same, and whether the answer's first token is the best one (never where a logit is NaN)."""
         logits = self.logits(rows, relation)
         first = self.targets[rows.to(self.targets.device), 0]
-        return self.of_answers(logits, rows), logits[:, 0].argmax(-1) == first
+        return self.of_answers(logits, rows), is_best(logits[:, 0], first)
 
     def of_answers(
         self, logits: Float[Tensor, "row answer_pos d_vocab"], rows: Int[Tensor, " row"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fvlens.metrics import is_best
 from fvlens.relations import Relation, list_relations, load_relation
 from fvlens.zoo.recipe import BOS, Batch, Recipe, SequenceSampler, train_tokenizer
 
@@ -91,7 +92,7 @@ class Trainee(nn.Module):
         ]
         check = torch.stack([nn.functional.binary_cross_entropy_with_logits(r, wanted) for r in read]).mean()
         with torch.no_grad():
-            right = (logits.argmax(-1) == targets).float().mean()
+            right = is_best(logits, targets).float().mean()
             checked = ((read[-1] > 0) == (wanted > 0)).float().mean()
         return {"answers": answers, "checks": check, "answers right": right, "checks right": checked}
 
