@@ -11,6 +11,7 @@ from fvlens.composition import evaluate_analogies, fit_composite
 from fvlens.evaluation import (
     controls,
     evaluate,
+    filter_correct,
     generate_answers,
     head_count_sweep,
     layer_sweep,
@@ -18,7 +19,7 @@ from fvlens.evaluation import (
 from fvlens.finetuning import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.interventions import ablate, inject
 from fvlens.models import fingerprint, load_model
-from fvlens.prompts import build_prompts, filter_correct
+from fvlens.prompts import build_prompts
 from fvlens.relations import Analogy, Relation, list_relations, load_relation
 from fvlens.types import Head
 from fvlens.universal import universal_heads

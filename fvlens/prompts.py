@@ -6,7 +6,6 @@ so that the answer is the continuation `` y`` and its first token decides top-1.
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,10 +15,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fvlens.metrics import best_token
-from fvlens.models import bos_token_id, model_device
+
+from fvlens.models import bos_token_id
 from fvlens.relations import Pair, Relation, list_relations, load_relation
-from fvlens.suffix import in_batches, open_reader, plan_batch
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
@@ -426,63 +424,6 @@ def _classes(spans: Sequence[tuple[int, int]], pieces: Sequence[tuple[str, Token
             piece += 1
         result.append(ends[piece][1])
     return result
-
-
-def filter_correct(
-    model: Any,
-    pairs: Relation | Sequence[Pair | tuple[str, str]],
-    *,
-    demonstrations: Sequence[Pair | tuple[str, str]] | None = None,
-    n_shots: int = 10,
-    template: str | Template = "qa",
-    batch_size: int | None = None,
-    generator: torch.Generator,
-) -> tuple[Pair, ...]:
-    """The filter set: pairs whose query the model answers correctly (top-1) with clean demonstrations.
-
-    Args:
-        model: the model to ask.
-        pairs: the pairs to filter.
-        demonstrations: pairs that the demonstrations are drawn from; ``pairs`` if not given.
-        n_shots, template: shape of the prompts.
-        batch_size: prompts run together; by default chosen from what memory is free, and halved where it runs out.
-        generator: source of randomness for the demonstrations.
-
-    Returns:
-        The pairs answered correctly, in order; may be empty (a warning says so).
-
-    Raises:
-        ValueError: ``batch_size`` is below 1; whatever :func:`build_prompts` refuses.
-        MemoryError: out of memory with a single prompt.
-
-    References:
-        Todd et al. 2024, arXiv:2310.15213, section 2.3 (queries answered correctly in the 10-shot setting).
-    """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"filter_correct: expected batch_size of at least 1, got {batch_size}.")
-    wanted = [Pair(*pair) for pair in pairs]
-    prompts = build_prompts(
-        model,
-        wanted if demonstrations is None else demonstrations,
-        queries=wanted,
-        n_shots=n_shots,
-        template=template,
-        generator=generator,
-    )
-    device = model_device(model)
-
-    def run(rows: slice) -> list[Pair]:
-        tokens, mask = prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device)
-        logits = open_reader(model, len(tokens), keep=False).read(tokens, mask, n_read=1)
-        right = (best_token(logits[:, -1]).cpu() == prompts.first_answer_token[rows]).tolist()
-        return [pair for pair, ok in zip(wanted[rows], right, strict=True) if ok]
-
-    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])
-    with torch.inference_mode():
-        kept = [pair for part in in_batches(run, len(prompts), size, what="filter_correct") for pair in part]
-    if not kept:
-        warnings.warn("filter_correct: the model answers none of the queries correctly.", stacklevel=2)
-    return tuple(kept)
 
 
 def with_answers(

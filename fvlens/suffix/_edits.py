@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Site = Literal["resid_post", "z"]
@@ -82,7 +82,7 @@ def check_variants(model: Any, variants: Sequence[Variant], n_prompts: int, n_su
             )
 
 
-def rows_of(variants: Sequence[Variant], rows: slice) -> list[Variant]:
+def rows_of(variants: Sequence[Variant], rows: slice | Int[Tensor, " row"]) -> list[Variant]:
     """The variants for some of the prompts: values and places that are a prompt's own are cut alike."""
     cut: dict[int, Edit] = {}
 

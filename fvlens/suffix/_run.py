@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fvlens.interventions import z_hook
+from fvlens.metrics import best_token, rank
 from fvlens.suffix._edits import Edit, SiteEdits, Variant, check_variants, joining
 from fvlens.suffix._routes import Route
 from fvlens.types import Head
@@ -184,6 +185,34 @@ class SuffixRun(abc.ABC):
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm and unembedding of residual streams after the last layer."""
 
+    def outcomes(
+        self,
+        resid: Float[Tensor, "prompt variant d_model"],
+        targets: Int[Tensor, " prompt"],
+        *,
+        at_once: int | None = None,
+    ) -> tuple[Int[Tensor, "prompt variant"], Float[Tensor, "prompt variant"], Int[Tensor, "prompt variant"]]:
+        """Rank and log-probability (nats) of a next token at one position of each prompt, and the best token there.
+
+        Args:
+            resid: residual streams after the last layer, at that position.
+            targets: the next tokens wanted.
+            at_once: rows that are unembedded together.
+        """
+        n_variants = resid.shape[1]
+        wanted = targets.repeat_interleave(n_variants)
+        rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
+        ranks, logs, best = [], [], []
+        for some, ids in zip(resid.flatten(0, 1).split(rows), wanted.split(rows), strict=True):
+            logits = self.logits(some)
+            ids = ids.to(logits.device)
+            ranks.append(rank(logits, ids).cpu())
+            logs.append(_log_probs(logits, ids).cpu())
+            best.append(best_token(logits).cpu())
+            del logits  # not beside those of the next slice
+        ours, chances, likeliest = (torch.cat(parts).view(-1, n_variants) for parts in (ranks, logs, best))
+        return ours, chances, likeliest
+
     def log_probs(
         self,
         resid: Float[Tensor, "prompt variant suffix d_model"],
@@ -209,10 +238,8 @@ class SuffixRun(abc.ABC):
         rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
         parts = []
         for some, ids in zip(resid[scored].split(rows), wanted[scored].split(rows), strict=True):
-            logits = self.logits(some).float()
-            ids = ids.to(logits.device)
-            chosen = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
-            parts.append(chosen.to(targets.device))
+            logits = self.logits(some)
+            parts.append(_log_probs(logits, ids.to(logits.device)).to(targets.device))
             del logits  # not beside those of the next slice
         return found.masked_scatter(scored.to(targets.device), torch.cat(parts))
 
@@ -223,6 +250,12 @@ def _joined(active: Tensor | None, kept: Float[Tensor, "prompt suffix d_model"],
         return active
     fresh = kept[:, None].expand(-1, n, -1, -1)
     return fresh if active is None else torch.cat([active, fresh.to(active.device)], dim=1)
+
+
+def _log_probs(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """Log-probability of one token a row, in float32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
 def row_edits(edits: SiteEdits, layer: int, n_prompts: int) -> dict[str, Any]:

@@ -1,0 +1,300 @@
+"""One evaluation: how well prompts are answered, with or without a vector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied, setting_of
+from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
+from fvlens.models import Fingerprint
+from fvlens.prompts import Prompts
+from fvlens.relations import Pair
+from fvlens.scoring import Scores, score
+from fvlens.suffix import Route
+from fvlens.types import Steering
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+SHARE_AXIS = (0.0, 1.08)
+"""Range of an axis that shows shares, with room for the markers at 1."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation:
+    """Scores of one setting, one entry a query, in the order of the pairs.
+
+    Attributes:
+        setting: ``"zero_shot"``, ``"icl"`` or ``"shuffled"``.
+        relation: name of the relation, if known.
+        queries: the pairs asked.
+        predictions: the most likely next token of each prompt, as text without its leading space.
+        ranks: number of tokens before the answer's first token, in order of falling logit and rising id; 0 is right.
+        probabilities: probability of the answer's first token.
+        log_probabilities: teacher-forced log-probability of the whole answer, in nats, summed over its tokens.
+        interval: 95% bootstrap interval of :attr:`top1`.
+        template: name of the template.
+        n_shots: demonstrations in each prompt.
+        labels: how the demonstrations' labels were chosen.
+        scale: factor on the vector.
+        vector_kind, vector_relation, vector_layer: what was injected; None without a vector, or where it does not say.
+        model_name: the model's name in its configuration.
+        fingerprint: the model's fingerprint as the vector records it; None without one (hashing takes time; call
+            ``fvlens.fingerprint(model)`` where it is needed).
+        data_hash: hash of the prompts and their answers.
+        path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
+        batch_size: prompts that ran together at most.
+        compute: precision of the products, where it is not the model's own.
+    """
+
+    setting: str
+    relation: str
+    queries: tuple[Pair, ...]
+    predictions: tuple[str, ...]
+    ranks: Int[Tensor, " prompt"]
+    probabilities: Float[Tensor, " prompt"]
+    log_probabilities: Float[Tensor, " prompt"]
+    interval: Interval
+    template: str
+    n_shots: int
+    labels: str
+    scale: float
+    vector_kind: str | None
+    vector_relation: str | None
+    vector_layer: int | None
+    model_name: str
+    fingerprint: Fingerprint | None
+    data_hash: str
+    path: Route
+    batch_size: int
+    compute: str | None
+
+    @property
+    def n(self) -> int:
+        """Number of queries."""
+        return len(self.queries)
+
+    @property
+    def correct(self) -> Bool[Tensor, " prompt"]:
+        """True where the answer's first token is the most likely one."""
+        return self.ranks == 0
+
+    @property
+    def top1(self) -> float:
+        """Share of queries whose answer's first token is the most likely one."""
+        return top_k_accuracy(self.ranks, 1)
+
+    @property
+    def top5(self) -> float:
+        """Share of queries whose answer's first token is among the five most likely."""
+        return top_k_accuracy(self.ranks, 5)
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean rank of the answer's first token, 0 at best."""
+        return self.ranks.double().mean().item()
+
+    @property
+    def mrr(self) -> float:
+        """Mean reciprocal rank, ``mean of 1 / (rank + 1)``."""
+        return (1 / (self.ranks.double() + 1)).mean().item()
+
+    @property
+    def probability(self) -> float:
+        """Mean probability of the answer's first token."""
+        return self.probabilities.double().mean().item()
+
+    @property
+    def answer_log_probability(self) -> float:
+        """Mean log-probability of the whole answer, in nats."""
+        return self.log_probabilities.double().mean().item()
+
+    def __repr__(self) -> str:
+        name, low, high = self.relation or "custom pairs", self.interval.low, self.interval.high
+        vector = "no vector" if self.vector_kind is None else f"{self.vector_kind} vector x {self.scale:g}"
+        return (
+            f"Evaluation({name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} [{low:.3f}, {high:.3f}], "
+            f"probability={self.probability:.3f})"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a query: its words, ``prediction, correct, rank, probability, log_probability``, and the setting."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "relation": self.relation,
+                "setting": self.setting,
+                "vector": self.vector_kind or "none",
+                "query": [pair.input for pair in self.queries],
+                "answer": [pair.output for pair in self.queries],
+                "prediction": list(self.predictions),
+                "correct": self.correct.numpy(),
+                "rank": self.ranks.numpy(),
+                "probability": self.probabilities.numpy(),
+                "log_probability": self.log_probabilities.numpy(),
+            }
+        )
+
+    def plot(self, *, k: int = 10) -> "go.Figure":
+        """Share of answers among the ``k`` most likely tokens, for 1 to ``k`` tokens."""
+        from fvlens import plots
+
+        counts = list(range(1, max(2, k) + 1))
+        return plots.line_sweep(
+            counts,
+            [top_k_accuracy(self.ranks, count) for count in counts],
+            x_title="Tokens counted",
+            y_title="Share of answers among them",
+            title=f"Rank of the answer, {self.relation or 'custom pairs'} ({self.setting}, {self.n} queries)",
+            marked=1,
+            marked_label="top-1",
+            y_range=SHARE_AXIS,
+        )
+
+
+def evaluate(
+    model: Any,
+    pairs: Asked,
+    *,
+    vector: Steering | None = None,
+    scale: float | int = 1.0,
+    batch_size: int | None = None,
+    path: Route | None = None,
+    max_memory: int | None = None,
+    compute: torch.dtype | None = None,
+    generator: torch.Generator,
+    **prompting: Unpack[Prompting],
+) -> Evaluation:
+    """How well the model answers word-pair queries, with or without an injected vector.
+
+    ``top1 = mean over pairs (x, y) of [the first token of y has rank 0]`` after the prompt that asks for x [paper; the
+    order of tokens with equal logits is ours]. The whole answer is scored too: ``sum over its tokens of log P(y_i |
+    prompt, y_<i)``, with the vector added at the prompt's last token only.
+
+    Args:
+        model: the model.
+        pairs: the pairs asked, one query each; or prompts that were built before.
+        vector: what is injected, such as a ``FunctionVector``. A tensor in it may have a leading batch axis, one row a
+            pair.
+        scale: factor on the vector.
+        batch_size: prompts run together at most; by default from the memory plan. It changes nothing but speed, memory
+            and rounding (in half precision rounding moves ranks), and is halved, with a warning, where memory runs out.
+        path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact.
+        max_memory: bytes for activations; by default 1 GiB on a CPU.
+        compute: precision of products, as for :func:`fvlens.scoring.score`; None for the model's own.
+        generator: draws the demonstrations first, then the bootstrap.
+        prompting: how pairs are asked, see :class:`~fvlens.evaluation.Prompting`: ``setting, demonstrations, n_shots,
+            template, labels, pool, relation``.
+
+    Returns:
+        :class:`Evaluation`: rank, probability (0..1) and log-probability (nats, at most 0) of each query, and their
+        means; tensors on the CPU.
+
+    Raises:
+        ValueError: unknown ``setting`` or ``labels``; ``icl`` or ``shuffled`` without ``demonstrations`` or with
+            ``n_shots`` below 1; ``labels`` in another setting than ``shuffled``; any of these beside prompts;
+            ``batch_size`` below 1; a batch axis in the vector that is not one row a pair; whatever
+            :func:`~fvlens.build_prompts` and :func:`~fvlens.inject` refuse, such as a vector of another model.
+        MemoryError: out of memory with a single prompt.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> split = fvlens.load_relation("antonym").split(torch.Generator().manual_seed(0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> bare = fvlens.evaluate(model, split.test, generator=g)
+        >>> shown = fvlens.evaluate(model, split.test, setting="icl", demonstrations=split.train, generator=g)
+        >>> shown.top1 > bare.top1
+        True
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 3 (zero-shot and shuffled-label evaluation).
+    """
+    prompts = asked_prompts("evaluate", model, pairs, prompting, generator, vector)
+    scores = score(
+        model,
+        prompts,
+        [vector],
+        scales=scale,
+        path=path,
+        batch_size=batch_size,
+        max_memory=max_memory,
+        compute=compute,
+        what="evaluate",
+    )
+    (found,) = evaluations(model, prompts, [vector], [scale], scores, generator, compute)
+    return found
+
+
+def evaluations(
+    model: Any,
+    prompts: Prompts,
+    vectors: Sequence[Steering | None],
+    scales: Sequence[float | int],
+    scores: Scores,
+    generator: torch.Generator,
+    compute: torch.dtype | None = None,
+) -> tuple[Evaluation, ...]:
+    """Scores of several vectors on the same prompts, as one evaluation each.
+
+    Each interval starts from the generator's state, which ends as after the first of them: an evaluation equals, to the
+    bit, what :func:`evaluate` alone gives with a generator of the same seed.
+    """
+    if not scores.complete:
+        prompts = prompts.select(scores.prompts.tolist())
+    shared = {
+        "setting": setting_of(prompts),
+        "relation": prompts.relation,
+        "queries": prompts.queries,
+        "template": prompts.template.name,
+        "n_shots": prompts.n_shots,
+        "labels": prompts.labels,
+        "model_name": str(model.cfg.model_name),
+        "data_hash": prompts.data_hash,
+        "path": scores.path,
+        "batch_size": scores.batch_size,
+        "compute": None if compute is None else str(compute).removeprefix("torch."),
+    }
+    texts = _texts(model, scores.best)
+    start = copied(generator)
+    found = []
+    for i, (vector, scale) in enumerate(zip(vectors, scales, strict=True)):
+        own = generator if i == 0 else copied(start)
+        found.append(
+            Evaluation(
+                predictions=texts[i],
+                ranks=scores.ranks[i],
+                probabilities=scores.first[i].exp(),
+                log_probabilities=scores.whole[i],
+                interval=bootstrap_interval(scores.ranks[i] == 0, generator=own),
+                **described(vector, scale),
+                **shared,
+            )
+        )
+    return tuple(found)
+
+
+def described(vector: Steering | None, scale: float | int) -> dict[str, Any]:
+    """What was injected, as results record it."""
+    layer = getattr(vector, "layer", None)
+    return {
+        "scale": float(scale),
+        "vector_kind": None if vector is None else str(getattr(vector, "kind", type(vector).__name__)),
+        "vector_relation": getattr(vector, "relation", None),
+        "vector_layer": layer if isinstance(layer, int) else None,
+        "fingerprint": getattr(vector, "fingerprint", None),
+    }
+
+
+def _texts(model: Any, tokens: Int[Tensor, "change prompt"]) -> list[tuple[str, ...]]:
+    """Tokens as text without their leading space; each different one is decoded once."""
+    distinct = sorted(set(tokens.flatten().tolist()))
+    decoded = model.tokenizer.batch_decode([[token] for token in distinct])
+    text = dict(zip(distinct, (one.removeprefix(" ") for one in decoded), strict=True))
+    return [tuple(text[token] for token in row) for row in tokens.tolist()]

@@ -1,0 +1,120 @@
+"""The prompts that an evaluation asks: pairs and how they are to be asked, or prompts that are there already."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+
+from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts
+from fvlens.relations import Pair, Relation
+
+Setting = Literal["zero_shot", "icl", "shuffled"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+Pairs = Relation | Sequence[Pair | tuple[str, str]]
+Asked = Pairs | Prompts
+"""What is asked: pairs, one query each, or prompts."""
+
+
+class Prompting(TypedDict, total=False):
+    """How pairs are asked; prompts that are there already take none of it.
+
+    Attributes:
+        setting: ``"zero_shot"`` (the default): the bare query. ``"icl"``: after clean demonstrations. ``"shuffled"``:
+            after demonstrations with corrupted labels.
+        demonstrations: pairs that ``icl`` and ``shuffled`` draw from, never the query's own input; not used by
+            ``zero_shot``.
+        n_shots: demonstrations in each prompt, 10 by default; not used by ``zero_shot``.
+        template: name of a built-in template, or a ``Template``; by default that of the vector if it has one, else
+            ``"qa"``.
+        labels: how ``shuffled`` corrupts labels: ``"permuted"`` (the default), ``"deranged"`` or ``"random"``.
+        pool: answers that random labels are drawn from; by default those of other library relations.
+        relation: name recorded in the result; by default that of the pairs or demonstrations if one is a relation.
+    """
+
+    setting: Setting
+    demonstrations: Pairs | None
+    n_shots: int
+    template: str | Template | None
+    labels: Labels | None
+    pool: Sequence[str] | None
+    relation: str | None
+
+
+def asked_prompts(
+    function: str, model: Any, asked: Asked, prompting: Prompting, generator: torch.Generator, steering: Any = None
+) -> Prompts:
+    """One prompt a pair, as asked for; prompts as they are.
+
+    Args:
+        function: the function that the user called, for messages.
+        model: the model.
+        asked: the pairs, or prompts.
+        prompting: how pairs are asked.
+        generator: draws the demonstrations.
+        steering: whose template is the default, where it has one.
+
+    Raises:
+        ValueError: unknown options or values; settings that do not go together; options beside prompts; whatever
+            :func:`~fvlens.build_prompts` refuses.
+    """
+    unknown = sorted(set(prompting) - set(Prompting.__annotations__))
+    if unknown:
+        raise TypeError(
+            f"{function}: unexpected options {', '.join(unknown)}; pairs are asked by "
+            f"{', '.join(Prompting.__annotations__)}."
+        )
+    if isinstance(asked, Prompts):
+        given = sorted(name for name, value in prompting.items() if value is not None)
+        if given:
+            raise ValueError(f"{function}: {', '.join(given)} beside prompts, which say it themselves; leave it out.")
+        return asked
+    setting: Any = prompting.get("setting", "zero_shot")
+    demonstrations, n_shots = prompting.get("demonstrations"), prompting.get("n_shots", 10)
+    labels = prompting.get("labels")
+    if setting not in SETTINGS:
+        raise ValueError(f"{function}: setting={setting!r}; expected one of {', '.join(SETTINGS)}.")
+    corruptions = [name for name in LABELS if name != "true"]
+    if labels is not None and setting != "shuffled":
+        raise ValueError(
+            f"{function}: labels={labels!r} with setting={setting!r}; labels belong to setting='shuffled' only."
+        )
+    if labels is not None and labels not in corruptions:
+        raise ValueError(f"{function}: labels={labels!r}; expected one of {', '.join(corruptions)}.")
+    if setting == "zero_shot":
+        demonstrations, n_shots = asked, 0
+    elif demonstrations is None:
+        raise ValueError(
+            f"{function}: setting={setting!r} needs demonstrations, got None; give the pairs to draw them from, such "
+            "as demonstrations=split.train."
+        )
+    elif n_shots < 1:
+        raise ValueError(
+            f"{function}: setting={setting!r} needs n_shots of at least 1, got {n_shots}; without demonstrations the "
+            "setting is 'zero_shot'."
+        )
+    relation = prompting.get("relation")
+    if relation is None:
+        relation = next((given.name for given in (asked, demonstrations) if isinstance(given, Relation)), None)
+    return build_prompts(
+        model,
+        demonstrations,
+        queries=asked,
+        n_shots=n_shots,
+        labels="true" if setting != "shuffled" else labels or "permuted",
+        template=prompting.get("template") or getattr(steering, "template", "") or "qa",
+        pool=prompting.get("pool"),
+        relation=relation,
+        generator=generator,
+    )
+
+
+def setting_of(prompts: Prompts) -> Setting:
+    """The setting that prompts are in."""
+    if prompts.n_shots == 0:
+        return "zero_shot"
+    return "icl" if prompts.labels == "true" else "shuffled"
+
+
+def copied(generator: torch.Generator) -> torch.Generator:
+    """A generator that will draw what this one draws."""
+    return torch.Generator(device=generator.device).set_state(generator.get_state())

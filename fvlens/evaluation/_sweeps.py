@@ -1,0 +1,349 @@
+"""Sweeps: where a vector works, and how many heads it needs. All changes of a sweep go up together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fvlens.activations import HeadMeans
+from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation, evaluations
+from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts
+from fvlens.metrics import Interval
+from fvlens.prompts import Prompts
+from fvlens.scoring import score
+from fvlens.suffix import Route
+from fvlens.types import Head, HeadLike, Steering, as_heads
+from fvlens.vectors import FunctionVector, function_vector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 50)
+"""Head counts that :func:`head_count_sweep` visits by default, as far as the ranking goes."""
+
+
+def _sweep(
+    model: Any,
+    prompts: Prompts,
+    vectors: Sequence[Steering],
+    what: str,
+    scale: float | int,
+    generator: torch.Generator,
+    *,
+    compute: torch.dtype | None,
+    **options: Any,
+) -> tuple[tuple[Evaluation, ...], Evaluation, bool]:
+    """Each vector's evaluation, that without a vector, and whether all queries are finished."""
+    changes = [*vectors, None]
+    scores = score(
+        model, prompts, changes, scales=scale, compute=compute, interruptible=True, what=what, **options
+    )
+    *found, baseline = evaluations(model, prompts, changes, [scale] * len(changes), scores, generator, compute)
+    return tuple(found), baseline, scores.complete
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> int:
+    """Index of the largest top-1; ties go to the larger mean probability of the answer, then to the first."""
+    return max(range(len(evaluations)), key=lambda i: (evaluations[i].top1, evaluations[i].probability, -i))
+
+
+def _sweep_dataframe(name: str, coordinates: Sequence[int], evaluations: Sequence[Evaluation]) -> "pd.DataFrame":
+    import pandas as pd
+
+    rows = [
+        {
+            name: coordinate,
+            "top1": one.top1,
+            "low": one.interval.low,
+            "high": one.interval.high,
+            "top5": one.top5,
+            "mean_rank": one.mean_rank,
+            "probability": one.probability,
+            "log_probability": one.answer_log_probability,
+            "n": one.n,
+        }
+        for coordinate, one in zip(coordinates, evaluations, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _sweep_plot(
+    coordinates: Sequence[int],
+    evaluations: Sequence[Evaluation],
+    baseline: Evaluation,
+    best: int,
+    x_title: str,
+    what: str,
+) -> "go.Figure":
+    from fvlens import plots
+
+    return plots.line_sweep(
+        list(coordinates),
+        [one.top1 for one in evaluations],
+        [one.interval.low for one in evaluations],
+        [one.interval.high for one in evaluations],
+        x_title=x_title,
+        y_title="Top-1",
+        title=f"{what}, {baseline.relation or 'custom pairs'} ({baseline.setting}, {baseline.n} queries)",
+        references={"no vector": baseline.top1},
+        marked=best,
+        y_range=SHARE_AXIS,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSweep:
+    """Scores with a vector added after each of several layers, all on the same prompts.
+
+    Attributes:
+        layers: the layers, in increasing order.
+        evaluations: the scores at each layer.
+        baseline: the scores without a vector on the same prompts.
+        complete: False if the sweep was interrupted; the evaluations are then of the queries that were finished.
+    """
+
+    layers: tuple[int, ...]
+    evaluations: tuple[Evaluation, ...]
+    baseline: Evaluation
+    complete: bool
+
+    @property
+    def top1(self) -> Float[Tensor, " layer"]:
+        """Top-1 accuracy at each layer."""
+        return torch.tensor([one.top1 for one in self.evaluations])
+
+    @property
+    def probability(self) -> Float[Tensor, " layer"]:
+        """Mean probability of the answer's first token at each layer."""
+        return torch.tensor([one.probability for one in self.evaluations])
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """95% bootstrap interval of :attr:`top1` at each layer."""
+        return tuple(one.interval for one in self.evaluations)
+
+    @property
+    def best_layer(self) -> int:
+        """Layer of the largest top-1; ties go to the larger mean probability of the answer, then to the lower layer."""
+        return self.layers[best_of(self.evaluations)]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
+        return _sweep_dataframe("layer", self.layers, self.evaluations)
+
+    def plot(self) -> "go.Figure":
+        """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
+        return _sweep_plot(
+            self.layers, self.evaluations, self.baseline, self.best_layer, "Injected after layer", "Layer sweep"
+        )
+
+
+def layer_sweep(
+    model: Any,
+    pairs: Asked,
+    vector: FunctionVector | Mapping[int, Steering],
+    *,
+    layers: Sequence[int] | None = None,
+    scale: float | int = 1.0,
+    batch_size: int | None = None,
+    path: Route | None = None,
+    max_memory: int | None = None,
+    compute: torch.dtype | None = None,
+    generator: torch.Generator,
+    progress: bool = True,
+    **prompting: Unpack[Prompting],
+) -> LayerSweep:
+    """Where a vector works: scores with the vector added after each layer.
+
+    Choose the layer on validation pairs and report it on test pairs. Every layer sees the same prompts, and its numbers
+    are those of :func:`evaluate` with ``vector.at_layer(layer)`` and a generator of the same seed.
+
+    Args:
+        model: the model.
+        pairs: the pairs asked, or prompts that were built before.
+        vector: one vector, moved from layer to layer, or one steering for each layer.
+        layers: layers to visit; by default all of the model, or all that ``vector`` maps.
+        scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
+        generator: draws the demonstrations first, then the bootstrap.
+        progress: show a progress bar. Interrupting returns the queries that are finished at all layers, with a warning.
+        prompting: how pairs are asked, as for :func:`evaluate`.
+
+    Returns:
+        :class:`LayerSweep`.
+
+    Raises:
+        ValueError: as for :func:`evaluate`; no layers; a layer that the model does not have or that ``vector`` does not
+            map; a vector that cannot be moved (a distributed one), given without a map.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> split = fvlens.load_relation("antonym").split(torch.Generator().manual_seed(0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> clean = fvlens.build_prompts(model, split.train, n_prompts=8, generator=g)
+        >>> means = fvlens.mean_head_activations(model, clean, progress=False)
+        >>> vec = fvlens.function_vector(model, means, heads=[(1, 0), (1, 3)], layer=1)
+        >>> sweep = fvlens.layer_sweep(model, split.valid, vec, generator=g, progress=False)
+        >>> sweep.best_layer in sweep.layers
+        True
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 3 (accuracy by layer of injection).
+    """
+    if isinstance(vector, Mapping):
+        by_layer = {int(layer): steering for layer, steering in vector.items()}
+    elif hasattr(vector, "at_layer"):
+        by_layer = {layer: vector.at_layer(layer) for layer in range(model.cfg.n_layers)}
+    else:
+        raise ValueError(
+            "layer_sweep: expected a vector with at_layer(), or a map from layer to vector, got "
+            f"{type(vector).__name__}."
+        )
+    chosen = sorted(by_layer if layers is None else set(layers))
+    if not chosen:
+        raise ValueError("layer_sweep: expected at least one layer, got none.")
+    outside = [layer for layer in chosen if layer not in by_layer or not 0 <= layer < model.cfg.n_layers]
+    if outside:
+        raise ValueError(
+            f"layer_sweep: no vector for layer {outside[0]}; the model has layers 0..{model.cfg.n_layers - 1}, and "
+            f"there are vectors for {sorted(by_layer)}."
+        )
+    prompts = asked_prompts("layer_sweep", model, pairs, prompting, generator, by_layer[chosen[0]])
+    found, baseline, complete = _sweep(
+        model, prompts, [by_layer[layer] for layer in chosen], "layer sweep", scale, generator, batch_size=batch_size,
+        path=path, max_memory=max_memory, compute=compute, progress=progress,
+    )  # fmt: skip
+    return LayerSweep(layers=tuple(chosen), evaluations=found, baseline=baseline, complete=complete)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCountSweep:
+    """Scores with the vector of the first n heads of a ranking, for several n, all on the same prompts.
+
+    Attributes:
+        counts: the numbers of heads, in increasing order.
+        evaluations: the scores with that many heads.
+        baseline: the scores without a vector on the same prompts.
+        ranking: the heads, best first.
+        layer: the vectors were added after this layer.
+        complete: False if the sweep was interrupted; the evaluations are then of the queries that were finished.
+    """
+
+    counts: tuple[int, ...]
+    evaluations: tuple[Evaluation, ...]
+    baseline: Evaluation
+    ranking: tuple[Head, ...]
+    layer: int
+    complete: bool
+
+    @property
+    def top1(self) -> Float[Tensor, " count"]:
+        """Top-1 accuracy at each number of heads."""
+        return torch.tensor([one.top1 for one in self.evaluations])
+
+    @property
+    def probability(self) -> Float[Tensor, " count"]:
+        """Mean probability of the answer's first token at each number of heads."""
+        return torch.tensor([one.probability for one in self.evaluations])
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """95% bootstrap interval of :attr:`top1` at each number of heads."""
+        return tuple(one.interval for one in self.evaluations)
+
+    @property
+    def best_count(self) -> int:
+        """Number of heads with the largest top-1; ties go to the larger mean probability, then to fewer heads."""
+        return self.counts[best_of(self.evaluations)]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
+        return _sweep_dataframe("n_heads", self.counts, self.evaluations)
+
+    def plot(self) -> "go.Figure":
+        """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""
+        return _sweep_plot(
+            self.counts, self.evaluations, self.baseline, self.best_count, "Heads in the vector", "Head-count sweep"
+        )
+
+
+def head_count_sweep(
+    model: Any,
+    pairs: Asked,
+    means: HeadMeans,
+    ranking: Sequence[HeadLike],
+    layer: int,
+    *,
+    counts: Sequence[int] | None = None,
+    scale: float | int = 1.0,
+    batch_size: int | None = None,
+    path: Route | None = None,
+    max_memory: int | None = None,
+    compute: torch.dtype | None = None,
+    generator: torch.Generator,
+    progress: bool = True,
+    **prompting: Unpack[Prompting],
+) -> HeadCountSweep:
+    """How many heads a vector needs: scores with the vector of the first n heads of a ranking.
+
+    ``v_n = sum over the first n heads of mean z_{l,h} @ W_O[l,h]``, added after ``layer``.
+
+    Args:
+        model: the model.
+        pairs: the pairs asked, or prompts that were built before.
+        means: task means at the last token.
+        ranking: heads, best first, such as ``effects.top(20)``.
+        layer: the vectors are added after this layer.
+        counts: numbers of heads; by default 1, 2, 3, 5, 8, 10, 15, 20, 30, 50 as far as the ranking goes.
+        scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
+        generator: draws the demonstrations first, then the bootstrap.
+        progress: show a progress bar. Interrupting returns the queries that are finished at all counts, with a warning.
+        prompting: how pairs are asked, as for :func:`evaluate`.
+
+    Returns:
+        :class:`HeadCountSweep`.
+
+    Raises:
+        ValueError: as for :func:`evaluate` and :func:`~fvlens.function_vector`; an empty ranking; no counts, or a count
+            below 1 or beyond the ranking.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> split = fvlens.load_relation("antonym").split(torch.Generator().manual_seed(0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> clean = fvlens.build_prompts(model, split.train, n_prompts=8, generator=g)
+        >>> means = fvlens.mean_head_activations(model, clean, progress=False)
+        >>> ranking = [(1, 0), (1, 3), (2, 1)]
+        >>> fvlens.head_count_sweep(model, split.valid, means, ranking, 1, generator=g, progress=False).counts
+        (1, 2, 3)
+
+    References:
+        Todd et al. 2024, arXiv:2310.15213, section 2.3 (the number of heads in the set A).
+    """
+    heads = as_heads(ranking, model.cfg.n_layers, model.cfg.n_heads)
+    if not heads:
+        raise ValueError("head_count_sweep: expected a ranking of at least one head, got none.")
+    chosen = sorted({count for count in COUNTS if count <= len(heads)} if counts is None else set(counts))
+    if not chosen or chosen[0] < 1 or chosen[-1] > len(heads):
+        raise ValueError(
+            f"head_count_sweep: expected counts in 1..{len(heads)} (the ranking's length), got {list(counts or ())}."
+        )
+    vectors = [function_vector(model, means, heads=heads[:count], layer=layer) for count in chosen]
+    prompts = asked_prompts("head_count_sweep", model, pairs, prompting, generator, vectors[0])
+    found, baseline, complete = _sweep(
+        model, prompts, vectors, "head-count sweep", scale, generator, batch_size=batch_size, path=path,
+        max_memory=max_memory, compute=compute, progress=progress,
+    )  # fmt: skip
+    return HeadCountSweep(
+        counts=tuple(chosen),
+        evaluations=found,
+        baseline=baseline,
+        ranking=tuple(heads),
+        layer=layer,
+        complete=complete,
+    )
