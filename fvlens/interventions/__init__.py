@@ -19,8 +19,9 @@ How it is done
     run in the order of opening, stay when a block ends, and ``model.reset_hooks()`` does not end a block.
 """
 
+from fvlens.interventions._bridges import part_threads
 from fvlens.interventions._context import acting, acts_on, hooked, lock
 from fvlens.interventions._names import resid_hook, resid_pre_hook, z_hook
 from fvlens.interventions._steer import ablate, inject
 
-__all__ = ["ablate", "acting", "acts_on", "hooked", "inject", "lock", "resid_hook", "resid_pre_hook", "z_hook"]
+__all__ = ["ablate", "acting", "acts_on", "hooked", "inject", "lock", "part_threads", "resid_hook", "resid_pre_hook", "z_hook"]

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fvlens.interventions._bridges import part_threads
 from fvlens.types import is_bridge
 
 Function = Callable[[Tensor], Tensor | None]
@@ -205,6 +206,7 @@ def points_of(model: Any, functions: Mapping[str, Function]) -> list[tuple[Any, 
         return []
     points = model.hook_dict
     if is_bridge(model):
+        part_threads()
         for name in functions:
             if name.endswith(_ASKED):
                 _show(points[name])
