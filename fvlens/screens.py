@@ -430,7 +430,8 @@ def _quiet_norms() -> Iterator[None]:
         with lock:
             _quiet_users -= 1
             if _quiet_users == 0:
-                warnings.filters[:] = [entry for entry in warnings.filters if not _is_norm_notice(entry)]
+                filters: Any = warnings.filters
+                filters[:] = [entry for entry in filters if not _is_norm_notice(entry)]
 
 
 def _is_norm_notice(entry: tuple[Any, ...]) -> bool:

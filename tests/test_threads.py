@@ -295,6 +295,19 @@ def test_a_copy_of_the_context_is_steered_while_the_block_is_open(each):
     assert torch.equal(in_thread(lambda: context.run(plain, each)), want)
 
 
+def test_what_a_bridge_notes_during_a_forward_is_the_threads_own(bridge):
+    with hooked(bridge, {z_hook(0): lambda z: None}):  # from the first block on
+        plain(bridge)
+    bridge._last_hf_cache = "mine"
+    assert in_thread(lambda: hasattr(bridge, "_last_hf_cache")) is False
+    with pytest.raises(AttributeError, match="_last_hf_cache"):
+        in_thread(lambda: delattr(bridge, "_last_hf_cache"))
+    in_thread(lambda: setattr(bridge, "_last_hf_cache", "theirs"))
+    assert bridge._last_hf_cache == "mine"
+    del bridge._last_hf_cache
+    assert not hasattr(bridge, "_last_hf_cache")
+
+
 # --- tasks and generators ---
 
 
@@ -480,7 +493,7 @@ def blocks(model):
 def test_texts_that_would_be_padded_on_the_right_are_refused(each):
     want = [plain(each, each.to_tokens(text))[0, -1] for text in TEXTS]
     for caller, block in blocks(each):
-        message = rf"^{caller}: the texts have \d+ to \d+ tokens and would be padded on the right.*padding_side = 'left'"
+        message = rf"^{caller}: the texts have \d+ to \d+ tokens and would be padded on the right.*padding_side = 'l"
         with block:
             alone = [plain(each, each.to_tokens(text))[0, -1] for text in TEXTS]
             with pytest.raises(ValueError, match=message):

@@ -24,4 +24,15 @@ from fvlens.interventions._context import acting, acts_on, hooked, lock
 from fvlens.interventions._names import resid_hook, resid_pre_hook, z_hook
 from fvlens.interventions._steer import ablate, inject
 
-__all__ = ["ablate", "acting", "acts_on", "hooked", "inject", "lock", "part_threads", "resid_hook", "resid_pre_hook", "z_hook"]
+__all__ = [
+    "ablate",
+    "acting",
+    "acts_on",
+    "hooked",
+    "inject",
+    "lock",
+    "part_threads",
+    "resid_hook",
+    "resid_pre_hook",
+    "z_hook",
+]

@@ -224,7 +224,8 @@ def _show(point: Any) -> None:
     with lock:
         if any(isinstance(handle.hook, _Shown) for handle in point.fwd_hooks):
             return
-        point.fwd_hooks.append(LensHandle(_Shown(), is_permanent=True))
+        shown: Any = _Shown()
+        point.fwd_hooks.append(LensHandle(shown, is_permanent=True))
 
 
 class _Shown:
