@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fvlens.interventions import hooked, z_hook
+from fvlens.interventions import hooked, lock, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import model_device
 from fvlens.suffix import Route, Slices, open_reader, plan_slices, run_prefix
@@ -409,9 +409,30 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+_norm_notice = "A forward hook edited hook_scale(?#fvlens)"  # a pattern of our own: the user's filters stay
+_quiet_users = 0
+
+
 @contextlib.contextmanager
 def _quiet_norms() -> Iterator[None]:
-    """Hide TransformerBridge's notice that a norm is computed from its edited scale."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+    """Hide TransformerBridge's notice that a norm is computed from its edited scale.
+
+    Filters of warnings belong to the process, and ``warnings.catch_warnings`` puts back a whole list, another thread's
+    filters included. So one filter goes in with the first block that is open and out with the last.
+    """
+    global _quiet_users
+    with lock:
+        _quiet_users += 1
+        warnings.filterwarnings("ignore", message=_norm_notice)
+    try:
         yield
+    finally:
+        with lock:
+            _quiet_users -= 1
+            if _quiet_users == 0:
+                filters: Any = warnings.filters
+                filters[:] = [entry for entry in filters if not _is_norm_notice(entry)]
+
+
+def _is_norm_notice(entry: tuple[Any, ...]) -> bool:
+    return getattr(entry[1], "pattern", None) == _norm_notice

@@ -11,7 +11,9 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM
 
 from fvlens.interventions import ablate, inject, resid_hook, z_hook
+from fvlens.interventions._context import _Dispatcher
 from fvlens.models import embedded_folder
+from fvlens.suffix import has_hooks
 from fvlens.types import is_bridge
 
 TEXTS = ("Q: dog\nA:", "Q: cold\nA: hot\n\nQ: big\nA:", "Q: France\nA: Paris\n\nQ: Italy\nA: Rome\n\nQ: Spain\nA:")
@@ -117,8 +119,15 @@ pytestmark = pytest.mark.usefixtures("left_clean")
 
 
 def pristine(model):
-    hooks = any(point.fwd_hooks or point.bwd_hooks or point._forward_hooks for point in model.hook_points())
-    return not hooks and not {"generate", "generate_stream"} & set(model.__dict__)
+    """No hook is left but dispatchers that nobody uses, and no method is replaced."""
+    waiting = all(
+        isinstance(hook, _Dispatcher) and not hook.users
+        for point in model.hook_points()
+        for hook in point._forward_hooks.values()
+    )
+    listed = any(point.fwd_hooks or point.bwd_hooks for point in model.hook_points())
+    methods = {"forward", "generate", "generate_stream", "hf_generate"} & set(model.__dict__)
+    return waiting and not listed and not methods and not has_hooks(model)
 
 
 def rows_of(model, texts=TEXTS):
@@ -516,7 +525,8 @@ def test_hooks_of_the_user_stay_and_ours_go(generator):
     own(torch.tensor([[1, 2]])).sum().backward()
     assert calls == ["before", "permanent", "inside", "backward"]
     point = own.hook_dict[resid_hook(1)]
-    assert len(point.fwd_hooks) == len(point._forward_hooks) == 3 and len(point.bwd_hooks) == 1
+    foreign = [hook for hook in point._forward_hooks.values() if not isinstance(hook, _Dispatcher)]
+    assert len(point.fwd_hooks) == len(foreign) == 3 and len(point.bwd_hooks) == 1
 
 
 def test_reset_hooks_inside_does_not_end_the_block(tiny, generator):
@@ -527,8 +537,8 @@ def test_reset_hooks_inside_does_not_end_the_block(tiny, generator):
         tiny.reset_hooks()
         tiny.run_with_cache(tokens)
         assert torch.equal(tiny(tokens), steered)
-        tiny.reset_hooks(including_permanent=True)
-        assert torch.equal(tiny(tokens), plain)
+        tiny.reset_hooks(including_permanent=True)  # by another thread, say: the block is not its own to end
+        assert torch.equal(tiny(tokens), steered) and not torch.equal(steered, plain)
     assert torch.equal(tiny(tokens), plain)
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens.interventions import hooked, resid_pre_hook
+from fvlens.interventions import acting, hooked, resid_pre_hook
 from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts, build_prompts, render_prompts, with_answers
 from fvlens.relations import Pair
@@ -256,15 +256,13 @@ def _attention_inputs(model: Any, layer: int) -> Iterator[dict[str, Tensor]]:
             yield found
         return
 
-    def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(forward: Any, *args: Any, **kwargs: Any) -> Any:
         for name, key in (("q", "query_input"), ("v", "value_input")):
             keep(name, kwargs[key])
+        return forward(*args, **kwargs)
 
-    handle = model.blocks[layer].attn.register_forward_pre_hook(see, with_kwargs=True)
-    try:
+    with acting(methods={(model.blocks[layer].attn, "forward"): see}):
         yield found
-    finally:
-        handle.remove()
 
 
 def why_not_low_rank(model: Any, layers: Sequence[int]) -> str | None:

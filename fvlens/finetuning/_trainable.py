@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fvlens.interventions import resid_hook, z_hook
+from fvlens.interventions import lock, resid_hook, z_hook
 from fvlens.models import fingerprint
 from fvlens.types import Head, HeadLike, as_heads, is_bridge
 from fvlens.vectors import DistributedVector, FunctionVector
@@ -190,19 +190,38 @@ class TrainableDistributedVector(nn.Module):
 def frozen(model: Any) -> Iterator[None]:
     """While open, the model's parameters take no gradient and the model is in evaluation mode.
 
-    Flags and modes of all its parts are put back on any exit.
+    Flags and modes of all its parts are put back on any exit. They are the model's, so all threads see them; where
+    several blocks overlap, in whatever order they end, the last one puts back what the first one found.
     """
-    parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     whole = [model, model.original_model] if is_bridge(model) else [model]  # a bridge does not count all its modules
-    modes = [(module, module.training) for module in dict.fromkeys(part for one in whole for part in one.modules())]
+    parts = [*model.parameters(), *(part for one in whole for part in one.modules())]
+    taken: list[Any] = []
     try:
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
-        for module, _ in modes:
-            module.training = False
+        with lock:
+            for part in {id(part): part for part in parts}.values():
+                taken.append(part)
+                _freeze(part)
         yield
     finally:
-        for parameter, flag in parameters:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+        with lock:
+            for part in taken:
+                _thaw(part)
+
+
+_frozen: dict[int, tuple[Any, bool, int]] = {}
+"""By its id, each frozen parameter or module, its flag or mode before, and how many blocks are open on it."""
+
+
+def _freeze(part: Any) -> None:
+    name = "requires_grad" if isinstance(part, Tensor) else "training"
+    _, before, n_open = _frozen.get(id(part), (part, getattr(part, name), 0))
+    _frozen[id(part)] = part, before, n_open + 1
+    setattr(part, name, False)
+
+
+def _thaw(part: Any) -> None:
+    _, before, n_open = _frozen.pop(id(part))
+    if n_open > 1:
+        _frozen[id(part)] = part, before, n_open - 1
+    else:
+        setattr(part, "requires_grad" if isinstance(part, Tensor) else "training", before)

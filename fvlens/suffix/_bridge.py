@@ -8,7 +8,7 @@ first block that runs, and read behind the last. Masks, positions, windows and s
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from fvlens.interventions import hooked, resid_hook, resid_pre_hook, z_hook
+from fvlens.interventions import acting, hooked, resid_hook, resid_pre_hook, z_hook
 from fvlens.suffix._edits import SiteEdits
 from fvlens.suffix._layout import is_half, wide_logits
 from fvlens.suffix._run import SuffixRun, row_edits
@@ -92,19 +92,13 @@ class BridgeRun(SuffixRun):
         return logits.to(resid.device).reshape(*resid.shape[:-1], -1)
 
 
-@contextlib.contextmanager
-def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """While open, these modules compute something else."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, before in own.items():
-            module.__dict__.pop("forward", None)
-            if before is not None:
-                module.__dict__["forward"] = before
+def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> contextlib.AbstractContextManager[None]:
+    """While open, these modules compute something else, in this thread and task."""
+    return acting(methods={(module, "forward"): _instead(forward) for module, forward in forwards.items()})
+
+
+def _instead(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda own, *args, **kwargs: forward(*args, **kwargs)
 
 
 def _skipping(model: Any, layers: range) -> contextlib.AbstractContextManager[None]:
@@ -162,19 +156,20 @@ def run_bridge(
 
         return see
 
-    def note(block: Any, args: Any, output: Any) -> None:
-        _lengths[block] = len(output) if isinstance(output, tuple) else None
+    def noting(block: Any) -> Any:
+        def forward(own: Any, *args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            _lengths[block] = len(output) if isinstance(output, tuple) else None
+            return output
+
+        return forward
 
     final = resid_hook(n_layers - 1)
     names = [final, *(name(layer) for layer in range(n_layers) for name in (resid_pre_hook, z_hook))]
-    handles = [block.register_forward_hook(note) for block in model.blocks]
-    try:
-        with torch.no_grad(), hooked(model, {name: keep(name) for name in names}):
-            last_only = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
-            model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **last_only)
-    finally:
-        for handle in handles:
-            handle.remove()
+    notes = {(block, "forward"): noting(block) for block in model.blocks}
+    with torch.no_grad(), acting(methods=notes), hooked(model, {name: keep(name) for name in names}):
+        last_only = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
+        model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **last_only)
     kept_layers: list[Any] = cache.layers
     device = tokens.device  # a model split over devices leaves each layer's on its own
     return BridgeRun(

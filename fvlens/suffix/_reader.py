@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fvlens.interventions import part_threads
 from fvlens.types import is_bridge
 
 
@@ -47,6 +48,7 @@ class _BridgeReader(Reader):
 
         from fvlens.suffix._bridge import accepts_logits_to_keep, wide_unembedding
 
+        part_threads()
         self.model = model
         self.wide_unembedding = wide_unembedding
         self.cache = DynamicCache() if keep else None

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from fvlens.interventions import acts_on
 from fvlens.types import is_bridge
 
 Route = Literal["weights", "kv", "naive"]
@@ -24,8 +25,8 @@ def counted_gain(n_layers: int, n_heads: int, n_tokens: int) -> float:
 
 
 def has_hooks(model: Any) -> bool:
-    """Whether anybody's hooks sit on the model."""
-    return any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
+    """Whether hooks would act on a forward of the model here: blocks of this thread and task, and hooks of others."""
+    return acts_on(model)
 
 
 def why_not_weights(model: Any) -> str | None:

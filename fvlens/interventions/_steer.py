@@ -1,66 +1,23 @@
-"""Add to activations (:func:`inject`) or overwrite them (:func:`ablate`) while a ``with`` block is open.
-
-Which positions are touched
-    A forward outside ``generate``: the last one (index -1), which is the last token of each LEFT-padded prompt.
-    ``model.generate`` runs many forwards. With a key/value cache a hook sees ``[batch, T]``, then ``[batch, 1]`` for
-    each new token; without one it sees ``T, T + 1, ...`` positions. In both, the prompt's last token is position
-    ``T - 1``, and only that one is touched unless asked otherwise. Without a cache it is touched again in every
-    forward, so that both ways compute the same thing.
-
-How it is done
-    While a block is open, ``generate`` and ``generate_stream`` are wrapped on the model instance, so that a hook can
-    tell a forward that continues a prompt from one that starts a new one. Each hook is the block's own and is removed
-    by its own handle: hooks that somebody else added stay, and ``model.reset_hooks()`` does not take ours away while
-    the block is open.
-"""
+"""The two ways to steer: :func:`inject` and :func:`ablate`."""
 
 import contextlib
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.interventions._context import acting, points_of
+from fvlens.interventions._generation import Positions, touched, watching
+from fvlens.interventions._names import resid_hook, z_hook
 from fvlens.types import HeadLike, Steering, as_heads, is_bridge
 
-Edit = Callable[[Tensor], Tensor]
+Replacement = Callable[[Tensor], Tensor]
 """The activation at the touched positions -> its replacement (a new tensor)."""
 
 _RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-
-
-def resid_hook(layer: int) -> str:
-    """Name of the residual stream after a block.
-
-    Example:
-        >>> resid_hook(2)
-        'blocks.2.hook_resid_post'
-    """
-    return f"blocks.{layer}.hook_resid_post"
-
-
-def resid_pre_hook(layer: int) -> str:
-    """Name of the residual stream before a block.
-
-    Example:
-        >>> resid_pre_hook(2)
-        'blocks.2.hook_resid_pre'
-    """
-    return f"blocks.{layer}.hook_resid_pre"
-
-
-def z_hook(layer: int) -> str:
-    """Name of the mixed values of all heads of a block, before the output projection.
-
-    Example:
-        >>> z_hook(2)
-        'blocks.2.attn.hook_z'
-    """
-    return f"blocks.{layer}.attn.hook_z"
 
 
 @contextlib.contextmanager
@@ -70,10 +27,13 @@ def inject(
     """Add a steering's tensors to the activations at the last token of each prompt, while the block is open.
 
     ``x[-1] := x[-1] + scale * v`` for every hook ``x`` that the steering names: for a function vector the residual
-    stream after its layer, for a distributed vector the own ``z`` of each selected head. Prompts must be left-padded:
-    a hook sees no tokens, so it cannot find the last one behind right padding. The sum is a new tensor; neither the
-    activation nor the steering's tensors are written to. Gradients flow to the latter. Blocks may be nested: their
-    additions add up.
+    stream after its layer, for a distributed vector the own ``z`` of each selected head. Prompts must be left-padded;
+    a batch that is padded on the right is refused. The sum is a new tensor; neither the activation nor the steering's
+    tensors are written to. Gradients flow to the latter. Blocks may be nested: their additions add up.
+
+    Only forwards of the thread and asyncio task that opened the block are steered, and of tasks created inside it.
+    Whatever runs a forward in a thread of its own (``threading.Thread``, an executor) runs the plain model, unless it
+    is given a copy of the context (``contextvars.copy_context().run``, ``asyncio.to_thread``).
 
     Args:
         model: the model.
@@ -91,7 +51,8 @@ def inject(
     Raises:
         ValueError: on entry: ``steering`` is not a Steering, names no hook, names one that the model has not or that
             cannot be steered, or has a tensor of the wrong shape; ``scale`` is not finite; ``steering.check(model)``
-            refuses the model. In a forward: the batch axis of a tensor differs from the activation's.
+            refuses the model. In a forward: the batch axis of a tensor differs from the activation's; the batch is
+            padded on the right.
         RuntimeError: the block ended without an exception, but a hook of the steering never ran.
 
     Example:
@@ -110,6 +71,29 @@ def inject(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2 (function vector); arXiv:2606.05079 (distributed injection).
     """
+    edits: dict[str, Replacement] = {}
+    for name, value in checked_additions(model, steering, scale=scale, check=check).items():
+        batched = value.ndim > len(_steerable_shape(model, name))
+        # asked anew in every forward: what a module adds may be computed from its parameters, which training moves
+        edits[name] = functools.partial(_add, name=name, values=steering.additions, scale=scale, batched=batched)
+    with _edited(model, edits, "inject", "every_new" if every_new_token else "last"):
+        yield model
+
+
+def checked_additions(
+    model: Any, steering: Steering, *, scale: float | int = 1.0, check: bool = True
+) -> dict[str, Float[Tensor, "*axes"]]:
+    """What a steering adds, hook name -> tensor, if it fits the model.
+
+    Args:
+        model: the model.
+        steering: what is added and where.
+        scale: factor on all additions; it is only looked at.
+        check: ask the steering whether it was made on this model.
+
+    Raises:
+        ValueError: as for :func:`inject` on entry.
+    """
     if not isinstance(steering, Steering):
         raise ValueError(
             f"inject: expected a Steering (an object with additions() and check(model), such as a FunctionVector), got "
@@ -122,7 +106,6 @@ def inject(
     additions = dict(steering.additions())
     if not additions:
         raise ValueError("inject: expected at least one tensor to add, but the steering's additions() are empty.")
-    edits: dict[str, Edit] = {}
     for name, value in additions.items():
         shape = _steerable_shape(model, name)
         if tuple(value.shape[-len(shape) :]) != shape or value.ndim > len(shape) + 1:
@@ -130,12 +113,7 @@ def inject(
                 f"inject: the tensor for {name} has shape {list(value.shape)}; this model takes {list(shape)}, or that "
                 "with a leading batch axis. Was it made on a model of another shape?"
             )
-        # asked anew in every forward: what a module adds may be computed from its parameters, which training moves
-        edits[name] = functools.partial(
-            _add, name=name, values=steering.additions, scale=scale, batched=value.ndim > len(shape)
-        )
-    with _edited(model, edits, "inject", "every_new" if every_new_token else "last"):
-        yield model
+    return additions
 
 
 @contextlib.contextmanager
@@ -146,7 +124,7 @@ def ablate(
     value: Literal["zero"] | Float[Tensor, "layer head d_head"] = "zero",
     positions: Literal["last", "all"] = "last",
 ) -> Iterator[Any]:
-    """Overwrite the mixed values ``z`` of some heads, while the block is open.
+    """Overwrite the mixed values ``z`` of some heads, while the block is open, for the thread and task that opened it.
 
     ``z[l, h] := 0`` or ``z[l, h] := value[l, h]``. The output bias ``b_O`` of the block stays, since it belongs to no
     head. Nothing is written in place. Gradients flow to ``value``. At one hook, edits run in the order in which they
@@ -165,7 +143,7 @@ def ablate(
 
     Raises:
         ValueError: no heads, or heads that the model has not; an unknown ``value`` or one of the wrong shape; unknown
-            ``positions``.
+            ``positions``. In a forward with ``positions="last"``: the batch is padded on the right.
         RuntimeError: the block ended without an exception, but a hook of the ablation never ran.
 
     Example:
@@ -194,7 +172,7 @@ def ablate(
             )
     elif value != "zero":
         raise ValueError(f"ablate: value={value!r}; expected 'zero' or a tensor [layer head d_head].")
-    edits: dict[str, Edit] = {}
+    edits: dict[str, Replacement] = {}
     for layer in sorted({head.layer for head in chosen}):
         indices = [head.head for head in chosen if head.layer == layer]
         new = value[layer][indices] if isinstance(value, Tensor) else None
@@ -255,171 +233,31 @@ def _overwrite(
     return result
 
 
-# --- hooks of one block ---
-
-
 @contextlib.contextmanager
-def _edited(
-    model: Any, edits: Mapping[str, Edit], caller: str, positions: Literal["last", "every_new", "all"]
-) -> Iterator[None]:
+def _edited(model: Any, edits: Mapping[str, Replacement], caller: str, positions: Positions) -> Iterator[None]:
     """Run ``edits`` (hook name -> edit) at the wanted positions, clean up on any exit, refuse a hook that never ran."""
     silent = set(edits)
 
-    def make_hook(name: str, edit: Edit, watch: "_Watch") -> Callable[..., Tensor | None]:
+    def edit_at(name: str, edit: Replacement) -> Callable[[Tensor], Tensor | None]:
         key = object()  # one hook of one block
 
-        def fvlens_hook(activation: Tensor, hook: Any) -> Tensor | None:
+        def act(activation: Tensor) -> Tensor | None:
             silent.discard(name)
-            where = watch.touched(key, activation.shape[1], positions)
+            where = touched(model, key, activation.shape[1], positions)
             if where is None:
                 return None
             result = activation.clone()
             result[:, where] = edit(activation[:, where])
             return result
 
-        return fvlens_hook
+        return act
 
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(_watching(model))
-        for name, edit in edits.items():
-            stack.enter_context(_own_hook(model.hook_dict[name], make_hook(name, edit, watch)))
+    points = points_of(model, {name: edit_at(name, edit) for name, edit in edits.items()})
+    methods = {} if positions == "all" else watching(model, caller)
+    with acting(points, methods):
         yield
     if silent:
         raise RuntimeError(
             f"{caller}: {', '.join(sorted(silent))} never ran while the block was open, so nothing was changed there. "
             "Run this very model inside the block, and do not stop below that layer (stop_at_layer)."
         )
-
-
-@contextlib.contextmanager
-def hooked(model: Any, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Call a function on each named activation, while the block is open; what it returns, if anything, replaces it.
-
-    Unlike the models' own ``hooks``, it treats both kinds of model alike, and a name that a model has not is an error.
-
-    Raises:
-        KeyError: the model has no hook of that name.
-    """
-    points = model.hook_dict if functions else {}
-    with contextlib.ExitStack() as stack:
-        for name, function in functions.items():
-            stack.enter_context(_own_hook(points[name], lambda activation, hook, f=function: f(activation)))
-        yield
-
-
-@contextlib.contextmanager
-def _own_hook(point: Any, function: Callable[..., Tensor | None]) -> Iterator[None]:
-    """Add one hook to a hook point and later remove that one only."""
-    # permanent in TransformerLens' sense: model.reset_hooks() by others does not end our block early
-    point.add_hook(function, is_permanent=True)
-    handle = point.fwd_hooks[-1]
-    try:
-        yield
-    finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
-
-
-# --- telling the forwards of one generate call from separate forwards ---
-
-_ABSENT = object()
-
-
-@dataclass(slots=True)
-class _Watch:
-    """Whether a model is generating. One per model, shared by all open blocks on it.
-
-    Attributes:
-        n_open: number of open blocks.
-        prompt_lengths: inside a ``generate`` call, the length of the prompt as each hook saw it first; None outside.
-        wrapped: method name -> (our wrapper, what the instance's ``__dict__`` held before).
-    """
-
-    n_open: int = 0
-    prompt_lengths: dict[object, int] | None = None
-    wrapped: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    def touched(self, key: object, length: int, positions: Literal["last", "every_new", "all"]) -> slice | None:
-        """Positions of an activation of this length that are edited; None for none of them."""
-        if positions == "all":
-            return slice(None)
-        if self.prompt_lengths is None:  # a forward of its own
-            return slice(length - 1, length)
-        if key not in self.prompt_lengths:  # the prompt of this generate call
-            self.prompt_lengths[key] = length
-            return slice(length - 1, length)
-        last = self.prompt_lengths[key] - 1
-        if length == 1:  # a new token with a cache (without one, the length grows beyond the prompt's)
-            return slice(0, 1) if positions == "every_new" else None
-        return slice(last, None if positions == "every_new" else last + 1)
-
-    @contextlib.contextmanager
-    def generating(self, prompt_lengths: dict[object, int]) -> Iterator[None]:
-        """Forwards in this block belong to one ``generate`` call."""
-        outer, self.prompt_lengths = self.prompt_lengths, prompt_lengths
-        try:
-            yield
-        finally:
-            self.prompt_lengths = outer
-
-    def wrap(self, model: Any) -> None:
-        """Wrap the model's generating methods, on this instance."""
-        makers = {"generate": self._whole, "hf_generate": self._whole, "generate_stream": self._stream}
-        for name, maker in makers.items():
-            method = getattr(model, name, None)
-            if method is not None:
-                before = model.__dict__.get(name, _ABSENT)
-                wrapper = functools.wraps(method)(maker(method))
-                self.wrapped[name] = (wrapper, before)
-                setattr(model, name, wrapper)
-
-    def unwrap(self, model: Any) -> None:
-        """Put the methods back, unless somebody else has replaced them since (our wrapper then only passes through)."""
-        for name, (wrapper, before) in self.wrapped.items():
-            if model.__dict__.get(name) is not wrapper:
-                continue
-            if before is _ABSENT:
-                delattr(model, name)
-            else:
-                setattr(model, name, before)
-
-    def _whole(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with self.generating({}):
-                return method(*args, **kwargs)
-
-        return generate
-
-    def _stream(self, method: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        def generate_stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            prompt_lengths: dict[object, int] = {}
-            items = method(*args, **kwargs)
-            while True:
-                with self.generating(prompt_lengths):  # not between the items: the caller may run the model there
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
-                yield item
-
-        return generate_stream
-
-
-_watches: "weakref.WeakKeyDictionary[Any, _Watch]" = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def _watching(model: Any) -> Iterator[_Watch]:
-    """The model's watch. The first open block wraps the methods, the last puts them back, whatever the order."""
-    watch = _watches.get(model)
-    if watch is None:
-        watch = _watches[model] = _Watch()
-        watch.wrap(model)
-    watch.n_open += 1
-    try:
-        yield watch
-    finally:
-        watch.n_open -= 1
-        if watch.n_open == 0:
-            watch.unwrap(model)
-            del _watches[model]
