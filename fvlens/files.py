@@ -246,7 +246,7 @@ class TensorFile:
             if _identity(raw) != self.identity:
                 raise ValueError(f"{self.path.name}: the file was replaced or changed since it was opened.")
             raw.seek(entry.start + first * entry.dtype.itemsize)
-            rest = memoryview(out.flatten().view(torch.uint8).numpy())
+            rest = out.flatten().view(torch.uint8).numpy().data
             while rest:
                 n_read = raw.readinto(rest) or 0
                 if not n_read:

@@ -55,10 +55,13 @@ class Places:
     mask: Bool[Tensor, "prompt pos"]
 
 
-def find_places(prompts: Prompts, positions: Positions | slice | Sequence[int] | int | None) -> Places:
+def find_places(
+    prompts: Prompts, positions: Positions | slice | Sequence[int] | int | None, n_places: int | None = None
+) -> Places:
     """The places that ``positions`` names: all, a name's, or those of indices counted from the right.
 
-    Tokens of a class stand at the right of their axis, like everything else: the last of them at index -1.
+    Tokens of a class stand at the right of their axis, like everything else: the last of them at index -1. The axis is
+    as long as the largest number of them in a prompt, or ``n_places`` if these prompts were chosen out of more.
 
     Raises:
         ValueError: no such name; a prompt without a token of the class; indices that are not negative, reach beyond the
@@ -68,6 +71,7 @@ def find_places(prompts: Prompts, positions: Positions | slice | Sequence[int] |
     if isinstance(positions, str):
         wanted = position_mask(prompts, positions)
         n_most = int(wanted.sum(dim=1).max())
+        n_most = n_most if n_places is None else max(n_most, min(n_places, n_pos))
         # a stable sort moves the wanted ones to the right and keeps their order
         columns = wanted.int().argsort(dim=1, stable=True)[:, n_pos - n_most :]
         mask = wanted.gather(1, columns)
