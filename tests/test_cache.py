@@ -387,6 +387,20 @@ def test_means_that_there_are_not(tiny, generator):
         cache.mean_heads("query")
     with pytest.raises(ValueError, match="positions='first'; expected one of last"):
         cache.mean_heads("first")
+    # a place without a token does not count for the token that its column stands for
+    longest = prompts.attention_mask.all(dim=1)
+    empty = dataclasses.replace(cache, columns=torch.zeros_like(cache.columns), mask=torch.zeros_like(cache.mask))
+    with pytest.raises(ValueError, match="mean_heads: positions='bos': 1 of these tokens were not kept"):
+        empty.select(prompts=longest).select(prompts=[0]).mean_heads("bos")
+
+
+def test_figures_of_long_prompts_name_the_tokens_that_have_room(tiny, generator):
+    prompts = word_prompts(tiny, generator, n_shots=7)
+    n = int(prompts.attention_mask[0].sum())
+    axis = cached(tiny, prompts, sites="pattern", layers=0).plot().layout.xaxis
+    assert n > 52 and len(axis.tickvals) < 52
+    steps = {later - earlier for earlier, later in zip(axis.tickvals[1:], axis.tickvals, strict=False)}
+    assert axis.tickvals[0] == n - 1 and axis.ticktext[0] == ":" and len(steps) == 1
 
 
 # --- memory and files ---
@@ -817,7 +831,10 @@ def test_figures_show_the_numbers(tiny, generator):
     shown = torch.tensor(attention.data[0].z)
     torch.testing.assert_close(shown, cache["pattern", 2][short, 3, -n:, -n:])
     assert attention.layout.title.text == f"Attention of L2H3, prompt {short}"
-    assert attention.layout.xaxis.ticktext[-1] == ":" and "↵" in attention.layout.xaxis.ticktext
+    assert list(attention.layout.yaxis.ticktext)[-3:] == ["↵", "A", ":"]
+    assert sorted(zip(attention.layout.xaxis.tickvals, attention.layout.xaxis.ticktext, strict=True)) == list(
+        enumerate(attention.layout.yaxis.ticktext)
+    )
     heads = torch.tensor(cache.plot("z").data[0].z)
     assert bool(heads[0].isnan().all())
     expected = torch.stack([cache["z", layer][cache.mask].norm(dim=-1).mean(dim=0) for layer in (1, 2)])

@@ -1,5 +1,6 @@
 """What a reader sees of a cache: a tidy table, and figures."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from fvlens.prompts import TokenClass
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+_LABEL, _INSIDE = 10, 520
+"""Pixels that the name of a token takes below a figure, and that all of them have."""
 
 _ROW_BYTES = 80
 """Bytes that a row of the table takes: up to ten columns."""
@@ -88,13 +92,14 @@ def _attention(cache: ActivationCache, layer: int, head: int, prompt: int) -> "g
         raise ValueError(f"plot: expected a head in 0..{n_heads - 1}, got {head}.")
     pattern = cache.select(prompts=[prompt])["pattern", layer][0, head]
     queries, keys = cache.mask[prompt], cache.prompts.attention_mask[prompt].bool()
-    return plots.similarity(
+    shown = plots.similarity(
         pattern[queries][:, keys].float(),
         [word(cache, prompt, int(column)) for column in cache.columns[prompt][queries]],
         columns=[word(cache, prompt, int(column)) for column in keys.nonzero().flatten()],
         title=f"Attention of L{layer}H{head}, prompt {prompt}",
         colorbar_title="attention",
     )
+    return _thinned(shown, int(keys.sum()))
 
 
 def _norm_sums(cache: ActivationCache, site: str) -> Float[Tensor, " layer *head"]:
@@ -131,7 +136,7 @@ def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "go.Figure":
     real = cache.mask[prompt]
     one = cache.select(prompts=[prompt])
     norms = torch.stack([one[site, layer][0][real].float().norm(dim=-1) for layer in cache.layers])
-    return plots.similarity(
+    shown = plots.similarity(
         norms,
         [f"layer {layer}" for layer in cache.layers],
         columns=[word(cache, prompt, int(column)) for column in cache.columns[prompt][real]],
@@ -139,3 +144,12 @@ def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "go.Figure":
         colorbar_title="norm",
         limit=float(norms.max()) or 1.0,
     )
+    return _thinned(shown, int(real.sum()))
+
+
+def _thinned(shown: "go.Figure", n_tokens: int) -> "go.Figure":
+    """The figure with as many of the tokens named below it as have room there, the last one always among them."""
+    step = math.ceil(n_tokens * _LABEL / _INSIDE)
+    axis = shown.layout.xaxis
+    shown.update_xaxes(tickvals=axis.tickvals[::-1][::step], ticktext=axis.ticktext[::-1][::step])
+    return shown
