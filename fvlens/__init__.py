@@ -5,7 +5,7 @@ fine-tuned vector, composite vector, figures. Everything a notebook needs is in 
 lines that use it.
 """
 
-from fvlens.activations import mean_head_activations
+from fvlens.activations import ActivationCache, activation_cache, mean_head_activations
 from fvlens.attribution import indirect_effects
 from fvlens.composition import evaluate_analogies, fit_composite
 from fvlens.evaluation import (
@@ -34,6 +34,7 @@ from fvlens.vectors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationCache",
     "Analogy",
     "DistributedVector",
     "FunctionVector",
@@ -42,6 +43,7 @@ __all__ = [
     "TrainableVector",
     "VectorSet",
     "ablate",
+    "activation_cache",
     "build_prompts",
     "controls",
     "distributed_vector",

@@ -7,7 +7,6 @@ holds where they come from.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvlens.activations import HeadMeans
+from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
@@ -235,50 +233,6 @@ def vector_from(values: Float[Tensor, " d_model"], header: Mapping[str, Any]) ->
         data_hash=str(header["data_hash"]),
         seed=None if header["seed"] is None else int(header["seed"]),
     )
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], format: str) -> Path:
-    """Write tensors with a JSON header to a temporary name, then rename."""
-    if not path.parent.is_dir():
-        raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            part,
-            metadata={"format": format, "fvlens": json.dumps(header, sort_keys=True)},
-        )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def read_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file that :func:`write_tensors` wrote. Nothing in it is executed.
-
-    Raises:
-        ValueError: no such file; not a safetensors file, a truncated one, or one of another format; a damaged header.
-    """
-    if not path.is_file():
-        raise ValueError(f"no vector file at {path}.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
-    if metadata.get("format") != format:
-        raise ValueError(
-            f"{path.name}: not written by fvlens (format {metadata.get('format')!r}, expected {format!r})."
-        )
-    try:
-        header = json.loads(metadata["fvlens"])
-        if not isinstance(header, dict):
-            raise TypeError(f"expected an object, got {type(header).__name__}")
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
-    return tensors, header
 
 
 def function_vector(

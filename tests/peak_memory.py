@@ -1,13 +1,16 @@
 """Memory that a process takes for exact effects under a bound: `python peak_memory.py hooked weights,kv 33554432`.
 
 Prints JSON: for each path and bound, bytes of resident memory beyond what the process held before the call, at its
-highest. Linux only: the high-water mark is set back before each call.
+highest. Linux only: the high-water mark is set back before each call. `python peak_memory.py cache make,mean,save,load
+67108864` does the same for an activation cache larger than the bound, one step after the other.
 """
 
 import ctypes
+import functools
 import gc
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -54,8 +57,40 @@ def settled():
     return resident("VmRSS")
 
 
+def caches(steps, *bounds):
+    """Peaks of the steps of an activation cache that goes to the disk."""
+    model = random_model(**SHAPE)
+    g = torch.Generator().manual_seed(0)
+    prompts = fvlens.build_prompts(model, fvlens.load_relation("antonym"), n_prompts=64, n_shots=14, generator=g)
+    found = {step: [] for step in steps.split(",")}
+
+    def make(some, max_memory):
+        sites = ("z", "resid_post", "pattern")
+        return fvlens.activation_cache(model, some, sites=sites, max_memory=max_memory, progress=False)
+
+    make(prompts.select([0]), None).mean()  # whatever is made once
+    for bound in bounds:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "cache.safetensors"
+            before = settled()
+            cache = make(prompts, int(bound))
+            assert cache.n_bytes > 2 * int(bound), f"{cache.n_bytes} bytes are too few for the bound {bound}"
+            found["make"].append(resident("VmHWM") - before)
+            for step, call in (("mean", cache.mean), ("save", functools.partial(cache.save, file))):
+                before = settled()
+                call()
+                found[step].append(resident("VmHWM") - before)
+            before = settled()
+            fvlens.ActivationCache.load(file, max_memory=int(bound)).mean()
+            found["load"].append(resident("VmHWM") - before)
+    print(json.dumps(found))
+
+
 def main(kind, paths, *bounds):
     torch.set_num_threads(1)
+    if kind == "cache":
+        caches(paths, *bounds)
+        return
     model = bridged(6) if kind == "bridge" else random_model(**SHAPE)
     g = torch.Generator().manual_seed(0)
     pairs = fvlens.load_relation("antonym")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from architectures import build, global_randomness, rows_of, word_prompts
 from conftest import random_model
+from test_memory import starving
 
 import fvlens
-from fvlens.activations import position_mask, position_names
+from fvlens.activations import mean_residuals, position_mask, position_names
 from fvlens.models import fingerprint
 from fvlens.prompts import TokenClass
 from fvlens.suffix import has_hooks
@@ -146,3 +147,23 @@ def test_an_error_inside_leaves_no_hooks(tiny, generator):
     with pytest.raises(IndexError):
         fvlens.mean_head_activations(tiny, broken, progress=False)
     assert not has_hooks(tiny)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_mean_residuals_are_those_of_single_prompts(tiny, generator, batch_size):
+    prompts = word_prompts(tiny, generator)
+    found = mean_residuals(tiny, prompts, layers=[2, 0, 2], batch_size=batch_size)
+    last = []
+    for row in rows_of(prompts)[0]:
+        with torch.no_grad():
+            _, cache = tiny.run_with_cache(torch.tensor([row]))
+        last.append(torch.stack([cache["resid_post", layer][0, -1] for layer in (2, 0, 2)]).double())
+    torch.testing.assert_close(found, torch.stack(last).mean(dim=0).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    assert found.dtype == torch.float32 and not found.is_inference()
+
+
+def test_mean_residuals_of_what_does_not_fit(tiny, generator):
+    prompts = word_prompts(tiny, generator, n_shots=0)
+    with starving(tiny, 0), pytest.raises(MemoryError, match="mean_residuals: out of memory with a single prompt"):
+        mean_residuals(tiny, prompts, layers=[0], batch_size=1)

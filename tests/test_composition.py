@@ -455,7 +455,7 @@ def test_a_map_survives_its_file(tiny, fitted, tmp_path, model):
 
 def test_a_damaged_map_is_refused(fitted, tmp_path, unchecked):
     from fvlens.composition._map import MAP_FORMAT
-    from fvlens.vectors import read_tensors, write_tensors
+    from fvlens.files import read_tensors, write_tensors
 
     tensors, header = read_tensors(fitted.save(tmp_path / "map.safetensors"), MAP_FORMAT)
     for damage in (

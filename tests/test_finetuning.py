@@ -1207,8 +1207,8 @@ def test_vector_set_errors(small, models, some, tmp_path, unchecked):
     ],
 )
 def test_damaged_vector_sets_are_refused(some, tmp_path, damage, told, unchecked):
+    from fvlens.files import read_tensors, write_tensors
     from fvlens.finetuning._set import SET_FORMAT
-    from fvlens.vectors import read_tensors, write_tensors
 
     file = some.save(tmp_path / "set.safetensors")
     tensors, header = read_tensors(file, SET_FORMAT)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fvlens
-from fvlens import DistributedVector, FunctionVector, vectors
+from fvlens import DistributedVector, FunctionVector, files, vectors
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.models import fingerprint
 from fvlens.suffix import has_hooks
@@ -444,16 +444,15 @@ def test_a_failed_save_keeps_the_old_file(tiny, vector, tmp_path, monkeypatch):
     path = vector.save(tmp_path / "v.safetensors")
     old = path.read_bytes()
 
-    def half(tensors, file, metadata):
-        file.write_bytes(b"half")
+    def full(descriptor):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(vectors, "save_file", half)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(OSError, match="no space left"):
             (2 * vector).save(path)
     with monkeypatch.context() as patch:
-        patch.setattr(vectors.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             (2 * vector).save(path)
     assert path.read_bytes() == old

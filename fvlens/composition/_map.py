@@ -24,11 +24,12 @@ from fvlens.composition._queries import (
     source_scores,
 )
 from fvlens.composition._rules import RULES, weights_by
+from fvlens.files import read_tensors, write_tensors
 from fvlens.finetuning import VectorSet, frozen
 from fvlens.metrics import is_best
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
-from fvlens.vectors import FunctionVector, read_tensors, vector_from, vector_header, write_tensors
+from fvlens.vectors import FunctionVector, vector_from, vector_header
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fvlens.activations import mean_residuals
 from fvlens.evaluation import evaluate
 from fvlens.finetuning._changes import Change, Demonstrations, LoRA, SoftPrompt, Steered, Unchanged, why_not_low_rank
 from fvlens.finetuning._training import (
@@ -34,11 +35,11 @@ from fvlens.finetuning._training import (
     prompts_of,
     run_training,
 )
-from fvlens.interventions import hooked, resid_hook, resid_pre_hook
-from fvlens.models import fingerprint, model_device
+from fvlens.interventions import resid_pre_hook
+from fvlens.models import fingerprint
 from fvlens.prompts import Prompts, build_prompts
 from fvlens.relations import Pair, Relation
-from fvlens.suffix import in_batches, plan_batch, plan_slices
+from fvlens.suffix import plan_slices
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
@@ -295,7 +296,8 @@ def act_add(
         raise ValueError(f"act_add: expected batch_size of at least 1, got {batch_size}.")
     build = functools.partial(build_prompts, model, own, template=template, relation=name, generator=generator)
     clean, bare = build(n_shots=n_shots), build(n_shots=0)
-    means = [_mean_residuals(model, prompts, layers, batch_size) for prompts in (clean, bare)]
+    mean = functools.partial(mean_residuals, model, layers=layers, batch_size=batch_size, what="act_add")
+    means = [mean(prompts) for prompts in (clean, bare)]
     mark = fingerprint(model)
     candidates = [
         FunctionVector(
@@ -326,28 +328,6 @@ def act_add(
         seconds=time.monotonic() - began,
         choices=tuple(tried),
     )
-
-
-def _mean_residuals(
-    model: Any, prompts: Prompts, layers: Sequence[int], batch_size: int | None
-) -> Float[Tensor, "layer d_model"]:
-    """Mean residual stream after each layer at the last token of the prompts."""
-    device = model_device(model)
-
-    def run(rows: slice) -> Tensor:
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int, resid: Tensor) -> None:
-            found[layer] = resid[:, -1].double().sum(dim=0).cpu()
-
-        with hooked(model, {resid_hook(layer): functools.partial(keep, layer) for layer in layers}):
-            Unchanged().read(model, prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device), n_read=1)
-        return torch.stack([found[layer] for layer in layers])
-
-    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])
-    with torch.no_grad():
-        total = sum(in_batches(run, len(prompts), size, what="act_add"), torch.zeros(()))
-    return (total / len(prompts)).float()
 
 
 # --- trained ---

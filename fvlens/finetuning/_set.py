@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.files import read_tensors, write_tensors
 from fvlens.models import Fingerprint
 from fvlens.relations import list_relations, load_relation
-from fvlens.vectors import FunctionVector, check_model, read_tensors, vector_from, vector_header, write_tensors
+from fvlens.vectors import FunctionVector, check_model, vector_from, vector_header
 
 if TYPE_CHECKING:
     import pandas as pd

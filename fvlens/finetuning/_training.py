@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from fvlens.files import read_tensors, write_tensors
 from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.metrics import is_best
@@ -30,7 +31,6 @@ from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
 from fvlens.suffix import Route, SteeredSuffix, joined_runs, open_reader, plan_slices, run_prefix
-from fvlens.vectors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,199 @@
+"""Files of tensors against the safetensors library, and what a write leaves behind when it fails."""
+
+import dataclasses
+import json
+import os
+import re
+import stat
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fvlens import files
+from fvlens.files import DTYPES, Pieces, TensorFile, read_tensors, write_tensors
+
+FORM = "test-1"
+SHAPES = ((), (0,), (3,), (2, 0, 4), (2, 3, 5))
+
+
+def some_tensors():
+    """A tensor of every precision and shape, and some that do not lie in one piece."""
+    g = torch.Generator().manual_seed(0)
+    made = {
+        f"{str(dtype).removeprefix('torch.')} {i}": (8 * torch.randn(shape, generator=g)).to(dtype)
+        for dtype in DTYPES
+        for i, shape in enumerate(SHAPES)
+    }
+    return made | {"turned": torch.randn(4, 6, generator=g).T, "every other": torch.arange(9)[::2]}
+
+
+def test_the_library_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
+    made = some_tensors()
+    path = write_tensors(tmp_path / "ours", made, {"a": [1, "ä"]}, FORM)
+    found, header = read_tensors(path, FORM)
+    theirs = load_file(path)
+    lazily = TensorFile.open(path, FORM, "file")
+    assert header == lazily.header == {"a": [1, "ä"]}
+    assert set(found) == set(theirs) == set(lazily.entries) == set(made)
+    for name, tensor in made.items():
+        for other in (found[name], theirs[name], lazily.read(name)):
+            assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": FORM, "fvlens": json.dumps(header, sort_keys=True)}
+    whole = {name: tensor.contiguous() for name, tensor in made.items()}
+    save_file(whole, tmp_path / "theirs", metadata={"format": FORM, "fvlens": "{}"})
+    lazily = TensorFile.open(tmp_path / "theirs", FORM, "file")
+    for name, tensor in made.items():
+        assert torch.equal(lazily.read(name), tensor), name
+    assert (tmp_path / "theirs").stat().st_size < path.stat().st_size + 1000
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 40), st.integers(0, 40))
+def test_pieces_are_one_tensor_and_parts_are_read_from_where_they_are(tmp_path, lengths, first, n):
+    whole = torch.arange(3 * sum(lengths), dtype=torch.float32).reshape(-1, 3)
+    pieces = Pieces((sum(lengths), 3), torch.float32, lambda: iter(whole.split(lengths)))
+    path = write_tensors(tmp_path / "pieces", {"x": pieces, "y": torch.ones(2, dtype=torch.int8)}, {}, FORM)
+    file = TensorFile.open(path, FORM, "file")
+    assert torch.equal(file.read("x"), whole) and torch.equal(load_file(path)["y"], torch.ones(2, dtype=torch.int8))
+    first, last = min(first, whole.numel()), min(first + n, whole.numel())
+    out = torch.empty(last - first)
+    file.read_into(out, "x", first)
+    assert torch.equal(out, whole.flatten()[first:last])
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    for n, told in ((3, 12), (5, 20)):
+        wrong = Pieces((4,), torch.float32, lambda n=n: (torch.ones(n),))
+        with pytest.raises(ValueError, match=f"save: 'x' takes 16 bytes, but its pieces have {told}"):
+            write_tensors(path, {"x": wrong}, {}, FORM)
+    with pytest.raises(ValueError, match=r"save: 'x' has dtype torch.complex64; expected one of torch.float64, torch"):
+        write_tensors(path, {"x": torch.ones(2, dtype=torch.complex64)}, {}, FORM)
+    monkeypatch.setattr(files, "_MOST_HEADER", 200)
+    with pytest.raises(ValueError, match=r"save: the header of x would take \d+ bytes; 200 are allowed"):
+        write_tensors(path, {"x": torch.ones(2)}, {"long": "x" * 200}, FORM)
+    missing = tmp_path / "no" / "x"
+    with pytest.raises(ValueError, match=re.escape(f"save: folder {missing.parent} does not exist; create it first.")):
+        write_tensors(missing, {"x": torch.ones(2)}, {}, FORM)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_mode_is_left_to_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        path = write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path = write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
+    calls = []
+    sync, replace = os.fsync, os.replace
+
+    def seen_sync(descriptor):
+        calls.append(("fsync", os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def seen_replace(part, target):
+        assert torch.equal(read_tensors(path, FORM)[0]["x"], torch.ones(2))  # the old one is there until the end
+        assert part.parent == target.parent
+        calls.append(("replace", part.stat().st_size))
+        replace(part, target)
+
+    monkeypatch.setattr(files.os, "fsync", seen_sync)
+    monkeypatch.setattr(files.os, "replace", seen_replace)
+    write_tensors(path, {"x": torch.zeros(3)}, {}, FORM)
+    size = path.stat().st_size
+    assert calls == [("fsync", size), ("replace", size)]
+    assert torch.equal(read_tensors(path, FORM)[0]["x"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, error):
+    path = write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
+
+    def broken():
+        yield torch.ones(2)
+        raise error
+
+    with pytest.raises(type(error)):
+        write_tensors(path, {"x": Pieces((4,), torch.float32, broken)}, {}, FORM)
+    assert list(tmp_path.iterdir()) == [path]
+    assert torch.equal(read_tensors(path, FORM)[0]["x"], torch.ones(2))
+
+
+def test_a_temporary_name_that_is_taken_is_not_followed(tmp_path, monkeypatch):
+    """Somebody who guesses the name cannot make us write through a link of theirs."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "guessed")
+    (tmp_path / ".x.guessed.part").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
+    assert victim.read_text() == "precious"
+    assert (tmp_path / ".x.guessed.part").is_symlink()  # not ours to take away
+
+
+def test_writers_side_by_side_each_write_a_whole_file(tmp_path):
+    path = tmp_path / "x"
+    values = [torch.full((50_000,), float(i)) for i in range(8)]
+    threads = [threading.Thread(target=write_tensors, args=(path, {"x": value}, {}, FORM)) for value in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = read_tensors(path, FORM)[0]["x"]
+    assert any(torch.equal(found, value) for value in values)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("reader", [read_tensors, lambda path, form: TensorFile.open(path, form, "vector file")])
+def test_only_regular_files_are_read(tmp_path, reader):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, type(pipe)("/dev/zero")):
+        message = f"{path.name}: expected a regular file, got a pipe, a socket or a device."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            reader(path, FORM)
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "null\0byte"):
+        with pytest.raises(ValueError, match=re.escape(f"no vector file at {path}.")):
+            reader(path, FORM)
+    path = write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
+    (tmp_path / "link").symlink_to(path)
+    assert reader(tmp_path / "link", FORM)
+
+
+def test_a_file_that_changed_is_not_read_further(tmp_path):
+    path = write_tensors(tmp_path / "x", {"x": torch.ones(4)}, {}, FORM)
+    file = TensorFile.open(path, FORM, "file")
+    write_tensors(path, {"x": torch.zeros(4)}, {}, FORM)
+    with pytest.raises(ValueError, match="x: the file was replaced or changed since it was opened"):
+        file.read("x")
+    file = TensorFile.open(path, FORM, "file")
+    data = path.read_bytes()
+    path.write_bytes(data[:-4])
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with pytest.raises(ValueError, match="x: the file ends before its tensors do"):
+        dataclasses.replace(file, identity=identity).read("x")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="x: expected a regular file"):
+        file.read("x")
+
+
+def test_tensors_of_other_precisions_are_refused(tmp_path):
+    path = tmp_path / "x"
+    save_file({"x": torch.ones(4).to(torch.float8_e5m2)}, path, metadata={"format": FORM, "fvlens": "{}"})
+    with pytest.raises(ValueError, match=r"x: unexpected tensors \(KeyError: 'F8_E5M2'\)"):
+        TensorFile.open(path, FORM, "file")
