@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-
 from fvlens.models import bos_token_id
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 

@@ -21,6 +21,7 @@ logit and a smaller id. Right means rank 0, so predictions, ranks and ``argmax``
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from fvlens.suffix import (
     Edit,
     Reader,
     Route,
+    Slices,
     Variant,
     choose_route,
     halving,
@@ -94,6 +96,7 @@ def score(
     batch_size: int | None = None,
     max_memory: int | None = None,
     compute: torch.dtype | None = None,
+    check: bool = True,
     progress: bool = False,
     interruptible: bool = False,
     what: str = "score",
@@ -114,6 +117,7 @@ def score(
         max_memory: bytes for activations; by default 1 GiB on a CPU.
         compute: precision of the engine's products, such as ``torch.bfloat16`` for a float32 model, whose residual
             stream and sums stay in float32 (path ``"weights"`` only); None for the model's own.
+        check: ask steerings whether they were made on this model.
         progress: show a progress bar.
         interruptible: an interruption returns the prompts that are finished under every change, with a warning.
         what: the function that the user called, for messages.
@@ -122,8 +126,9 @@ def score(
         :class:`Scores`, on the CPU.
 
     Raises:
-        ValueError: no changes or no scale for each; a change that does not fit the model or the prompts, or was made on another model;
-            unknown ``path``, or one that is not exact here; ``batch_size`` below 1; ``compute`` on another path.
+        ValueError: no changes or no scale for each; a change that does not fit the model or the prompts, or was made on
+            another model; unknown ``path``, or one that is not exact here; ``batch_size`` below 1; ``compute`` on
+            another path.
         MemoryError: out of memory with a single prompt.
 
     Example:
@@ -149,7 +154,10 @@ def score(
     variants = None
     if chosen != "naive":
         with torch.no_grad():
-            made = [as_edits(model, change, scale, len(prompts)) for change, scale in zip(changes, each, strict=True)]
+            made = [
+                as_edits(model, change, scale, len(prompts), check=check)
+                for change, scale in zip(changes, each, strict=True)
+            ]
         variants = [variant for variant in made if variant is not None]
         if len(variants) < len(made):
             if path is not None:
@@ -161,7 +169,7 @@ def score(
         raise ValueError(f"{what}: compute={compute} is for path='weights', but this takes {chosen!r}.")
     with tqdm(total=len(prompts) * len(changes), desc=what, disable=not progress, leave=False) as bar:
         if variants is None:
-            work = _by_whole_passes(model, prompts, changes, each, batch_size, max_memory, what)
+            work = _by_whole_passes(model, prompts, changes, each, batch_size, max_memory, check, what)
         else:
             work = _by_suffix(model, prompts, variants, chosen, batch_size, max_memory, compute, what)
         return _gathered(work, len(prompts), len(changes), chosen, bar, interruptible, what)
@@ -198,13 +206,14 @@ def _gathered(
     places = torch.cat([part.prompts for part in done])
     order = places.argsort()
     ranks, first, rest, best = (
-        torch.cat([getattr(part, name) for part in done], dim=1)[:, order] for name in ("ranks", "first", "rest", "best")
+        torch.cat([getattr(part, name) for part in done], dim=1)[:, order]
+        for name in ("ranks", "first", "rest", "best")
     )
     largest = max(len(part.prompts) for part in done)
     return Scores(ranks, first, rest, best, places[order], path, largest, complete)
 
 
-def as_edits(model: Any, change: Change, scale: float, n_prompts: int) -> Variant | None:
+def as_edits(model: Any, change: Change, scale: float, n_prompts: int, *, check: bool = True) -> Variant | None:
     """A change as edits of the prompt's last token; None where it steers a hook that the engine has no site for.
 
     Raises:
@@ -216,15 +225,15 @@ def as_edits(model: Any, change: Change, scale: float, n_prompts: int) -> Varian
     if isinstance(change, tuple):
         if scale != 1 or any(edit.where is not None for edit in change):
             raise ValueError(
-                f"a change given as edits takes scale=1 and acts at the prompt's last token; got scale={scale} and where="
-                f"{[edit.where for edit in change]}; scale the edits' values, and leave where out."
+                f"a change given as edits takes scale=1 and acts at the prompt's last token; got scale={scale} and "
+                f"where={[edit.where for edit in change]}; scale the edits' values, and leave where out."
             )
         return change
     sites = {resid_hook(layer): (layer, "resid_post") for layer in range(model.cfg.n_layers)}
     sites |= {resid_pre_hook(layer + 1): (layer, "resid_post") for layer in range(model.cfg.n_layers - 1)}
     sites |= {z_hook(layer): (layer, "z") for layer in range(model.cfg.n_layers)}
     edits = []
-    for name, value in checked_additions(model, change, scale=scale).items():
+    for name, value in checked_additions(model, change, scale=scale, check=check).items():
         if name not in sites:
             return None
         layer, site = sites[name]
@@ -269,33 +278,51 @@ def _by_suffix(
     )
     for n_answer, index in by_answer_length(prompts).items():
         group = prompts if len(index) == len(prompts) else prompts.select(index.tolist())
-        tokens, mask, _ = with_answers(group, n_answer)
-        width = int(mask.sum(dim=1).max())
-        tokens, mask, targets = tokens[:, -width:], mask[:, -width:], group.answer_tokens[:, :n_answer]
+        asked = _Group.of(group, n_answer, [rows_of([variant], index)[0] for variant in variants])
+        planned = kept if path == "weights" else {}
         plan = plan_slices(
-            model, n_pos=width, n_suffix=n_answer, n_variants=len(variants), path=path, max_memory=max_memory,
-            **(kept if path == "weights" else {}),
+            model, n_pos=asked.tokens.shape[1], n_suffix=n_answer, n_variants=len(variants), path=path,
+            max_memory=max_memory, **planned,
         )  # fmt: skip
-        own_variants = [rows_of([variant], index)[0] for variant in variants]
+        plan = dataclasses.replace(plan, prompts=min(plan.prompts, batch_size or plan.prompts))
+        options = dict(path=path, copied=plan.copied, compute=compute, **kept)
+        work = functools.partial(asked.outcomes, model, plan, options)
+        for rows, part in halving(work, plan.over_prompts(len(group)), variants=plan.variants, what=what):
+            yield _Part(index[rows], *part)
 
-        def run(rows: slice, at_once: int) -> _Part:
-            prefix = run_prefix(
-                model, tokens[rows], mask[rows], n_suffix=n_answer, path=path, copied=plan.copied, compute=compute, **kept
-            )
-            here = rows_of(own_variants, rows)
-            parts = []
-            for some in dataclasses.replace(plan, variants=at_once).over_variants(len(variants)):
-                resid = prefix.under(here[some])
-                ranks, first, best = prefix.outcomes(resid[:, :, 0], targets[rows, 0], at_once=plan.logits)
-                rest = torch.zeros_like(first)
-                if n_answer > 1:
-                    logs = prefix.log_probs(resid[:, :, 1:], targets[rows, 1:], at_once=plan.logits)
-                    rest = logs.sum(dim=-1).to(rest)
-                parts.append((ranks.T, first.T, rest.T, best.T))
-            return _Part(index[rows], *(torch.cat(kind) for kind in zip(*parts, strict=True)))
 
-        slices = dataclasses.replace(plan, prompts=min(plan.prompts, batch_size or plan.prompts))
-        yield from halving(run, slices.over_prompts(len(group)), variants=plan.variants, what=what)
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Prompts whose answers have the same length, without needless padding, and the changes of them."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    mask: Int[Tensor, "prompt pos"]
+    targets: Int[Tensor, "prompt answer_pos"]
+    variants: Sequence[Variant]
+
+    @classmethod
+    def of(cls, prompts: Prompts, n_answer: int, variants: Sequence[Variant]) -> "_Group":
+        tokens, mask, _ = with_answers(prompts, n_answer)
+        width = int(mask.sum(dim=1).max())
+        return cls(tokens[:, -width:], mask[:, -width:], prompts.answer_tokens[:, :n_answer], variants)
+
+    def outcomes(
+        self, model: Any, plan: Slices, options: Mapping[str, Any], rows: slice, at_once: int
+    ) -> tuple[slice, list[Tensor]]:
+        """Of some prompts, under every change: ranks, first and rest, best token, ``[change prompt]`` each."""
+        n_answer = self.targets.shape[1]
+        prefix = run_prefix(model, self.tokens[rows], self.mask[rows], n_suffix=n_answer, **options)
+        variants = rows_of(self.variants, rows)
+        parts = []
+        for some in dataclasses.replace(plan, variants=at_once).over_variants(len(variants)):
+            resid = prefix.under(variants[some])
+            ranks, first, best = prefix.outcomes(resid[:, :, 0], self.targets[rows, 0], at_once=plan.logits)
+            rest = torch.zeros_like(first)
+            if n_answer > 1:
+                logs = prefix.log_probs(resid[:, :, 1:], self.targets[rows, 1:], at_once=plan.logits)
+                rest = logs.sum(dim=-1).to(rest)
+            parts.append((ranks.T, first.T, rest.T, best.T))
+        return rows, [torch.cat(kind) for kind in zip(*parts, strict=True)]
 
 
 # --- by whole passes ---
@@ -308,6 +335,7 @@ def _by_whole_passes(
     scales: Sequence[float],
     batch_size: int | None,
     max_memory: int | None,
+    check: bool,
     what: str,
 ) -> Iterator[_Part]:
     """One change after another, under hooks: the prompts, then the tokens of longer answers over what was kept."""
@@ -316,7 +344,7 @@ def _by_whole_passes(
     def under(change: Change, scale: float, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n_answer = int(lengths[rows].max())
         batch = Batch.of(model, prompts, rows, keep=n_answer > 1)
-        with changed(model, change, scale, rows, len(prompts)):
+        with changed(model, change, scale, rows, len(prompts), check=check):
             logits = batch.first()
         answers = prompts.answer_tokens[rows].to(logits.device)
         first = log_probability(logits, answers[:, 0])
@@ -388,7 +416,14 @@ class Batch:
 
 
 def changed(
-    model: Any, change: Change, scale: float, rows: slice, n_prompts: int, every_new_token: bool = False
+    model: Any,
+    change: Change,
+    scale: float,
+    rows: slice,
+    n_prompts: int,
+    *,
+    every_new_token: bool = False,
+    check: bool = True,
 ) -> contextlib.AbstractContextManager[Any]:
     """The model under the part of a change that belongs to these prompts, at the last token of each.
 
@@ -399,7 +434,7 @@ def changed(
     if isinstance(change, tuple):
         return _edited(model, rows_of([change], rows)[0])
     part = _Rows(change, rows, n_prompts) if isinstance(change, Steering) else change
-    return inject(model, part, scale=scale, every_new_token=every_new_token, check=rows.start == 0)
+    return inject(model, part, scale=scale, every_new_token=every_new_token, check=check and rows.start == 0)
 
 
 @contextlib.contextmanager

@@ -186,8 +186,8 @@ def controls(
         n_shots: demonstrations in the rows that have some.
         scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
         generator: draws the prompts first, then the bootstrap and the random vectors and heads.
-        progress: show a progress bar. Interrupting returns what is finished, with a warning: the queries that all vectors
-            have been tried on, or the rows.
+        progress: show a progress bar. Interrupting returns what is finished, with a warning: the queries that all
+            vectors have been tried on, or the rows.
         prompting: how pairs are asked, as for :func:`evaluate`. ``demonstrations`` are needed, for the rows with
             demonstrations; ``setting`` is where the vectors are injected; ``labels`` and ``pool`` also say how the
             ``shuffled`` row corrupts labels.
@@ -233,7 +233,11 @@ def controls(
     steered: list[tuple[str, Kind, list[Steering | None]]] = [
         ("no vector", "no_vector", [None]),
         ("the vector", "vector", [vector]),
-        ("random vectors, same norm", "random_vector", [random_vector_like(vector, generator) for _ in range(n_random)]),
+        (
+            "random vectors, same norm",
+            "random_vector",
+            [random_vector_like(vector, generator) for _ in range(n_random)],
+        ),
     ]
     if means is not None:
         sets = _random_heads(model, vector, n_random, generator)

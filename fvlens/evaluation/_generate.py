@@ -231,7 +231,9 @@ def _generate(
         return torch.cat(new, dim=1).cpu()
 
     with torch.no_grad():
-        return torch.cat(list(halving(run, context_batches(model, prompts, extra, batch_size), what="generate_answers")))
+        return torch.cat(
+            list(halving(run, context_batches(model, prompts, extra, batch_size), what="generate_answers"))
+        )
 
 
 def _end_of_answer(template: Template) -> str | None:

@@ -39,9 +39,7 @@ def _sweep(
 ) -> tuple[tuple[Evaluation, ...], Evaluation, bool]:
     """Each vector's evaluation, that without a vector, and whether all queries are finished."""
     changes = [*vectors, None]
-    scores = score(
-        model, prompts, changes, scales=scale, compute=compute, interruptible=True, what=what, **options
-    )
+    scores = score(model, prompts, changes, scales=scale, compute=compute, interruptible=True, what=what, **options)
     *found, baseline = evaluations(model, prompts, changes, [scale] * len(changes), scores, generator, compute)
     return tuple(found), baseline, scores.complete
 

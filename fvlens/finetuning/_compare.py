@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.evaluation import Evaluation, layer_sweep
+from fvlens.evaluation import Evaluation, evaluations, layer_sweep
 from fvlens.finetuning._baselines import Adapted, Baseline, act_add, as_change, few_shot, lora, soft_prompt
 from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.finetuning._finetune import finetune
@@ -22,6 +22,7 @@ from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergen
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, build_prompts, render_prompts
 from fvlens.relations import Pair, Relation, list_relations, load_relation
+from fvlens.scoring import Scores, score
 from fvlens.types import Steering
 from fvlens.universal import Ranking, finished, relation_effects
 from fvlens.vectors import FunctionVector, function_vector
@@ -84,47 +85,36 @@ def evaluate_adapted(
         change.check(model)
     bare = build_prompts(model, pairs, n_shots=0, template=template, relation=relation, generator=generator)
     prompts = change.on(model, bare)
-    n_answer = prompts.answer_tokens.shape[1]
+    steering = change.steering if isinstance(change, Steered) else None
+    if isinstance(change, Steered | Unchanged | Demonstrations):
+        scores = score(model, prompts, [steering], batch_size=batch_size, check=check, what="evaluate_adapted")
+    else:
+        scores = _read_scores(model, change, prompts, batch_size)
+    (found,) = evaluations(model, prompts, [steering], [1.0], scores, generator)
+    if steering is not None:
+        return found
+    kind = None if isinstance(change, Unchanged | Demonstrations) else type(change).__name__
+    return replaced(found, vector_kind=kind, fingerprint=getattr(change, "fingerprint", None))
+
+
+def _read_scores(model: Any, change: Change, prompts: Prompts, batch_size: int | None) -> Scores:
+    """Scores under a change that acts on whole prompts, by whole passes."""
     ranks, logs, best = [], [], []
+    largest = 0
     with torch.no_grad():
         for rows, logits in read_prompts(
-            model, change, prompts, n_answer=n_answer, batch_size=batch_size, what="evaluate_adapted"
-        ):
+            model, change, prompts, n_answer=prompts.answer_tokens.shape[1], batch_size=batch_size,
+            what="evaluate_adapted",
+        ):  # fmt: skip
             wanted = prompts.answer_tokens[rows].to(logits.device)
             ranks.append(rank(logits[:, 0], wanted[:, 0]).cpu())
-            found = log_probability(logits, wanted.clamp(min=0)).masked_fill(wanted < 0, 0.0)
-            logs.append(found.cpu())
+            logs.append(log_probability(logits, wanted.clamp(min=0)).masked_fill(wanted < 0, 0.0).cpu())
             best.append(best_token(logits[:, 0]).cpu())
-    all_ranks, all_logs = torch.cat(ranks), torch.cat(logs)
-    texts = model.tokenizer.batch_decode([[token] for token in torch.cat(best).tolist()])
-    steering = change.steering if isinstance(change, Steered) else None
-    layer = getattr(steering, "layer", None)
-    return Evaluation(
-        setting="icl" if prompts.n_shots else "zero_shot",
-        relation=prompts.relation,
-        queries=prompts.queries,
-        predictions=tuple(text.removeprefix(" ") for text in texts),
-        ranks=all_ranks,
-        probabilities=all_logs[:, 0].exp(),
-        log_probabilities=all_logs.sum(dim=1),
-        interval=bootstrap_interval(all_ranks == 0, generator=generator),
-        template=prompts.template.name,
-        n_shots=prompts.n_shots,
-        labels=prompts.labels,
-        scale=1.0,
-        vector_kind=_kind(change, steering),
-        vector_relation=getattr(steering, "relation", None),
-        vector_layer=layer if isinstance(layer, int) else None,
-        model_name=str(model.cfg.model_name),
-        fingerprint=getattr(change if steering is None else steering, "fingerprint", None),
-        data_hash=prompts.data_hash,
-    )
-
-
-def _kind(change: Change, steering: Steering | None) -> str | None:
-    if steering is not None:
-        return str(getattr(steering, "kind", type(steering).__name__))
-    return None if isinstance(change, Unchanged | Demonstrations) else type(change).__name__
+            largest = max(largest, len(wanted))
+    every = torch.cat(logs)
+    first, rest = every[None, :, 0], every[None, :, 1:].sum(dim=-1)
+    columns = torch.arange(len(prompts))
+    return Scores(torch.cat(ranks)[None], first, rest, torch.cat(best)[None], columns, "naive", largest)
 
 
 # --- what it disturbs ---

@@ -76,18 +76,12 @@ def _shared(
     # [prompt kv variant*suffix*group d_head]: the queries of a key head, one after another
     grouped = q.view(n_prompts, n_variants, n_suffix, n_kv, group, d_head).permute(0, 3, 1, 2, 4, 5)
     asked = (grouped * keys.scale).reshape(n_prompts, n_kv, -1, d_head)
-    scores = q.new_empty(n_prompts, n_kv, n_variants * n_suffix * group, n_prefix + n_suffix)
-    to_prefix, to_suffix = asked @ old_keys.mT, None
+    to_prefix = asked @ old_keys.mT
     own = asked.view(n_prompts, n_kv, n_variants, n_suffix * group, d_head)
     k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # prompt kv variant suffix d_head
-    if n_suffix == 1:
-        to_suffix = (own * k).sum(dim=-1).flatten(2)[..., None]
-    else:
-        to_suffix = (own @ k.mT).flatten(2, 3)
-    if torch.is_grad_enabled():
-        scores = torch.cat([to_prefix, to_suffix], dim=-1)
-    else:
-        scores[..., :n_prefix], scores[..., n_prefix:] = to_prefix, to_suffix
+    # a product of one row with one column each is faster as a sum
+    to_suffix = (own * k).sum(dim=-1).flatten(2)[..., None] if n_suffix == 1 else (own @ k.mT).flatten(2, 3)
+    scores = torch.cat([to_prefix, to_suffix], dim=-1)
     if keys.cap:
         scores = keys.cap * torch.tanh(scores / keys.cap)
     allowed = keys.allowed

@@ -140,7 +140,7 @@ class _Group:
     op: Op
     variants: list[int]
     heads: list[int] | None
-    values: Float[Tensor, "edit *axes"]
+    values: Float[Tensor, "edits *axes"]
     is_batched: bool
     where: Bool[Tensor, "prompt suffix"] | None
 

@@ -174,9 +174,7 @@ def run_weights(
             own[:, :n_kv], own[:, n_kv:] = k[:, :n_prefix].transpose(1, 2), v[:, :n_prefix].transpose(1, 2)
         if layer == cfg.n_layers - 1:  # nothing above reads the prefix
             q, resid = q[:, n_prefix:], resid[:, n_prefix:]
-        z = attend_within(
-            q, k, v, allowed_keys(real, q.shape[1], block.window), scale=block.scale, cap=walk.cap
-        )
+        z = attend_within(q, k, v, allowed_keys(real, q.shape[1], block.window), scale=block.scale, cap=walk.cap)
         if layer >= from_layer and keep_z:
             zs.append(z[:, -n_suffix:].clone())
         rows = z.reshape(-1, cfg.n_heads * cfg.d_head)

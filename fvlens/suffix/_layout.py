@@ -1,8 +1,8 @@
 """A HookedTransformer's weights, laid out once: what the engine multiplies with, shared by all its uses.
 
 The class keeps every head's projection apart and its gated MLP lays its weights out anew at each call. Here queries,
-keys and values are one product, gate and input of a gated MLP another, each weight a contiguous ``[out in]`` copy, which
-a product of few rows reads two to three times as fast. The copies are made once a model, lazily, and go with it.
+keys and values are one product, gate and input of a gated MLP another, each weight a contiguous ``[out in]`` copy,
+which a product of few rows reads two to three times as fast. The copies are made once a model, lazily, and go with it.
 
 A stale copy would be wrong in silence. So at each run the parameters are looked at again: the object, its storage, its
 ``_version`` and 64 of its entries, spread evenly. What this cannot see (an assignment through ``.data`` to other
@@ -235,7 +235,9 @@ def _place(parameter: Tensor) -> tuple[Any, ...]:
 
 def _spread(numbers: Tensor) -> Tensor:
     """At most 64 of a tensor's entries, evenly spread, as a view where its memory allows."""
-    flat = numbers.view(-1) if numbers.is_contiguous() else numbers.diagonal() if numbers.ndim == 2 else numbers.flatten()
+    flat = (
+        numbers.view(-1) if numbers.is_contiguous() else numbers.diagonal() if numbers.ndim == 2 else numbers.flatten()
+    )
     return flat[:: max(1, len(flat) // _N_SEEN)][:_N_SEEN]
 
 
