@@ -65,7 +65,7 @@ def write(case: str, content: dict[str, Any]) -> Path:
 
 
 def _both_floats(one: Any, other: Any) -> bool:
-    return isinstance(one, int | float) and isinstance(other, int | float) and float in (type(one), type(other))
+    return type(one) is float and type(other) is float
 
 
 def off(one: float, other: float) -> float:
