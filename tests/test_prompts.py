@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from fvlens.evaluation import filter_correct
 from fvlens.models import embedded_folder
 from fvlens.prompts import (
     PAD_ANSWER,
@@ -18,7 +19,6 @@ from fvlens.prompts import (
     Template,
     TokenClass,
     build_prompts,
-    filter_correct,
     get_template,
     render_prompts,
 )

@@ -21,7 +21,7 @@ from fvlens.finetuning import LoRA, frozen
 from fvlens.interventions import ablate, hooked, inject, resid_hook, z_hook
 from fvlens.interventions._context import _Dispatcher
 from fvlens.screens import _quiet_norms
-from fvlens.suffix import choose_path, has_hooks, open_reader
+from fvlens.suffix import choose_route, has_hooks, open_reader
 
 TOKENS = torch.tensor([[0, 11, 12, 13], [0, 21, 22, 23]])
 
@@ -240,7 +240,7 @@ def test_forwards_beside_the_engine_are_plain_and_its_effects_are_those_of_a_qui
     with meanwhile(lambda: wrong.extend(() if torch.equal(plain(each), want) else (1,))):
         assert torch.equal(effects(), alone)
         with inject(each, steering(each)):
-            assert choose_path(each) == ("naive", "hooks on the model")
+            assert choose_route(each) == ("naive", "hooks on the model")
             assert not torch.equal(plain(each), want)
     assert not wrong
     with inject(each, steering(each)):

@@ -140,7 +140,7 @@ class _Group:
     op: Op
     variants: list[int]
     heads: list[int] | None
-    values: Float[Tensor, "edits *axes"]
+    values: Float[Tensor, " edit *axes"]
     is_batched: bool
     where: Bool[Tensor, "prompt suffix"] | None
 
