@@ -4,7 +4,6 @@ How many rows the batch has, for the positions, and the cache of a generation st
 threads that run one bridge, each would read the other's: an error of shapes, or a text continued from another prompt.
 """
 
-import importlib
 import threading
 import weakref
 from typing import Any
@@ -36,16 +35,14 @@ class _OwnOfThread:
             raise AttributeError(self.name)
 
 
-_NOTES = (
-    ("transformer_lens.model_bridge.generalized_components.pos_embed", "PosEmbedBridge", "_current_batch_size"),
-    ("transformer_lens.model_bridge.bridge", "TransformerBridge", "_capture_hf_cache"),
-    ("transformer_lens.model_bridge.bridge", "TransformerBridge", "_last_hf_cache"),
-)
-
-
-def part_threads() -> None:
-    """Make those attributes thread-owned, for all bridges; does nothing when done already."""
-    for module, kind, name in _NOTES:
-        owner = getattr(importlib.import_module(module), kind)
-        if name not in owner.__dict__:
-            setattr(owner, name, _OwnOfThread(name))
+def part_threads(model: Any) -> None:
+    """Make those attributes of a bridge thread-owned, for all bridges of its class; does nothing when done already."""
+    notes = (
+        (model, "_capture_hf_cache"),
+        (model, "_last_hf_cache"),
+        (getattr(model, "pos_embed", None), "_current_batch_size"),
+    )
+    for part, name in notes:
+        kind = type(part)
+        if kind.__module__.startswith("transformer_lens.") and not hasattr(kind, name):
+            setattr(kind, name, _OwnOfThread(name))

@@ -206,7 +206,7 @@ def points_of(model: Any, functions: Mapping[str, Function]) -> list[tuple[Any, 
         return []
     points = model.hook_dict
     if is_bridge(model):
-        part_threads()
+        part_threads(model)
         for name in functions:
             if name.endswith(_ASKED):
                 _show(points[name])

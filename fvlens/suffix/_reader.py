@@ -48,7 +48,7 @@ class _BridgeReader(Reader):
 
         from fvlens.suffix._bridge import accepts_logits_to_keep, wide_unembedding
 
-        part_threads()
+        part_threads(model)
         self.model = model
         self.wide_unembedding = wide_unembedding
         self.cache = DynamicCache() if keep else None
