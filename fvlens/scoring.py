@@ -375,6 +375,8 @@ def context_batches(
 
     One whose longest prompt and longest continuation do not fit the context together is halved.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}.")
     lengths = prompts.attention_mask.sum(dim=1)
     most = int(extra.max())
     if batch_size is None:

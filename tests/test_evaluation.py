@@ -13,9 +13,11 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
-from fvlens import evaluation
+from fvlens import scoring
 from fvlens.evaluation import (
     Evaluation,
+    _controls,
+    _generate,
     controls,
     evaluate,
     generate_answers,
@@ -84,11 +86,14 @@ def _leaves_no_trace(tiny):
 
 
 def same(one, other):
-    """Whether two evaluations agree in every field, to the bit."""
+    """Whether two evaluations agree in every field; probabilities to float rounding, since other rows ran beside."""
     for field in dataclasses.fields(one):
         ours, theirs = getattr(one, field.name), getattr(other, field.name)
-        equal = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-        assert equal, f"{field.name}: {ours} and {theirs}"
+        if isinstance(ours, torch.Tensor) and ours.is_floating_point():
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+        else:
+            equal = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+            assert equal, f"{field.name}: {ours} and {theirs}"
     return True
 
 
@@ -325,7 +330,8 @@ def test_a_zero_vector_or_scale_is_no_vector(tiny):
     bare = evaluate(tiny, PAIRS, generator=seeded())
     for vector, scale in ((made_vector(tiny) * 0.0, 1.0), (made_vector(tiny), 0.0)):
         still = evaluate(tiny, PAIRS, vector=vector, scale=scale, generator=seeded())
-        assert torch.equal(still.log_probabilities, bare.log_probabilities)
+        torch.testing.assert_close(still.log_probabilities, bare.log_probabilities, rtol=1e-6, atol=1e-6)
+        assert torch.equal(still.ranks, bare.ranks)
     moved = evaluate(tiny, PAIRS, vector=made_vector(tiny), generator=seeded())
     assert not torch.allclose(moved.log_probabilities, bare.log_probabilities)
 
@@ -433,7 +439,7 @@ def test_answers_end_where_the_template_or_the_text_ends(tiny, monkeypatch):
     width = max(map(len, rows)) + 2
     end = tiny.tokenizer.eos_token_id
     ids = torch.tensor([row + [end] + rows[0][:1] * (width - len(row) - 1) for row in rows])
-    monkeypatch.setattr(evaluation, "_generate", lambda *args: ids)
+    monkeypatch.setattr(_generate, "_generate", lambda *args: ids)
     found = generate_answers(tiny, pairs, generator=seeded())
     assert found.raw_texts == tuple(texts)
     assert found.texts == ("cold water", "small", "", "wet and dry")
@@ -464,7 +470,7 @@ def test_answers_end_where_the_template_or_the_text_ends(tiny, monkeypatch):
     ],
 )
 def test_end_of_an_answer(demonstration, end):
-    assert evaluation._end_of_answer(Template("t", demonstration, "{input} ->")) == end
+    assert _generate._end_of_answer(Template("t", demonstration, "{input} ->")) == end
 
 
 def test_one_new_token_is_the_prediction_of_evaluate(tiny):
@@ -507,7 +513,7 @@ def scored(ranks, probability):
         setting="zero_shot", relation="r", queries=(Pair("a", "b"),) * n, predictions=("b",) * n,
         ranks=torch.tensor(ranks), probabilities=torch.full((n,), probability), log_probabilities=torch.zeros(n),
         interval=Interval(0.1, 0.9, 0.95), template="qa", n_shots=0, labels="true", scale=1.0, vector_kind=None,
-        vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="",
+        vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="", path="naive", batch_size=1, compute=None,
     )  # fmt: skip
 
 
@@ -516,12 +522,12 @@ def test_the_best_has_the_largest_top1_then_the_largest_probability_then_comes_f
     rest = dict(baseline=low, complete=True)
 
     def best_layer(*evaluations):
-        return evaluation.LayerSweep(layers=(4, 5, 6), evaluations=evaluations, **rest).best_layer
+        return _sweeps.LayerSweep(layers=(4, 5, 6), evaluations=evaluations, **rest).best_layer
 
     assert best_layer(low, unsure, sure) == 6
     assert best_layer(low, sure, unsure) == 5
     assert best_layer(sure, low, sure) == 4
-    counts = evaluation.HeadCountSweep(
+    counts = _sweeps.HeadCountSweep(
         counts=(1, 5, 10), evaluations=(low, sure, sure), ranking=(Head(0, 0),), layer=1, **rest
     )
     assert counts.best_count == 5
@@ -568,13 +574,13 @@ def drawn(monkeypatch):
     """Every random vector and every vector of random heads that controls makes."""
     made = {"random": [], "heads": []}
     for key, name in (("random", "random_vector_like"), ("heads", "function_vector")):
-        real = getattr(evaluation, name)
+        real = getattr(_controls, name)
 
         def recording(*args, key=key, real=real, **kwargs):
             made[key].append(real(*args, **kwargs))
             return made[key][-1]
 
-        monkeypatch.setattr(evaluation, name, recording)
+        monkeypatch.setattr(_controls, name, recording)
     return made
 
 
@@ -638,15 +644,19 @@ def test_differences_of_controls_are_paired_with_the_vector(tiny, means, monkeyp
         "shuffled": [0] * 8,
     }
 
-    def fixed(model, prompts, setting, vector, scale, batch_size, generator):
-        key = getattr(vector, "relation", None) if vector is not None and vector.relation in ("one", "two") else None
-        key = key or (None if vector is None else vector.kind)
-        key = setting if setting != "zero_shot" else key
-        hits = torch.tensor(right[key])
-        made = scored([1 - hit for hit in right[key]], 0.5)
-        return dataclasses.replace(made, interval=bootstrap_interval(hits, generator=generator))
+    def key_of(prompts, vector):
+        if prompts.n_shots:
+            return "icl" if prompts.labels == "true" else "shuffled"
+        if vector is None:
+            return None
+        return vector.relation if vector.relation in ("one", "two") else vector.kind
 
-    monkeypatch.setattr(evaluation, "_evaluate", fixed)
+    def fixed(model, prompts, changes, **options):
+        hits = torch.tensor([right[key_of(prompts, change)] for change in changes])
+        real = scoring.score(model, prompts, changes, **options)
+        return dataclasses.replace(real, ranks=1 - hits)
+
+    monkeypatch.setattr(_controls, "score", fixed)
     others = [made_vector(tiny, relation="one"), made_vector(tiny, relation="two")]
     table = controls(
         tiny, PAIRS, made_vector(tiny), others=others, n_random=3, demonstrations=DEMONSTRATIONS, n_shots=2,
@@ -715,46 +725,81 @@ def test_controls_in_another_setting(tiny):
 
 
 def interrupted_after(n, monkeypatch):
-    real, calls = evaluation._evaluate, []
+    """The n + 1st run of prompts is interrupted."""
+    real, calls = scoring.run_prefix, []
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         calls.append(args)
         if len(calls) == n + 1:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "_evaluate", counting)
+    monkeypatch.setattr(scoring, "run_prefix", counting)
 
 
-def test_an_interrupted_sweep_keeps_what_is_finished(tiny, means, monkeypatch):
-    whole = layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
-    with monkeypatch.context() as patch:
-        interrupted_after(2, patch)
-        with pytest.warns(UserWarning, match=r"layer sweep was interrupted: 2 of 3 are finished"):
-            part = layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
-    assert part.layers == (0, 1)
-    assert not part.complete
-    assert all(same(a, b) for a, b in zip(part.evaluations, whole.evaluations, strict=False))
+def test_an_interrupted_sweep_keeps_the_finished_queries(tiny, means, monkeypatch):
+    options = dict(batch_size=2, progress=False)
+    whole = layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), **options)
+    n_runs, done = 0, []
+    while True:
+        with monkeypatch.context() as patch:
+            interrupted_after(n_runs, patch)
+            if n_runs == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), **options)
+            else:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    part = layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), **options)
+                if part.complete:
+                    break
+                n = part.baseline.n
+                assert [str(one.message) for one in caught] == [
+                    f"layer sweep was interrupted: {n} of {len(PAIRS)} queries are finished."
+                ]
+                assert part.layers == whole.layers
+                places = [PAIRS.index(pair) for pair in part.baseline.queries]
+                assert places == sorted(places)
+                for some, every in zip(part.evaluations, whole.evaluations, strict=True):
+                    assert some.queries == part.baseline.queries
+                    torch.testing.assert_close(some.log_probabilities, every.log_probabilities[places])
+                done.append(n)
+        n_runs += 1
+    assert done == sorted(set(done))
+    assert len(done) >= 3
     with monkeypatch.context() as patch:
         interrupted_after(1, patch)
-        with pytest.warns(UserWarning, match=r"head-count sweep was interrupted: 1 of 2 are finished"):
-            part = head_count_sweep(tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), progress=False)
-    assert part.counts == (1,)
-    with monkeypatch.context() as patch:
-        interrupted_after(0, patch)
-        with pytest.raises(KeyboardInterrupt):
-            layer_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
+        with pytest.warns(UserWarning, match=r"head-count sweep was interrupted: \d of 8 queries are finished"):
+            part = head_count_sweep(tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), **options)
+    assert part.counts == (1, 2)
+    assert not part.complete
 
 
-def test_interrupted_controls_keep_the_finished_rows(tiny, monkeypatch):
-    interrupted_after(3, monkeypatch)  # in the middle of the random vectors
-    with pytest.warns(UserWarning, match=r"controls was interrupted: 2 of 5 are finished"):
-        table = controls(
+def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
+    def table():
+        return controls(
             tiny, PAIRS, made_vector(tiny), n_random=3, demonstrations=DEMONSTRATIONS, n_shots=2, generator=seeded(),
-            progress=False,
+            batch_size=2, progress=False,
         )  # fmt: skip
-    assert [row.kind for row in table.rows] == ["no_vector", "vector"]
-    assert not table.complete
+
+    with monkeypatch.context() as patch:
+        interrupted_after(2, patch)
+        with pytest.warns(UserWarning, match=r"controls was interrupted: \d of 8 queries are finished"):
+            found = table()
+    assert [row.kind for row in found.rows] == ["no_vector", "vector", "random_vector"]
+    assert not found.complete
+    assert 0 < found.rows[0].evaluations[0].n < len(PAIRS)
+    counted = []
+    real = scoring.run_prefix
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "run_prefix", lambda *a, **k: counted.append(1) or real(*a, **k))
+        table()
+    with monkeypatch.context() as patch:
+        interrupted_after(len(counted) - 1, patch)  # in the last row, of corrupted demonstrations
+        with pytest.warns(UserWarning, match=r"controls was interrupted: 4 of 5 rows are finished"):
+            found = table()
+    assert [row.kind for row in found.rows] == ["no_vector", "vector", "random_vector", "icl"]
+    assert not found.complete
 
 
 # --- errors ---

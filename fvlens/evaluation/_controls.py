@@ -219,14 +219,15 @@ def controls(
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     start = copied(generator)
-    asked_pairs = {**prompting, "labels": None}
     shown: list[tuple[Kind, Prompts, torch.Generator]] = []
     for setting in ("icl", "shuffled"):
         own = copied(start)
         labels = prompting.get("labels") if setting == "shuffled" else None
-        options = Prompting(**{**asked_pairs, "setting": setting, "labels": labels})  # pyright: ignore
+        options = Prompting(**{**prompting, "setting": setting, "labels": labels})  # pyright: ignore
         shown.append((setting, asked_prompts("controls", model, pairs, options, own, vector), own))
-    prompts = asked_prompts("controls", model, pairs, prompting, generator, vector)
+    own_labels = prompting.get("labels") if prompting.get("setting") == "shuffled" else None
+    options = Prompting(**{**prompting, "labels": own_labels})  # pyright: ignore
+    prompts = asked_prompts("controls", model, pairs, options, generator, vector)
     bootstrap = copied(generator)
 
     # what is injected, kind by kind; a row is the mean over the vectors of one entry
@@ -249,8 +250,8 @@ def controls(
 
     # all of it in one go over the prompts' one run
     changes = [change for _, _, own in steered for change in own]
-    options = dict(batch_size=batch_size, path=path, max_memory=max_memory, compute=compute, progress=progress)
-    scores = score(model, prompts, changes, scales=scale, interruptible=True, what="controls", **options)
+    engine = dict(batch_size=batch_size, path=path, max_memory=max_memory, compute=compute, progress=progress)
+    scores = score(model, prompts, changes, scales=scale, interruptible=True, what="controls", **engine)
     scored = iter(evaluations(model, prompts, changes, [scale] * len(changes), scores, copied(bootstrap), compute))
     groups = [(name, kind, [next(scored) for _ in own]) for name, kind, own in steered]
     reference = next(found[0] for _, kind, found in groups if kind == "vector")
@@ -271,7 +272,7 @@ def controls(
     complete = scores.complete
     try:
         for kind, own_prompts, own in shown if complete else ():
-            score_of = score(model, own_prompts, [None], what="controls", **options)
+            score_of = score(model, own_prompts, [None], what="controls", **engine)
             found = evaluations(model, own_prompts, [None], [scale], score_of, own, compute)
             rows.append(row(f"{own_prompts.n_shots} demonstrations, {own_prompts.labels} labels", kind, found))
     except KeyboardInterrupt:

@@ -232,7 +232,8 @@ class SuffixRun(abc.ABC):
         """
         wanted = targets.to(resid.device)[:, None].expand(-1, resid.shape[1], -1)
         scored = wanted >= 0
-        found = torch.zeros(scored.shape, device=targets.device)
+        wide = torch.promote_types(resid.dtype, torch.float32)
+        found = torch.zeros(scored.shape, device=targets.device, dtype=wide)
         if not bool(scored.any()):
             return found
         rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
@@ -253,8 +254,8 @@ def _joined(active: Tensor | None, kept: Float[Tensor, "prompt suffix d_model"],
 
 
 def _log_probs(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """Log-probability of one token a row, in float32."""
-    logits = logits.float()
+    """Log-probability of one token a row, in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
