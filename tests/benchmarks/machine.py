@@ -187,9 +187,9 @@ def training_by_suffix(shape, layer, steps, scorings):
     """
     above = shape.n_layers - 1 - layer
     total = Count(0, 0)
-    for n_rows, n_pos, n_read in steps:
+    for _, n_pos, n_read in steps:
         total += 2 * suffix_pass(shape, n_read, above, n_pos, n_read)
-    for n_rows, n_pos, n_read in scorings:
+    for _, n_pos, n_read in scorings:
         total += suffix_pass(shape, n_read, above, n_pos, n_read)
     return total
 

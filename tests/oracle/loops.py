@@ -88,16 +88,16 @@ def indirect_effects(model, tokens, mask, answers, means):
 
 @torch.inference_mode()
 def steered_scores(model, tokens, mask, answers, vector, layer):
-    """Rank and log-probability [row] of a one-token answer with a vector added behind a block at the last token."""
+    """One-token answers [row] with a vector added behind a block at the last token: rank, log-probability, all logits."""
     with steered(model, layer, -1, vector):
         logits = last_logits(model, tokens, mask)
     wanted = logits.gather(1, answers[:, None])
-    return (logits > wanted).sum(dim=1), (wanted[:, 0] - logits.logsumexp(dim=1))
+    return (logits > wanted).sum(dim=1), wanted[:, 0] - logits.logsumexp(dim=1), logits
 
 
 def layer_sweep(model, tokens, mask, answers, vector, layers):
-    """Scores with the vector behind each of some layers."""
-    return {layer: steered_scores(model, tokens, mask, answers, vector, layer) for layer in layers}
+    """Ranks and log-probabilities with the vector behind each of some layers."""
+    return {layer: steered_scores(model, tokens, mask, answers, vector, layer)[:2] for layer in layers}
 
 
 # --- a trained vector a relation ---
