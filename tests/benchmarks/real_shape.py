@@ -6,8 +6,8 @@ of its two ways to attend (``sdpa``, ``eager``), tried out on the row's own job.
 
     python tests/benchmarks/real_shape.py [effects sweep controls epoch epoch-whole step step-whole many run] [--full]
 
-Without names: every row but ``run``. Steps and epochs of a training are seen from outside: PyTorch tells when any of its
-optimisers has made a step.
+Without names: every row but ``run``. Steps and epochs of a training are seen from outside: PyTorch tells when any of
+its optimisers has made a step.
 """
 
 import argparse

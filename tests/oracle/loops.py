@@ -1,11 +1,11 @@
 """What fvlens does in batches, as loops over a plain Hugging Face model: the way a competent user would write them.
 
-No fvlens, no TransformerLens. One batch of left-padded rows, hooks of PyTorch, the vocabulary only at the positions that
-are read, no gradient where none is asked for, inference mode where nothing is trained. What is *not* done is keeping
-prefixes: every pass takes whole prompts through all layers, whatever is changed in them.
+No fvlens, no TransformerLens. One batch of left-padded rows, hooks of PyTorch, the vocabulary only at the positions
+that are read, no gradient where none is asked for, inference mode where nothing is trained. What is *not* done is
+keeping prefixes: every pass takes whole prompts through all layers, whatever is changed in them.
 
-The model is a Llama (``model.model.layers``, ``self_attn.o_proj``, ``model.lm_head``). Rotary positions are relative, so
-padding on the left needs no position ids.
+The model is a Llama (``model.model.layers``, ``self_attn.o_proj``, ``model.lm_head``). Rotary positions are relative,
+so padding on the left needs no position ids.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def indirect_effects(model, tokens, mask, answers, means):
 
 @torch.inference_mode()
 def steered_scores(model, tokens, mask, answers, vector, layer):
-    """One-token answers [row] with a vector added behind a block at the last token: rank, log-probability, all logits."""
+    """One-token answers [row] under a vector behind a block at the last token: rank, log-probability, all logits."""
     with steered(model, layer, -1, vector):
         logits = last_logits(model, tokens, mask)
     wanted = logits.gather(1, answers[:, None])
