@@ -27,6 +27,11 @@ class Machine:
     bandwidth: float
     threads: int
 
+    def averaged(self, other):
+        """The means of two measurements, such as those before and after a job on a machine that others use too."""
+        matmul, bandwidth = (self.matmul + other.matmul) / 2, (self.bandwidth + other.bandwidth) / 2
+        return Machine(matmul, bandwidth, self.threads)
+
     def __str__(self):
         return (
             f"machine: {self.matmul:.0f} GFLOP/s of float32 products, {self.bandwidth:.1f} GB/s read, "

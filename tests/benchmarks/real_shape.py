@@ -127,7 +127,7 @@ def real_vector(real, pairs, *, layer, scale=4.0):
 # --- attribution ---
 
 
-def effects(real, *, full=False, n_turns=2, n_cells=6):
+def effects(real, *, full=False, n_turns=2, n_cells=4):
     """Exact effects of all heads, 25 prompts of 97 tokens, over one hooked pass a head."""
     model, plain, shape = real.model, real.plain, real.shape
     pairs = word_pairs(model, 60, query_lengths=[1], answer_lengths=[2], seed=0)
@@ -135,8 +135,9 @@ def effects(real, *, full=False, n_turns=2, n_cells=6):
     clean = fvlens.build_prompts(model, pairs, n_prompts=8, n_shots=10, generator=g)
     prompts = fvlens.build_prompts(model, pairs, n_prompts=25, n_shots=10, labels="permuted", generator=g)
     tokens, mask = prompts.tokens, prompts.attention_mask
-    with torch.inference_mode():
-        likely = loops.last_logits(plain, tokens, mask).argmax(dim=-1).clone()
+    with torch.no_grad():
+        probabilities = loops.last_logits(plain, tokens, mask).softmax(dim=-1)
+    baseline, likely = probabilities.max(dim=-1)
     prompts = dataclasses.replace(prompts, answer_tokens=likely[:, None])
     means = fvlens.mean_head_activations(model, clean, progress=False)
     means = dataclasses.replace(means, z=8 * means.z)  # far from what the heads say
@@ -146,7 +147,6 @@ def effects(real, *, full=False, n_turns=2, n_cells=6):
     few = slice(0, 5)
     attention = faster_attention(plain, lambda: loops.answer_probability(plain, tokens[few], mask[few], likely[few]))
     fvlens.indirect_effects(model, prompts.select([0, 1]), means, progress=False)  # warm-up
-    baseline = loops.answer_probability(plain, tokens, mask, likely)
     found, times = {}, []
 
     def slow(turn):
@@ -377,7 +377,8 @@ class Pairs:
     def describe(self):
         mean = float(self.n_answer.float().mean())
         return (
-            f"answers of {mean:.2f} tokens on average, up to {int(self.n_answer.max())}; queries of {self.n_pos} tokens"
+            f"answers of {mean:.2f} tokens on average, up to {int(self.n_answer.max())}; queries padded to "
+            f"{self.n_pos} tokens"
         )
 
 
@@ -422,6 +423,7 @@ def epoch(real, *, whole=False, full=False, n_turns=2, n_relations=14):
     attention = faster_attention(real.plain, lambda: plain.score(data.train[0], torch.zeros(N_TRAIN, dtype=torch.long)))
     n_epochs = 4 if full else 2
     some = range(N_STEPS) if full else range(2)
+    part = data.train if full else data.train[: n_relations // 2]
     steps, scores_train, scores_valid = [], [], []
 
     def fast(_):
@@ -435,7 +437,7 @@ def epoch(real, *, whole=False, full=False, n_turns=2, n_relations=14):
 
     def slow(_):
         steps.extend(seconds(lambda step=step: plain.step(*data.minibatch(step)))[0] for step in some)
-        scores_train.append(seconds(lambda: plain.score(*loops.joined(data.train)))[0])
+        scores_train.append(len(data.train) / len(part) * seconds(lambda: plain.score(*loops.joined(part)))[0])
         scores_valid.append(seconds(lambda: plain.score(*loops.joined(data.valid)))[0])
 
     _, results = in_turns(n_turns, fast=fast, slow=slow)
@@ -455,7 +457,8 @@ def epoch(real, *, whole=False, full=False, n_turns=2, n_relations=14):
         Side(
             "the loop over plain Hugging Face",
             without + median(scores_train),
-            f"from {len(some)} of {N_STEPS} steps and all scores, {n_turns} times; {attention}",
+            f"from {len(some)} of {N_STEPS} steps, and the training pairs' scores from {len(part)} of {n_relations} "
+            f"relations, {n_turns} times; {attention}",
             training_by_passes(shape, LAYER, row, scored),
         ),
         BARS[name],
@@ -587,7 +590,9 @@ def main():
                 elif name == "many":
                     text = many(real, machine, full=given.full)
                 else:
-                    text = ROWS[name](real, full=given.full).report(machine)
+                    row = ROWS[name](real, full=given.full)
+                    machine = machine.averaged(measure_machine())
+                    text = row.report(machine)
                 print(f"{text}\n  {machine}", flush=True)
 
 
