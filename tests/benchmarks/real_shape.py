@@ -4,9 +4,10 @@ Both sides run in turns in one process, with the threads that PyTorch takes; med
 sample, which each row names, and extrapolated; ``--full`` times all of it. The plain Hugging Face side takes the faster
 of its two ways to attend (``sdpa``, ``eager``), tried out on the row's own job.
 
-    python tests/benchmarks/real_shape.py [effects sweep controls epoch epoch-whole step step-whole many run] [--full]
+    python tests/benchmarks/real_shape.py [effects sweep controls epoch epoch-whole step step-whole many run]
 
-Without names: every row but ``run``. Steps and epochs of a training are seen from outside: PyTorch tells when any of
+Without names: every row but ``run``. Options: ``--full``, ``--runs N``, and ``--processor`` for a machine that others
+use too. Steps and epochs of a training are seen from outside: PyTorch tells when any of
 its optimisers has made a step.
 """
 
@@ -17,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 if __name__ == "__main__":  # as a script: the folder of the tests, where pytest finds everything
@@ -35,11 +35,13 @@ from benchmarks.machine import (
     Side,
     changes_by_passes,
     controls_by_suffix,
+    count_processor_time,
     effects_by_passes,
     effects_by_suffix,
     in_turns,
     measure_machine,
     median,
+    now,
     seconds,
     sweep_by_suffix,
     training_by_passes,
@@ -104,7 +106,7 @@ def faster_attention(plain, job):
 def step_times():
     """Moments at which an optimiser of PyTorch has made a step inside the block."""
     moments = []
-    handle = register_optimizer_step_post_hook(lambda *_: moments.append(time.perf_counter()))
+    handle = register_optimizer_step_post_hook(lambda *_: moments.append(now()))
     try:
         yield moments
     finally:
@@ -577,10 +579,13 @@ def main():
     parser.add_argument("--full", action="store_true", help="time whole slow sides and all epochs; takes long")
     parser.add_argument("--runs", type=int, default=1, help="times to measure each row")
     parser.add_argument("--checkpoint", type=Path, help="a folder for `run` instead of random weights")
+    parser.add_argument("--processor", action="store_true", help="one thread, seconds of the processor (busy machines)")
     given = parser.parse_args()
     unknown = [name for name in given.rows if name not in names]
     if unknown:
         parser.error(f"no row {unknown[0]!r}; expected {', '.join(names)}")
+    if given.processor:
+        count_processor_time()
     with real_shape() as real:
         for _ in range(given.runs):
             for name in given.rows or names[:-1]:
