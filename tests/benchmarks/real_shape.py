@@ -7,8 +7,8 @@ of its two ways to attend (``sdpa``, ``eager``), tried out on the row's own job.
     python tests/benchmarks/real_shape.py [effects sweep controls epoch epoch-whole step step-whole many run]
 
 Without names: every row but ``run``. Options: ``--full``, ``--runs N``, and ``--processor`` for a machine that others
-use too. Steps and epochs of a training are seen from outside: PyTorch tells when any of
-its optimisers has made a step.
+use too (one thread, seconds of the processor). Steps and epochs of a training are seen from outside: PyTorch tells
+when any of its optimisers has made a step.
 """
 
 import argparse
