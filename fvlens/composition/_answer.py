@@ -93,7 +93,7 @@ def _likeliest(
     model: Any, queries: Queries, vector: Tensor, choices: Sequence[str] | None, n: int
 ) -> list[tuple[str, float]]:
     if choices is None:
-        logits = queries.logits(torch.tensor([0]), vector)[0, 0].float()
+        logits = queries.first_logits(torch.tensor([0]), vector)[0].float()
         best = best_tokens(logits, min(n, len(logits)))
         words = [model.tokenizer.decode([token]).strip() for token in best.tolist()]
         return list(zip(words, logits.softmax(dim=-1)[best].tolist(), strict=True))

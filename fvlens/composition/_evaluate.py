@@ -441,13 +441,12 @@ class _Asked:
         own = torch.full((len(self.pairs),), -1)
         own[self.first] = torch.arange(n)
         for rows in torch.arange(len(self.pairs)).split(queries.rows_at_once):
-            logits = queries.logits(rows, vectors if vectors.ndim == 1 else vectors[self.whose[rows]])
-            logs[rows] = (queries.of_answers(logits, rows).sum(dim=1).cpu() / queries.n_tokens[rows]).float()
+            found, first = queries.scores(rows, vectors if vectors.ndim == 1 else vectors[self.whose[rows]])
+            logs[rows] = (found.sum(dim=1).cpu() / queries.n_tokens[rows]).float()
             mine = own[rows] >= 0
             if bool(mine.any()):
-                there = mine.to(logits.device)
-                top = logits[there, 0]
-                wanted = queries.targets[rows[mine].to(logits.device), 0]
+                top = first[mine.to(first.device)]
+                wanted = queries.targets[rows[mine].to(queries.targets.device), 0].to(top.device)
                 ranks[own[rows][mine]] = rank(top, wanted).cpu()
                 best[own[rows][mine]] = best_token(top).cpu()
         right = ranks == 0

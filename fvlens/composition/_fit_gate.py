@@ -24,7 +24,7 @@ from fvlens.composition._queries import (
     shown_pairs,
 )
 from fvlens.finetuning import frozen
-from fvlens.metrics import best_token, is_best
+from fvlens.metrics import best_token
 from fvlens.relations import Analogy
 from fvlens.suffix import Route
 
@@ -106,7 +106,7 @@ def gate_signals(
             logs = asked.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
             gained[rows] = (logs / asked.n_tokens[rows]).float() - scores.unsteered[rows]
         for rows in torch.arange(n).split(targets.rows_at_once):
-            plain, steered = (targets.logits(rows, given)[:, 0].float() for given in (zero, vectors[rows]))
+            plain, steered = (targets.first_logits(rows, given).float() for given in (zero, vectors[rows]))
             sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
             answers[rows] = torch.stack([best_token(plain), best_token(steered)], dim=1).cpu()
     words = [one.c for one in analogies]
@@ -207,8 +207,7 @@ def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"
     parts = []
     with torch.no_grad(), frozen(model):
         for rows in torch.arange(len(queries)).split(queries.rows_at_once):
-            logits = queries.logits(rows, vectors[rows])[:, 0]
-            parts.append(is_best(logits, queries.targets[rows.to(queries.targets.device), 0]).cpu())
+            parts.append(queries.right(queries.first_logits(rows, vectors[rows]), rows))
     return torch.cat(parts)
 
 

@@ -26,7 +26,6 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
 from fvlens.finetuning import VectorSet, frozen
-from fvlens.metrics import is_best
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
 from fvlens.vectors import FunctionVector, vector_from, vector_header
@@ -460,9 +459,9 @@ def fit_composite(
         losses, hits = [], []
         with torch.no_grad():
             for rows in torch.arange(start, end).split(queries.rows_at_once):
-                logits = queries.logits(rows, vectors(rows))
-                losses.append(-queries.of_answers(logits, rows).sum(dim=1).cpu())
-                hits.append(is_best(logits[:, 0], queries.targets[rows.to(queries.targets.device), 0]).cpu())
+                logs, first = queries.scores(rows, vectors(rows))
+                losses.append(-logs.sum(dim=1).cpu())
+                hits.append(queries.right(first, rows))
         return float(torch.cat(losses).double().mean()), float(torch.cat(hits).double().mean())
 
     train_loss = [score(0, n_train)[0]]

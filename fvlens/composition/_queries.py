@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
+from fvlens.metrics import is_best
 from fvlens.prompts import render_prompts
 from fvlens.relations import Pair
 from fvlens.suffix import Route, choose_route
@@ -67,23 +68,27 @@ class Queries:
         """The answers' tokens, -1 behind their end."""
         return self._adapter.targets
 
-    def logits(
+    def first_logits(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row answer_pos d_vocab"]:
-        """Logits at the prompt's last token and behind the answer's tokens; differentiable in the vectors."""
-        return self._adapter.steered(rows, vectors)
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits at the prompts' last tokens; differentiable in the vectors: one for all rows, or one for each."""
+        return self._adapter.steered_first_logits(rows, vectors)
 
     def log_probs(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
     ) -> Float[Tensor, "row answer_pos"]:
-        """Log-probability of each answer token in nats, 0 behind the answer's end."""
-        return self.of_answers(self.logits(rows, vectors), rows)
+        """Log-probability of each answer token in nats, 0 behind the answer's end; differentiable."""
+        return self._adapter.steered_log_probs(rows, vectors)
 
-    def of_answers(
-        self, logits: Float[Tensor, "row answer_pos d_vocab"], rows: Int[Tensor, " row"]
-    ) -> Float[Tensor, "row answer_pos"]:
-        """The same from logits that are there already."""
-        return self._adapter.of_answers(logits, rows)
+    def scores(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"]]:
+        """The same, and the logits at the prompts' last tokens."""
+        return self._adapter.steered_scores(rows, vectors)
+
+    def right(self, first_logits: Float[Tensor, "row d_vocab"], rows: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
+        """Whether the first token of each answer is the best one under such logits; on the CPU."""
+        return is_best(first_logits, self.targets[rows.to(self.targets.device), 0].to(first_logits.device)).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +184,7 @@ def answer_scores(
     queries = Queries(model, [Pair(word, word) for word in words], layer=basis.layer, **options)  # answers are ignored
 
     def chosen(rows: Tensor, vectors: Tensor) -> Tensor:
-        logs = queries.logits(rows, vectors)[:, 0].float().log_softmax(dim=-1)
+        logs = queries.first_logits(rows, vectors).float().log_softmax(dim=-1)
         return logs.gather(1, tokens[rows].to(logs.device)).cpu()
 
     return _under_each(model, queries, basis.matrix, chosen, progress=False).transpose(1, 2)

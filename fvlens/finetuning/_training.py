@@ -30,7 +30,7 @@ from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
-from fvlens.suffix import Route, SteeredSuffix, joined_runs, open_reader, plan_slices, run_prefix
+from fvlens.suffix import Route, SteeredPrompts, open_reader, plan_slices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,32 +261,28 @@ class Adapter(abc.ABC):
 
 
 class VectorAdapter(Adapter):
-    """A vector of the residual stream a relation, over kept prefixes where a fast path is exact."""
+    """A vector of the residual stream a relation, over kept prompts where a fast path is exact."""
 
     def __init__(
         self, model: Any, prompts: Prompts, trainable: TrainableVector, path: Route, max_memory: int | None = None
     ) -> None:
         self.path, self.trainable = path, trainable
         super().__init__(model, prompts, max_memory)
-        self.suffix: SteeredSuffix | None = None
+        self.kept: SteeredPrompts | None = None
         if path != "naive":
-            parts = [
-                run_prefix(model, tokens, mask, n_suffix=self.n_suffix, path=path)
-                for tokens, mask in zip(
-                    self.tokens.split(self.rows_at_once), self.mask.split(self.rows_at_once), strict=True
-                )
-            ]
-            run = joined_runs(parts)
-            self.after = run.resid_after(trainable.layer)[:, 0]
-            self.suffix = run.steps(trainable.layer)
+            self.kept = SteeredPrompts(
+                model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, trainable.layer, path=path,
+                max_memory=max_memory,
+            )  # fmt: skip
+            self.rows_at_once = self.kept.rows_at_once
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[row] for row in self.trainable.rows]
 
     def scale(self, rows: Int[Tensor, " row"]) -> float:
         layer = self.trainable.layer
-        if self.suffix is not None:
-            there = self.after[rows.to(self.after.device)]
+        if self.kept is not None:
+            there = self.kept.after(rows)
         else:
             found: list[Tensor] = []
             column = self.tokens.shape[1] - self.n_suffix
@@ -299,19 +295,59 @@ class VectorAdapter(Adapter):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"layer": self.trainable.layer}
 
+    def _vectors(self, relation: Int[Tensor, " row"]) -> Float[Tensor, "*row d_model"]:
+        """The vector of all rows, or of each."""
+        own = self.trainable.rows
+        return own[0] if len(own) == 1 else self.trainable.matrix[relation.to(own[0].device)]
+
     def logits(
         self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
     ) -> Float[Tensor, "row answer_pos d_vocab"]:
-        own = self.trainable.rows
-        return self.steered(rows, own[0] if len(own) == 1 else self.trainable.matrix[relation.to(own[0].device)])
+        return self._whole(rows, self._vectors(relation))
 
-    def steered(
+    def _whole(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
     ) -> Float[Tensor, "row answer_pos d_vocab"]:
-        """The logits with other vectors: one for all rows, or one for each."""
-        if self.suffix is None:
-            return self.whole_passes(rows, {resid_hook(self.trainable.layer): self.at_last_token(vectors)})
-        return self.suffix.logits(rows, vectors.to(self.tokens.device))
+        """Logits by whole passes, with one vector for all rows or one for each."""
+        return self.whole_passes(rows, {resid_hook(self.trainable.layer): self.at_last_token(vectors)})
+
+    def log_probs(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, "row answer_pos"]:
+        return self.steered_log_probs(rows, self._vectors(relation))
+
+    def scores(
+        self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row answer_pos"], Bool[Tensor, " row"]]:
+        logs, first = self.steered_scores(rows, self._vectors(relation))
+        return logs, is_best(first, self.targets[rows.to(self.targets.device), 0].to(first.device))
+
+    # -- the same with other vectors: one for all rows, or one for each -----------------------------------------------
+
+    def steered_log_probs(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row answer_pos"]:
+        """Log-probability of each answer token in nats, 0 behind the answer's end."""
+        if self.kept is None:
+            return self.of_answers(self._whole(rows, vectors), rows)
+        return self.kept.read(rows, vectors)[0]
+
+    def steered_scores(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"]]:
+        """The same, and the logits at the queries' last tokens."""
+        if self.kept is None:
+            logits = self._whole(rows, vectors)
+            return self.of_answers(logits, rows), logits[:, 0]
+        logs, first = self.kept.read(rows, vectors, first=True)
+        assert first is not None
+        return logs, first
+
+    def steered_first_logits(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits at the queries' last tokens."""
+        if self.kept is None:
+            return self._whole(rows, vectors)[:, 0]
+        return self.kept.first_logits(rows, vectors)
 
 
 class DistributedAdapter(Adapter):

@@ -21,15 +21,11 @@ TransformerBridge, whose lower blocks then hand on what they are given. Where ne
 ``naive``, whole forward passes with hooks, and say so.
 """
 
-from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
+from fvlens.suffix._kept import SteeredPrompts
 from fvlens.suffix._layout import laid_out, refresh, wide_logits
-from fvlens.suffix._memory import Slices, copy_fits, halving, in_batches, plan_batch, plan_slices
+from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
+from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._routes import (
     ROUTES,
@@ -42,54 +38,6 @@ from fvlens.suffix._routes import (
 )
 from fvlens.suffix._run import SuffixRun, joined_runs
 from fvlens.suffix._steps import SteeredSuffix, steered_resid
-from fvlens.types import is_bridge
-
-
-def run_prefix(
-    model: Any,
-    tokens: Int[Tensor, "prompt pos"],
-    attention_mask: Int[Tensor, "prompt pos"],
-    *,
-    n_suffix: int = 1,
-    path: Route = "weights",
-    from_layer: int = 0,
-    keep_z: bool = True,
-    copied: bool | None = None,
-    compute: torch.dtype | None = None,
-) -> SuffixRun:
-    """Run prompts once and keep what suffixes under edits need.
-
-    Args:
-        model: the model.
-        tokens: prompts, left-padded, with the answer's tokens (all but the last) appended where several are scored.
-        attention_mask: 1 for real tokens, 0 for padding.
-        n_suffix: number of last positions that edits may change.
-        path: ``"weights"`` or ``"kv"``.
-        from_layer: the lowest layer that a suffix will start at; less is kept the higher it is (``"weights"`` only).
-        keep_z: keep the heads' outputs, which variants need that join inside a block (``"weights"`` only).
-        copied: lay the weights out in a second copy (``"weights"`` only); by default where it fits the memory.
-        compute: precision of products (``"weights"`` only); None for the model's own.
-
-    Raises:
-        ValueError: ``n_suffix`` is not between 1 and the number of positions.
-    """
-    n_pos = tokens.shape[1]
-    if not 1 <= n_suffix <= n_pos:
-        raise ValueError(f"run_prefix: expected n_suffix between 1 and {n_pos} (the prompt length), got {n_suffix}.")
-    device = next(model.parameters()).device
-    tokens, attention_mask = tokens.to(device), attention_mask.to(device)
-    if is_bridge(model):
-        from fvlens.suffix._bridge import run_bridge
-
-        return run_bridge(model, tokens, attention_mask, n_suffix)
-    from fvlens.suffix._hooked import run_cached, run_weights
-
-    if path == "kv":
-        return run_cached(model, tokens, attention_mask, n_suffix)
-    with torch.no_grad():
-        layout = laid_out(model, compute=compute, copied=copy_fits(model) if copied is None else copied)
-        return run_weights(model, layout, tokens, attention_mask, n_suffix, from_layer, keep_z)
-
 
 __all__ = [
     "OPS",
@@ -101,6 +49,7 @@ __all__ = [
     "Route",
     "Site",
     "Slices",
+    "SteeredPrompts",
     "SteeredSuffix",
     "SuffixRun",
     "Variant",

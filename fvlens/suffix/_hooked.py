@@ -1,7 +1,7 @@
 """The engine over ``HookedTransformer``: over its weights, or through its own ``start_at_layer`` and cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,27 +103,28 @@ class WeightsRun(SuffixRun):
 
     Attributes:
         kept: keys and values of the prefix from ``from_layer`` on, keys first, rotated already.
+        layout: the weights.
         walk: the model's blocks over the suffix.
     """
 
     kept: Float[Tensor, "prompt layer two_kv prefix d_head"]
-    walk: Walk
+    layout: Layout
+    walk: Walk = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "walk", Walk.over(self.model, self.layout, self.attention_mask, self.n_suffix))
 
     def _cache(self, take: Any) -> dict[str, Any]:
-        rotations = [(take(cos), take(sin)) for cos, sin in self.walk.rotations]
-        walk = Walk(self.walk.cfg, self.walk.layout, take(self.walk.mask), rotations)
-        return {"kept": take(self.kept), "walk": walk}
+        return {"kept": take(self.kept)}
 
-    def keys(self, layer: int, kept: Tensor | None = None, rows: Tensor | None = None) -> Keys:
-        """What the suffix attends to in a layer; of some rows, whose part of the cache is given."""
-        block = self.walk.layout.blocks[layer]
-        mask = self.walk.mask if rows is None else self.walk.mask[rows]
-        allowed = allowed_keys(mask.bool(), self.n_suffix, block.window)
-        own = self.kept[:, layer - self.from_layer] if kept is None else kept
-        return Keys(own, allowed, block.scale, self.walk.cap)
+    def keys(self, layer: int) -> Keys:
+        """What the suffix attends to in a layer."""
+        block = self.layout.blocks[layer]
+        allowed = allowed_keys(self.walk.mask.bool(), self.n_suffix, block.window)
+        return Keys(self.kept[:, layer - self.from_layer], allowed, block.scale, self.walk.cap)
 
     def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
-        block, walk = self.walk.layout.blocks[layer], self.walk
+        block, walk = self.layout.blocks[layer], self.walk
         zs, resids = [], []
         if active is not None:
             x = block.ln1(active.reshape(-1, active.shape[-1]))
@@ -139,7 +140,7 @@ class WeightsRun(SuffixRun):
         return walk.finish(block, resid.reshape(-1, resid.shape[-1]), z.flatten(3).flatten(0, 2)).view(resid.shape)
 
     def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        layout = self.walk.layout
+        layout = self.layout
         flat = layout.final(resid.reshape(-1, resid.shape[-1]))
         return layout.unembed(flat).view(*resid.shape[:-1], -1)
 
@@ -189,7 +190,7 @@ def run_weights(
         attention_mask=mask,
         suffix_tokens=tokens[:, n_prefix:],
         kept=kept,
-        walk=Walk.over(model, layout, mask, n_suffix),
+        layout=layout,
     )
 
 

@@ -6,7 +6,8 @@ masks and rotations are those of the run, and every operation works on two axes 
 """
 
 import abc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
 
 
 class SteeredSuffix(abc.ABC):
-    """Logits of kept prompts with a vector added after one layer, at the first suffix position; differentiable."""
+    """Logits of kept prompts with a vector added after one layer, at the first suffix position; differentiable.
+
+    Attributes:
+        run: the prompts' run.
+        after: their residual stream after that layer.
+    """
+
+    run: SuffixRun
+    after: Float[Tensor, "prompt suffix d_model"]
 
     @abc.abstractmethod
     def logits(
@@ -55,6 +64,7 @@ class GeneralSteps(SteeredSuffix):
 
     def __init__(self, run: SuffixRun, layer: int) -> None:
         self.run, self.layer = run, layer
+        self.after = run.resid_after(layer)
 
     def logits(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
@@ -75,28 +85,52 @@ class LaidOutSteps(SteeredSuffix):
         self.run = run
         self.after = run.resid_after(layer)
         self.upper = range(layer + 1, run.model.cfg.n_layers)
-        blocks = run.walk.layout.blocks
-        masks: dict[Any, Tensor | None] = {}
-        for i in self.upper:
-            window = blocks[i].window
-            if window not in masks:
-                masks[window] = allowed_keys(run.walk.mask.bool(), run.n_suffix, window)
-        self.allowed = masks
+        windows = {run.layout.blocks[i].window for i in self.upper}
+        mask = run.attention_mask.bool()
+        self.allowed = {window: allowed_keys(mask, run.n_suffix, window) for window in windows}
 
     def logits(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
     ) -> Float[Tensor, "row suffix d_vocab"]:
-        run, walk = self.run, self.run.walk
-        rows = rows.to(self.after.device)
-        after = _added(self.after[rows], vectors)
-        resid = after.flatten(0, 1)  # most operations are cheaper on two axes
-        shape = (len(rows), 1, after.shape[1])
-        kept = run.kept[rows, self.upper.start - run.from_layer :].unbind(1) if len(self.upper) else ()
-        rotations = [(cos[rows][:, None], sin[rows][:, None]) for cos, sin in walk.rotations]
-        allowed = {window: None if mask is None else mask[rows] for window, mask in self.allowed.items()}
-        for layer, keys_values in zip(self.upper, kept, strict=True):
-            block = walk.layout.blocks[layer]
-            q, k, v = walk.heads(block, block.ln1(resid), shape, rotations)
-            z = attend(q, k, v, Keys(keys_values, allowed[block.window], block.scale, walk.cap))
-            resid = walk.finish(block, resid, z.reshape(len(resid), -1))
-        return run.logits(resid).view(*after.shape[:2], -1)
+        final = packed([(self, rows, vectors)])
+        return self.run.logits(final).view(len(rows), self.run.n_suffix, -1)
+
+
+def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tensor, "token d_model"]:
+    """Final residual streams of rows of several runs with suffixes of unlike length, part after part.
+
+    Every product takes the tokens of all of them together; only attention goes run by run.
+
+    Args:
+        parts: a run's steps, some of its rows, and one vector for all of these or one for each.
+    """
+    first = parts[0][0]
+    device = first.after.device
+    layout, walk = first.run.layout, first.run.walk
+    ready = []
+    for steps, rows, vectors in parts:
+        rows = rows.to(device)
+        kept = steps.run.kept[rows, steps.upper.start - steps.run.from_layer :].unbind(1) if steps.upper else ()
+        allowed = {window: None if mask is None else mask[rows] for window, mask in steps.allowed.items()}
+        ready.append((_added(steps.after[rows], vectors), kept, allowed, steps.run.walk, rows))
+    resid = _flat([after for after, *_ in ready])  # most operations are cheaper on two axes
+    rotations = [
+        tuple(_flat([own.rotations[table][part][rows] for _, _, _, own, rows in ready]) for part in (0, 1))
+        for table in range(len(layout.tables))
+    ]
+    shapes = [after.shape[:2] for after, *_ in ready]
+    for layer in first.upper:
+        block = layout.blocks[layer]
+        heads = walk.heads(block, block.ln1(resid), (len(resid),), rotations)
+        pieces = zip(*(x.split([n * s for n, s in shapes]) for x in heads), strict=True)
+        zs = []
+        for (q, k, v), (n, s), (_, kept, allowed, own, _) in zip(pieces, shapes, ready, strict=True):
+            keys = Keys(kept[layer - first.upper.start], allowed[block.window], block.scale, own.cap)
+            z = attend(*(x.view(n, 1, s, *x.shape[1:]) for x in (q, k, v)), keys)
+            zs.append(z.reshape(n * s, -1))
+        resid = walk.finish(block, resid, zs[0] if len(zs) == 1 else torch.cat(zs))
+    return resid
+
+
+def _flat(parts: Sequence[Float[Tensor, "row suffix *axes"]]) -> Float[Tensor, " token *axes"]:
+    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])

@@ -1,0 +1,174 @@
+"""Prompts that are kept while vectors change: what training and composition run over."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fvlens.suffix._memory import Estimate, plan_slices
+from fvlens.suffix._prefix import run_prefix
+from fvlens.suffix._routes import Route
+from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
+
+_MOST_ROWS = 512
+"""Prompts that go through together at most: more is no faster, and what is free must not decide the rounding."""
+_KEPT = 1024**3
+"""Bytes that are kept of prompts where no bound is given."""
+
+
+class SteeredPrompts:
+    """Prompts with answers, kept for many runs with a vector added after one layer at their last token.
+
+    Prompts whose answers have the same length lie together, so that none is padded to the longest. What is kept of them
+    stays inside a bound: slices that do not fit go when others are needed, and are run again when they are.
+
+    Args:
+        model: the model.
+        tokens, mask: the prompts, left-padded.
+        answers: the tokens of their answers, -1 behind the end.
+        layer: vectors are added after this layer.
+        path: ``"weights"`` or ``"kv"``.
+        max_memory: bytes for activations and what is kept; by default 1 GiB for each of the two.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "prompt pos"],
+        mask: Int[Tensor, "prompt pos"],
+        answers: Int[Tensor, "prompt answer_pos"],
+        layer: int,
+        *,
+        path: Route,
+        max_memory: int | None = None,
+    ) -> None:
+        self.model, self.layer, self.path = model, layer, path
+        self.answers = answers.to(next(model.parameters()).device)
+        lengths = (answers >= 0).sum(dim=1)
+        self.n_answers = sorted(set(lengths.tolist()))
+        longest = self.n_answers[-1]
+        half = None if max_memory is None else max_memory // 2
+        plan = plan_slices(
+            model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, max_memory=half,
+            gradients=True, **self._kept_part(),
+        )  # fmt: skip
+        self.rows_at_once = min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
+        self.is_copied = plan.copied
+        self._room = _KEPT if half is None else half
+        self._slices: list[tuple[Tensor, Tensor, int]] = []
+        self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
+        self._place_in = torch.zeros(len(tokens), dtype=torch.long)
+        for n_answer in self.n_answers:
+            index = (lengths == n_answer).nonzero().flatten()
+            width = int(mask[index].sum(dim=1).max())
+            given = answers[index, : n_answer - 1]
+            whole = torch.cat([tokens[index, -width:], given], dim=1)
+            seen = torch.cat([mask[index, -width:], torch.ones_like(given)], dim=1)
+            for part in torch.arange(len(index)).split(self.rows_at_once):
+                self._slice_of[index[part]] = len(self._slices)
+                self._place_in[index[part]] = torch.arange(len(part))
+                self._slices.append((whole[part], seen[part], n_answer))
+        self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self._slice_of)
+
+    def _kept_part(self) -> dict[str, Any]:
+        """What is kept of a run: what a suffix above the layer needs."""
+        return dict(from_layer=self.layer + 1, keep_z=False) if self.path == "weights" else {}
+
+    def _steps_of(self, i: int) -> SteeredSuffix:
+        """The steps of a slice, kept or run again."""
+        if i in self._steps:
+            self._steps.move_to_end(i)
+            return self._steps[i][0]
+        whole, seen, n_answer = self._slices[i]
+        options = dict(copied=self.is_copied) if self.path == "weights" else {}
+        run = run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path, **self._kept_part(), **options)
+        steps = run.steps(self.layer)
+        size = len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+        while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
+            self._steps.popitem(last=False)
+        self._steps[i] = steps, size
+        return steps
+
+    def _parts(self, rows: Int[Tensor, " row"]) -> list[tuple[SteeredSuffix, Tensor, Tensor]]:
+        """Steps, places in them, and positions in ``rows``, slice by slice."""
+        rows = rows.cpu()
+        slices = self._slice_of[rows]
+        found = []
+        for i in sorted(set(slices.tolist())):
+            where = (slices == i).nonzero().flatten()
+            found.append((self._steps_of(i), self._place_in[rows[where]], where))
+        return found
+
+    def after(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        """The residual stream after the layer at the prompts' last tokens."""
+        parts = self._parts(rows)
+        found = torch.cat([steps.after[place.to(steps.after.device), 0] for steps, place, _ in parts])
+        return found[torch.cat([where for *_, where in parts]).argsort().to(found.device)]
+
+    def _final(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> tuple[SteeredSuffix, Float[Tensor, "token d_model"], list[tuple[Tensor, int]]]:
+        """Final residual streams of all tokens, and for each part its positions in ``rows`` and its answers' length."""
+        parts = self._parts(rows)
+        vectors = vectors.to(self.answers.device)
+        given = [vectors if vectors.ndim == 1 else vectors[where.to(vectors.device)] for *_, where in parts]
+        order = [(where, steps.run.n_suffix) for steps, _, where in parts]
+        laid_out = [(steps, place) for steps, place, _ in parts if isinstance(steps, LaidOutSteps)]
+        if len(laid_out) == len(parts):
+            final = packed([(*part, own) for part, own in zip(laid_out, given, strict=True)])
+        else:
+            runs = [steps.run.select(place) for steps, place, _ in parts]
+            each = zip(runs, given, strict=True)
+            final = torch.cat([steered_resid(run, self.layer, own).flatten(0, 2) for run, own in each])
+        return parts[0][0], final, order
+
+    def first_logits(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits at the prompts' last tokens, with one vector for all rows or one for each; differentiable."""
+        steps, final, order = self._final(rows, vectors)
+        return steps.run.logits(final[_firsts(order).to(final.device)])
+
+    def read(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"], *, first: bool = False
+    ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"] | None]:
+        """Log-probability of each answer token (nats, 0 behind the end), and logits at the prompts' last tokens.
+
+        Args:
+            rows: the prompts.
+            vectors: one for all of them, or one for each.
+            first: give the logits, too; None otherwise.
+        """
+        steps, final, order = self._final(rows, vectors)
+        logits = steps.run.logits(final)
+        device = logits.device
+        targets = [self.answers[rows[own].to(self.answers.device), :n].flatten() for own, n in order]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logs = -F.cross_entropy(logits.to(wide), torch.cat(targets).to(device), reduction="none")
+        width = self.answers.shape[1]
+        if len(order) == 1 and order[0][1] == width:  # in order, and of the full length
+            found = logs.view(len(rows), width)
+        else:
+            places = torch.cat([(own[:, None] * width + torch.arange(n)).flatten() for own, n in order]).to(device)
+            found = torch.zeros(len(rows) * width, dtype=wide, device=device).index_put((places,), logs)
+            found = found.view(len(rows), width)
+        if not first:
+            return found, None
+        return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
+
+
+def _firsts(order: Sequence[tuple[Int[Tensor, " row"], int]]) -> Int[Tensor, " row"]:
+    """Where the first token of each row lies among the tokens of all parts."""
+    starts, at = [], 0
+    for own, n_answer in order:
+        starts.append(at + n_answer * torch.arange(len(own)))
+        at += n_answer * len(own)
+    return torch.cat(starts)[torch.cat([own for own, _ in order]).argsort()]
