@@ -136,6 +136,8 @@ def run(
     if given is not None:
         out.print(f"{len(given.heads)} heads from {given.path} ({given.note})", highlight=False, soft_wrap=True)
     out.print(_summary(result))
+    for caution in result.cautions:
+        _say(caution)
     _wrote(files)
 
 
@@ -237,6 +239,8 @@ def universal(
         table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
     out.print(f"mean over {n_kept} relations on {model}, {labels} labels", highlight=False, soft_wrap=True)
     out.print(table)
+    if found.caution:
+        _say(found.caution)
     left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
     if left_out:
         out.print(
@@ -363,7 +367,8 @@ def study(
     means, effects = relation_effects(
         network, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), **shared
     )
-    vector = function_vector(network, means, heads=effects[labels].top(n_heads), layer=layer or 0, seed=seed)
+    vector = function_vector(network, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
+    caution = effects[labels].caution(n_heads)
     if layer is None:
         vector = vector.at_layer(finished(layer_sweep(network, split.valid, vector, **shared)).best_layer)
     given = {"n_seeds": n_seeds, "n_train": n_train}
@@ -388,6 +393,8 @@ def study(
         highlight=False,
         soft_wrap=True,
     )
+    if caution:
+        _say(caution)
     folder.mkdir(parents=True, exist_ok=True)
     table_file = folder / f"study-{name}.csv"
     result.to_dataframe().to_csv(table_file, index=False)
@@ -464,16 +471,18 @@ def heads(
         options,
         found.name,
         generator,
+        rankings=(labels,),
         method=method,
         recheck=recheck,
         progress=not quiet,
     )
     chosen, again = effects[labels], effects[labels].recheck
+    caution = chosen.caution(n_heads)  # first, since it checks the number
     table = Table("head", chosen.score, "standard error", title=f"{relation}, {labels} labels", box=None)
     if again is not None:
         table.add_column("exact AIE")
         table.add_column("standard error")
-    for head in chosen.top(n_heads):
+    for head in chosen.ranking[:n_heads]:
         row = [str(head), f"{chosen.aie[head]:.4f}", f"{chosen.stderr[head]:.4f}"]
         if again is not None and head in again.heads:
             i = again.heads.index(head)
@@ -481,7 +490,9 @@ def heads(
         table.add_row(*row)
     out.print(table)
     if chosen.note:
-        out.print(chosen.note, highlight=False, soft_wrap=True)
+        _say(chosen.note)
+    if caution:
+        _say(caution)
 
 
 @app.command()
@@ -753,9 +764,13 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
+def _say(text: str) -> None:
+    out.print(text, highlight=False, soft_wrap=True)
+
+
 def _wrote(files: Sequence[Path]) -> None:
     for file in files:
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        _say(f"wrote {file}")
 
 
 def _summary(result) -> Table:

@@ -233,6 +233,18 @@ class UniversalHeads:
         """The n heads with the largest :attr:`mean`, best first."""
         return self._top(self.n)
 
+    @property
+    def caution(self) -> str:
+        """What must be said of the heads: how many of them do not help on average; empty if all do."""
+        hurting = [head for head in self.heads if not float(self.mean[head]) > 0]
+        if not hurting:
+            return ""
+        shown = ", ".join(map(str, hurting[:5])) + (", ..." if len(hurting) > 5 else "")
+        return (
+            f"{len(hurting)} of the {self.n} heads have a mean AIE of 0 or less ({shown}), as only "
+            f"{int((self.mean > 0).sum())} heads have a positive one; take fewer heads."
+        )
+
     def _top(self, n: int) -> list[Head]:
         order = self.mean.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [Head(*divmod(i, self.fingerprint.n_heads)) for i in order]

@@ -795,3 +795,20 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
     vector = fvlens.FunctionVector(torch.ones(tied.cfg.d_model), 1, (), "r", fingerprint(tied))
     found = evaluate_adapted(tied, pairs, vector, generator=seeded())
     assert found.ranks.tolist() == [0, 1] and found.predictions == ("cold", "cold")
+
+
+def test_a_comparison_says_that_heads_were_taken_that_do_not_help(tiny, monkeypatch):
+    from fvlens import universal
+
+    original = universal.indirect_effects
+    how = dict(QUICK, n_unrelated=2, progress=False)
+    assert compare(tiny, "country-capital", **how).caution == ""
+
+    def shifted(*args, **given):  # two heads help
+        found = original(*args, **given)
+        return dataclasses.replace(found, cie=found.cie - found.aie.flatten().sort(descending=True).values[1:3].mean())
+
+    monkeypatch.setattr(universal, "indirect_effects", shifted)
+    found = compare(tiny, "country-capital", **how)
+    assert found.caution.startswith("1 of the 3 best heads have an exact AIE of 0 or less (L")
+    assert found.describe().endswith(f"Heads: {found.caution}") and found.caution in found.to_markdown()

@@ -578,15 +578,42 @@ def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
     common = dict(queries=split.valid, template="arrow", relation="plural", generator=g)
     clean = fvlens.build_prompts(model, split.train, n_prompts=8, **common)
     means = fvlens.mean_head_activations(model, clean, progress=False)
-    for kind in ("permuted", "random"):
-        corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=kind, **common)
-        if kind == labels:
-            break
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=labels, **common)
     effects = fvlens.indirect_effects(model, corrupted, means, progress=False)
     expected = [[str(h), f"{effects.aie[h]:.4f}", f"{effects.stderr[h]:.4f}"] for h in effects.top(4)]
     rows = cells(out)
     assert rows[0] == [f"plural, {labels} labels"]
     assert rows[1:] == [["head", "AIE", "standard error"], *expected]
+
+
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_heads_ranks_by_the_labels_that_were_asked_for_alone(call, monkeypatch, labels):
+    asked = []
+    original = fvlens.universal.indirect_effects
+
+    def watched(model, prompts, *args, **given):
+        asked.append(prompts.labels)
+        return original(model, prompts, *args, **given)
+
+    monkeypatch.setattr("fvlens.universal.indirect_effects", watched)
+    assert call("heads", "plural", "--n-prompts", 2, "--labels", labels, "--quiet")[0] == 0
+    assert asked == [labels]
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "atp", "--recheck", 32]])
+def test_heads_says_which_heads_do_not_help(call, options):
+    """Of all 32 heads many hurt; of the best two none does."""
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 32, *options, "--quiet")
+    assert (code, err) == (0, "")
+    effects = [float(row[3 if options else 1]) for row in cells(out)[2:34]]
+    n_below = sum(effect < 0 for effect in effects)
+    assert effects == sorted(effects, reverse=True) and n_below > 2
+    last = out.splitlines()[-1]
+    assert re.match(r"\d+ of the 32 best heads have an exact AIE of 0 or less \(L\dH\d, ", last)
+    assert int(last.split()[0]) >= n_below
+    assert "exact AIE of 0" not in call("heads", "plural", "--n-prompts", 4, "--n-heads", 2, *options, "--quiet")[1]
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 33, "--quiet")
+    assert code == 2 and "expected n between 1 and 32 (all heads), got 33" in err
 
 
 def test_heads_prints_a_screen_and_its_recheck(call, model):

@@ -171,6 +171,18 @@ def test_mean_error_and_heads_follow_from_the_relations_that_count():
         assert all(isinstance(head, Head) for head in heads)
 
 
+def test_heads_that_do_not_help_on_average_are_announced():
+    result = made()
+    n_helping = int((result.mean > 0).sum())
+    assert n_helping < 6
+    every = dataclasses.replace(result, n=6)
+    assert every.caution.startswith(f"{6 - n_helping} of the 6 heads have a mean AIE of 0 or less (L")
+    assert f"as only {n_helping} heads have a positive one" in every.caution
+    assert all(str(head) in every.caution for head in every.heads[n_helping:][:5])
+    if n_helping:
+        assert dataclasses.replace(result, n=n_helping).caution == ""
+
+
 def test_one_relation_has_no_error():
     result = made(icl=(0.9,), majority=(0.1,))
     assert torch.equal(result.mean, result.aie[0])

@@ -297,6 +297,7 @@ class Comparison:
         fingerprint: the model.
         data_hash: hash of the relation's pairs.
         complete: False if interrupted; the rows that were finished are there.
+        caution: whether heads were taken that do not help (:meth:`~fvlens.attribution.IndirectEffects.caution`).
     """
 
     relation: str
@@ -310,6 +311,7 @@ class Comparison:
     fingerprint: Fingerprint
     data_hash: str
     complete: bool
+    caution: str = ""
 
     @property
     def n_test(self) -> int:
@@ -379,6 +381,7 @@ class Comparison:
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
             f"layer {self.layer}, seed {self.seed}. Trained: numbers that were trained. KL: collateral change of the "
             f"next token after {self.n_unrelated} prompts of other relations, in nats. Intervals: 95% bootstrap."
+            + (f" Heads: {self.caution}" if self.caution else "")
         )
 
     def to_markdown(self) -> str:
@@ -513,7 +516,7 @@ def compare(
         model, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), generator=fresh(), progress=progress,
         **named,
     )  # fmt: skip
-    untuned = function_vector(model, means, heads=effects[labels].top(n_heads), layer=layer or 0, seed=seed)
+    untuned = function_vector(model, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
     if layer is None:
         sweep = finished(layer_sweep(model, split.valid, untuned, generator=fresh(), progress=progress, **named))
         untuned = untuned.at_layer(sweep.best_layer)
@@ -571,4 +574,5 @@ def compare(
         fingerprint=fingerprint(model),
         data_hash=found.data_hash,
         complete=len(done) == total,
+        caution=effects[labels].caution(n_heads),
     )
