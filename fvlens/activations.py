@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fvlens.interventions import hooked, z_hook
 from fvlens.models import Fingerprint, fingerprint, model_device
-from fvlens.prompts import Prompts, TokenClass
+from fvlens.prompts import Prompts, Template, TokenClass, get_template
 from fvlens.suffix import in_batches, open_reader, plan_batch
 
 Positions = str
@@ -54,7 +54,7 @@ class HeadMeans:
         positions: ``"last"`` or a token class; the mean over a class is over all its tokens in all prompts.
         n_prompts: number of prompts averaged.
         fingerprint: the model.
-        relation, template, n_shots, labels, data_hash: the prompts.
+        relation, template, n_shots, labels, data_hash: the prompts. A template's name gives the built-in one.
     """
 
     z: Float[Tensor, "layer head d_head"]
@@ -62,10 +62,13 @@ class HeadMeans:
     n_prompts: int
     fingerprint: Fingerprint
     relation: str
-    template: str
+    template: Template | str
     n_shots: int
     labels: str
     data_hash: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
 
 
 def mean_head_activations(
@@ -147,7 +150,7 @@ def mean_head_activations(
         n_prompts=len(prompts),
         fingerprint=fingerprint(model),
         relation=prompts.relation,
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         labels=prompts.labels,
         data_hash=prompts.data_hash,

@@ -25,7 +25,7 @@ from fvlens.activations import HeadMeans, Positions, position_mask
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import Interval, log_probability, spearman, top_k_overlap
 from fvlens.models import Fingerprint, fingerprint, model_device
-from fvlens.prompts import Prompts, TokenClass
+from fvlens.prompts import Prompts, Template, TokenClass, get_template
 from fvlens.screens import Screening, attribution_patching, integrated_gradients, relevance
 from fvlens.suffix import (
     Path,
@@ -133,7 +133,7 @@ class IndirectEffects:
     complete: bool
     relation: str
     labels: str
-    template: str
+    template: Template | str
     n_shots: int
     data_hash: str
     fingerprint: Fingerprint
@@ -141,6 +141,9 @@ class IndirectEffects:
     n_steps: int | None = None
     note: str = ""
     recheck: Recheck | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
 
     @property
     def unit(self) -> str:
@@ -560,7 +563,7 @@ def indirect_effects(
         complete=complete,
         relation=prompts.relation,
         labels=prompts.labels,
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         data_hash=prompts.data_hash,
         fingerprint=means.fingerprint,

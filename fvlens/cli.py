@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fvlens.models import EMBEDDED_MODELS, official_names
-from fvlens.prompts import TEMPLATES, get_template
+from fvlens.prompts import TEMPLATES, Template, read_template, template_or
 from fvlens.relations import list_relations, load_relation
 
 app = typer.Typer(
@@ -41,7 +41,9 @@ HeadsOption = Annotated[int, typer.Option("--n-heads", min=1, help="Heads in the
 LabelsOption = Annotated[
     Literal["permuted", "random"], typer.Option("--labels", help="Corruption that heads are ranked on.")
 ]
-TemplateOption = Annotated[str, typer.Option("--template", help=f"One of {', '.join(TEMPLATES)}.")]
+TemplateOption = Annotated[
+    str, typer.Option("--template", help=f"One of {', '.join(TEMPLATES)}, or a JSON file with a template of your own.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda ...; by default CUDA if there is one.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "float64"] | None,
@@ -109,7 +111,7 @@ def run(
         n_shots=n_shots,
         n_prompts=n_prompts,
         layer=layer,
-        template=template,
+        template=_template(template),
         n_train=n_train,
         epochs=epochs,
         **chosen,
@@ -229,7 +231,7 @@ def universal(
         n_shots=n_shots,
         n_prompts=n_prompts,
         labels=labels,
-        template=template,
+        template=_template(template),
         generator=torch.Generator().manual_seed(seed),
         progress=not quiet,
     )
@@ -298,7 +300,7 @@ def compare(
         n_prompts=n_prompts,
         epochs=epochs,
         n_unrelated=n_unrelated,
-        template=template,
+        template=_template(template),
         seed=seed,
         progress=not quiet,
     )
@@ -362,7 +364,7 @@ def study(
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator, train=0.7 if sized else 0.45)
     shared: dict[str, Any] = {
-        "template": template, "relation": relation, "generator": generator, "progress": not quiet
+        "template": _template(template), "relation": relation, "generator": generator, "progress": not quiet
     }  # fmt: skip
     means, effects = relation_effects(
         network, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), **shared
@@ -373,7 +375,7 @@ def study(
         vector = vector.at_layer(finished(layer_sweep(network, split.valid, vector, **shared)).best_layer)
     given = {"n_seeds": n_seeds, "n_train": n_train}
     result = STUDIES[name](
-        network, split, init=vector, settings=Settings(epochs=epochs, template=template), relation=relation,
+        network, split, init=vector, settings=Settings(epochs=epochs, template=_template(template)), relation=relation,
         generator=generator, progress=not quiet, **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
     table = Table(result.x_title, *(Column(line, justify="right") for line in result.lines), box=None)
@@ -461,7 +463,7 @@ def heads(
 
     found = load_relation(relation)
     options = RunOptions(
-        seed=seed, n_shots=n_shots, n_prompts=n_prompts, n_heads=n_heads, labels=labels, template=template
+        seed=seed, n_shots=n_shots, n_prompts=n_prompts, n_heads=n_heads, labels=labels, template=_template(template)
     )
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator)
@@ -503,6 +505,9 @@ def inject(
     scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
     top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
     generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate this many tokens.")] = 0,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """What a prompt continues with, without and with a vector injected at its last token."""
@@ -511,13 +516,13 @@ def inject(
     from fvlens.models import bos_token_id, model_device
     from fvlens.vectors import FunctionVector
 
-    loaded = FunctionVector.load(vector)
+    loaded = FunctionVector.load(vector, template=None if template is None else _template(template))
     network = _load(model, device)
     loaded.check(network)
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
     if len(prompt.split()) == 1:
-        prompt = get_template(loaded.template or "qa").query.format(input=f" {prompt.strip()}")
+        prompt = template_or(loaded.template).bare(prompt.strip())
     bos = bos_token_id(network)
     ids = network.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[*([] if bos is None else [bos]), *ids]], device=model_device(network))
@@ -594,7 +599,8 @@ def compose(
         raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
     made = library_composite(
         _load(model, device), layer=layer, n_train=n_train, map=map, setting=setting, n_analogies=n_analogies,
-        epochs=epochs, gate=gate, template=template, generator=torch.Generator().manual_seed(seed), progress=not quiet,
+        epochs=epochs, gate=gate, template=_template(template), generator=torch.Generator().manual_seed(seed),
+        progress=not quiet,
     )  # fmt: skip
     out.print(f"{len(made.basis)} vectors after layer {made.basis.layer}, map {map}", highlight=False, soft_wrap=True)
     for found in made.gates:
@@ -762,6 +768,18 @@ def _folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder.")
     return folder
+
+
+def _template(given: str) -> str | Template:
+    """The name of a built-in template, or the template in a file."""
+    if given in TEMPLATES:
+        return given
+    if Path(given).suffix == ".json" or Path(given).is_file():
+        return read_template(given)
+    raise ValueError(
+        f"--template: no template named {given!r}; expected one of {', '.join(TEMPLATES)}, or a JSON file with name, "
+        "demonstration, query and perhaps prefix."
+    )
 
 
 def _say(text: str) -> None:

@@ -41,7 +41,7 @@ from fvlens.metrics import (
     top_k_accuracy,
 )
 from fvlens.models import Fingerprint, model_device
-from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts
+from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts, template_or
 from fvlens.relations import Pair, Relation
 from fvlens.suffix import Reader, halving, open_reader, plan_batch
 from fvlens.types import Head, HeadLike, Steering, as_heads
@@ -78,7 +78,7 @@ class Evaluation:
         probabilities: probability of the answer's first token.
         log_probabilities: teacher-forced log-probability of the whole answer, in nats, summed over its tokens.
         interval: 95% bootstrap interval of :attr:`top1`.
-        template: name of the template.
+        template: how the prompts were written.
         n_shots: demonstrations in each prompt.
         labels: how the demonstrations' labels were chosen.
         scale: factor on the vector.
@@ -97,7 +97,7 @@ class Evaluation:
     probabilities: Float[Tensor, " prompt"]
     log_probabilities: Float[Tensor, " prompt"]
     interval: Interval
-    template: str
+    template: Template
     n_shots: int
     labels: str
     scale: float
@@ -203,7 +203,7 @@ def evaluate(
     setting: Setting = "zero_shot",
     demonstrations: Pairs | None = None,
     n_shots: int = 10,
-    template: str | Template = "qa",
+    template: str | Template | None = None,
     labels: Labels | None = None,
     pool: Sequence[str] | None = None,
     relation: str | None = None,
@@ -227,7 +227,7 @@ def evaluate(
         demonstrations: pairs that ``icl`` and ``shuffled`` draw from, never the query's own input; not used by
             ``zero_shot``.
         n_shots: demonstrations in each prompt; not used by ``zero_shot``.
-        template: name of a built-in template, or a ``Template``.
+        template: name of a built-in template, or a ``Template``; by default that of ``vector``, else ``"qa"``.
         labels: how ``shuffled`` corrupts labels: ``"permuted"`` (the default), ``"deranged"`` or ``"random"``.
         pool: answers that random labels are drawn from; by default those of other library relations.
         relation: name recorded in the result; by default that of ``pairs`` or ``demonstrations`` if one is a relation.
@@ -260,10 +260,16 @@ def evaluate(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (zero-shot and shuffled-label evaluation).
     """
+    template = _asked(vector, template)
     prompts = _build(
         "evaluate", model, pairs, setting, demonstrations, n_shots, template, labels, pool, relation, generator
     )
     return _evaluate(model, prompts, setting, vector, scale, batch_size, generator)
+
+
+def _asked(source: Any, template: str | Template | None) -> Template:
+    """The template that was asked for, else that of a vector or of means, else ``qa``."""
+    return template_or(template, getattr(source, "template", None))
 
 
 def _build(
@@ -348,7 +354,7 @@ def _provenance(
         "setting": setting,
         "relation": prompts.relation,
         "queries": prompts.queries,
-        "template": prompts.template.name,
+        "template": prompts.template,
         "n_shots": prompts.n_shots,
         "labels": prompts.labels,
         "scale": float(scale),
@@ -506,7 +512,7 @@ class GeneratedAnswers:
         interval: 95% bootstrap interval of :attr:`exact_match`.
         f1_interval: 95% bootstrap interval of :attr:`f1`.
         max_new_tokens: tokens generated at most.
-        template: name of the template.
+        template: how the prompts were written.
         n_shots: demonstrations in each prompt.
         labels: how the demonstrations' labels were chosen.
         scale: factor on the vector.
@@ -526,7 +532,7 @@ class GeneratedAnswers:
     interval: Interval
     f1_interval: Interval
     max_new_tokens: int
-    template: str
+    template: Template
     n_shots: int
     labels: str
     scale: float
@@ -599,7 +605,7 @@ def generate_answers(
     setting: Setting = "zero_shot",
     demonstrations: Pairs | None = None,
     n_shots: int = 10,
-    template: str | Template = "qa",
+    template: str | Template | None = None,
     labels: Labels | None = None,
     pool: Sequence[str] | None = None,
     relation: str | None = None,
@@ -645,6 +651,7 @@ def generate_answers(
     """
     if max_new_tokens < 1:
         raise ValueError(f"generate_answers: expected max_new_tokens of at least 1, got {max_new_tokens}.")
+    template = _asked(vector, template)
     prompts = _build(
         "generate_answers", model, pairs, setting, demonstrations, n_shots, template, labels, pool, relation, generator
     )
@@ -849,7 +856,7 @@ def layer_sweep(
     setting: Setting = "zero_shot",
     demonstrations: Pairs | None = None,
     n_shots: int = 10,
-    template: str | Template = "qa",
+    template: str | Template | None = None,
     labels: Labels | None = None,
     pool: Sequence[str] | None = None,
     relation: str | None = None,
@@ -912,6 +919,7 @@ def layer_sweep(
             f"layer_sweep: no vector for layer {outside[0]}; the model has layers 0..{model.cfg.n_layers - 1}, and "
             f"there are vectors for {sorted(by_layer)}."
         )
+    template = _asked(by_layer[chosen[0]], template)
     prompts = _build(
         "layer_sweep", model, pairs, setting, demonstrations, n_shots, template, labels, pool, relation, generator
     )
@@ -985,7 +993,7 @@ def head_count_sweep(
     setting: Setting = "zero_shot",
     demonstrations: Pairs | None = None,
     n_shots: int = 10,
-    template: str | Template = "qa",
+    template: str | Template | None = None,
     labels: Labels | None = None,
     pool: Sequence[str] | None = None,
     relation: str | None = None,
@@ -1039,6 +1047,7 @@ def head_count_sweep(
             f"head_count_sweep: expected counts in 1..{len(heads)} (the ranking's length), got {list(counts or ())}."
         )
     vectors = [function_vector(model, means, heads=heads[:count], layer=layer) for count in chosen]
+    template = _asked(means, template)
     prompts = _build(
         "head_count_sweep", model, pairs, setting, demonstrations, n_shots, template, labels, pool, relation, generator
     )
@@ -1194,7 +1203,7 @@ def controls(
     n_random: int = 10,
     n_shots: int = 10,
     setting: Setting = "zero_shot",
-    template: str | Template = "qa",
+    template: str | Template | None = None,
     labels: Labels | None = None,
     pool: Sequence[str] | None = None,
     relation: str | None = None,
@@ -1253,6 +1262,8 @@ def controls(
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     start = _copy(generator)
+
+    template = _asked(vector, template)
 
     def prompts_of(asked: str, source: torch.Generator) -> Prompts:
         own_labels = labels if asked == "shuffled" else None

@@ -30,7 +30,7 @@ from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, 
 from fvlens.finetuning import FineTuned, finetune, finetune_many
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.models import Fingerprint, fingerprint, load_model, model_device
-from fvlens.prompts import get_template
+from fvlens.prompts import TEMPLATES, Template, get_template, template_from
 from fvlens.relations import Relation, Split, list_relations, load_relation
 from fvlens.types import Head, as_heads
 from fvlens.universal import RANKINGS, GivenHeads, Ranking, file_hash, finished, relation_effects
@@ -85,7 +85,7 @@ class RunOptions:
         n_heads: heads in the function vector.
         labels: the corruption on which the saved vector's heads are ranked.
         layer: inject after this layer; by default the best one on the validation pairs.
-        template: how prompts are written.
+        template: how prompts are written: the name of a built-in template, or a template itself.
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
         n_train: pairs that the fine-tuned vector is trained on, the first of the train part.
@@ -99,7 +99,7 @@ class RunOptions:
     n_heads: int = 10
     labels: Ranking = "permuted"
     layer: int | None = None
-    template: str = "qa"
+    template: str | Template = "qa"
     n_random: int = 10
     n_others: int = 3
     n_train: int = 20
@@ -515,6 +515,15 @@ def _tuned(model: Any, split: Split, options: RunOptions, run: FineTuned, others
     return Tuned(run, run.vector, evaluation, controls, other, tuple(run.vector.decode(model, k=10)))
 
 
+def _options_json(options: RunOptions) -> dict[str, Any]:
+    """Options as plain JSON values; of a template of one's own the name, and the whole of it as ``template_text``."""
+    template = get_template(options.template)
+    found = asdict(options) | {"template": template.name}
+    if TEMPLATES.get(template.name) != template:
+        found["template_text"] = template.to_json()
+    return found
+
+
 def results_json(result: RunResult) -> dict[str, Any]:
     """The numbers of a run, and everything they depend on, as plain JSON values.
 
@@ -594,7 +603,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "cautions": list(result.cautions),
         "decoded": [list(pair) for pair in result.decoded],
         "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
-        "options": asdict(result.options) | {"heads_file": None if given is None else given.path},
+        "options": _options_json(result.options) | {"heads_file": None if given is None else given.path},
         "loading": None if result.loading is None else asdict(result.loading),
         "command": None if result.command is None else list(result.command),
         "fingerprint": asdict(result.fingerprint),
@@ -957,7 +966,13 @@ def read_run(folder: str | Path) -> RecordedRun:
         raise ValueError(f"{path}: relation: {error}") from error
     recorded = field("options", dict)
     heads_file = _field(path, recorded, "heads_file", str | None, "options.")
-    options = _made(path, RunOptions, {key: recorded[key] for key in recorded if key != "heads_file"}, "options")
+    fields = {key: recorded[key] for key in recorded if key not in ("heads_file", "template_text")}
+    if "template_text" in recorded:
+        try:
+            fields["template"] = template_from(recorded)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: options.template_text: {error}") from error
+    options = _made(path, RunOptions, fields, "options")
     if field("seed", int) != options.seed:
         raise ValueError(f"{path}: seed: {content['seed']}, but options.seed is {options.seed}; expected one seed.")
     loading = field("loading", dict | None)

@@ -616,7 +616,7 @@ def test_result_says_where_it_comes_from(models, generator):
     )
     means = means_of(model, clean)
     got = effects_of(model, prompts, means)
-    assert (got.relation, got.labels, got.template, got.n_shots) == ("antonym", "permuted", "arrow", 1)
+    assert (got.relation, got.labels, str(got.template), got.n_shots) == ("antonym", "permuted", "arrow", 1)
     assert (got.method, got.positions, got.answer, got.complete) == ("exact", "last", "first", True)
     assert got.data_hash == prompts.data_hash != clean.data_hash
     assert got.fingerprint == fingerprint(model)

@@ -486,7 +486,7 @@ def test_layer_and_labels_can_be_chosen(tiny):
     )  # fmt: skip
     assert {vector.layer for vector in found.vectors.values()} == {1}
     assert found.vector is found.vectors["random"]
-    assert (found.vector.template, found.vector.seed, found.model_name) == ("arrow", 5, "my model")
+    assert (str(found.vector.template), found.vector.seed, found.model_name) == ("arrow", 5, "my model")
     control = next(row for row in found.controls.rows if row.kind == "vector").evaluations[0]
     assert torch.equal(control.probabilities, found.steered["random"].probabilities)
     assert results_json(found)["options"]["labels"] == "random"

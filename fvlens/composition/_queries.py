@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
-from fvlens.prompts import render_prompts
+from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
 from fvlens.suffix import Path, choose_path
 
@@ -42,7 +42,7 @@ class Queries:
         demonstrations: Sequence[Sequence[Pair]] | None = None,
         *,
         layer: int,
-        template: str = "qa",
+        template: Template | str = "qa",
         path: Path | None = None,
         max_memory: int | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ def source_scores(
     basis: VectorSet,
     pairs: Sequence[Pair | tuple[str, str]],
     *,
-    template: str = "qa",
+    template: Template | str | None = None,
     path: Path | None = None,
     max_memory: int | None = None,
     progress: bool = False,
@@ -115,7 +115,7 @@ def source_scores(
         model: the model.
         basis: vectors v_1..v_n.
         pairs: source pairs (A, B); one that occurs several times is run once.
-        template: how the bare query is written.
+        template: how the bare query is written; by default as the basis was made with, else ``"qa"``.
         path, max_memory: as for :func:`fvlens.finetune`.
         progress: show a bar.
 
@@ -134,6 +134,7 @@ def source_scores(
         raise ValueError("source_scores: expected at least one pair, got none.")
     every = [Pair(*pair) for pair in pairs]
     unique = list(dict.fromkeys(every))
+    template = template_or(template, basis.template)
     queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)
     vectors = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
 

@@ -20,7 +20,7 @@ from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchange
 from fvlens.finetuning._finetune import finetune
 from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import Prompts, build_prompts, render_prompts
+from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.types import Steering
 from fvlens.universal import Ranking, finished, relation_effects
@@ -36,12 +36,21 @@ Pairs = Relation | Sequence[Pair | tuple[str, str]]
 # --- what a method gains ---
 
 
+def _template_of(adapted: Any) -> Template | str | None:
+    """The template that a method was trained with, or that of its vector; None if it knows of none."""
+    settings = getattr(adapted, "settings", None)
+    if settings is not None:
+        return settings.template
+    steering = getattr(getattr(adapted, "change", adapted), "steering", adapted)
+    return getattr(steering, "template", None)
+
+
 def evaluate_adapted(
     model: Any,
     pairs: Pairs,
     adapted: Adapted | Steering | Change | None,
     *,
-    template: str = "qa",
+    template: Template | str | None = None,
     relation: str | None = None,
     batch_size: int | None = None,
     check: bool = True,
@@ -56,7 +65,7 @@ def evaluate_adapted(
         model: the model.
         pairs: the pairs asked, one query each.
         adapted: what a baseline or ``finetune`` gave, a vector, or None for the model as it is.
-        template: name of a built-in template.
+        template: how queries are written; by default as ``adapted`` was made with, else ``"qa"``.
         relation: name recorded in the result; by default that of ``pairs``.
         batch_size: prompts run together; by default chosen from what memory is free.
         check: ask ``adapted`` whether it was made on this model.
@@ -82,6 +91,7 @@ def evaluate_adapted(
     change = as_change(adapted)
     if check:
         change.check(model)
+    template = template_or(template, _template_of(adapted))
     bare = build_prompts(model, pairs, n_shots=0, template=template, relation=relation, generator=generator)
     prompts = change.on(model, bare)
     n_answer = prompts.answer_tokens.shape[1]
@@ -108,7 +118,7 @@ def evaluate_adapted(
         probabilities=all_logs[:, 0].exp(),
         log_probabilities=all_logs.sum(dim=1),
         interval=bootstrap_interval(all_ranks == 0, generator=generator),
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         labels=prompts.labels,
         scale=1.0,
@@ -154,7 +164,7 @@ def unrelated_prompts(
     *,
     n: int = 200,
     n_shots: int = 2,
-    template: str = "qa",
+    template: Template | str = "qa",
     generator: torch.Generator,
 ) -> Prompts:
     """Prompts that have nothing to do with a relation: other library relations, asked after demonstrations of them.
@@ -449,7 +459,7 @@ def compare(
     epochs: int = 20,
     batch_size: int | None = 5,
     n_unrelated: int = 200,
-    template: str = "qa",
+    template: Template | str = "qa",
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
