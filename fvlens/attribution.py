@@ -25,7 +25,7 @@ from fvlens.activations import HeadMeans, Positions, position_mask
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import Interval, log_probability, spearman, top_k_overlap
 from fvlens.models import Fingerprint, fingerprint, model_device
-from fvlens.prompts import Prompts, TokenClass
+from fvlens.prompts import Prompts, Template, TokenClass, get_template
 from fvlens.screens import Screening, attribution_patching, integrated_gradients, relevance
 from fvlens.suffix import (
     Route,
@@ -133,7 +133,7 @@ class IndirectEffects:
     complete: bool
     relation: str
     labels: str
-    template: str
+    template: Template | str
     n_shots: int
     data_hash: str
     fingerprint: Fingerprint
@@ -141,6 +141,9 @@ class IndirectEffects:
     n_steps: int | None = None
     note: str = ""
     recheck: Recheck | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
 
     @property
     def unit(self) -> str:
@@ -162,26 +165,97 @@ class IndirectEffects:
         """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
         return _standard_error(self.cie)
 
-    def top(self, n: int) -> list[Head]:
-        """The n heads with the largest AIE, best first.
+    @property
+    def exact_aie(self) -> dict[Head, float]:
+        """Exact AIE of the heads for which it is known, best first: all, those of the recheck, or none of a screen's.
 
-        After a recheck, the rechecked heads come first, ordered by their exact AIE, and then the others, ordered by the
-        screen's score. The two are never compared with each other: a score may have another unit, and a head that was
-        not rechecked is not known to matter.
+        Equal effects keep the order of :attr:`aie`.
+        """
+        if self.method == "exact":
+            return {head: float(self.aie[head]) for head in self._by_score()}
+        if self.recheck is None:
+            return {}
+        order = self.recheck.aie.argsort(descending=True, stable=True).tolist()
+        return {self.recheck.heads[i]: float(self.recheck.aie[i]) for i in order}
+
+    @property
+    def ranking(self) -> list[Head]:
+        """All heads, best first.
+
+        By exact AIE where that is known of all heads. After a recheck: the rechecked heads that help, by their exact
+        AIE; the heads that were not rechecked, by the screen's score; and the rechecked heads that do not help (exact
+        AIE of 0 or less). Scores and effects are never compared with each other: a score may have another unit, and a
+        head that was not rechecked is not known to matter.
+        """
+        exact = self.exact_aie
+        helping = [head for head, effect in exact.items() if effect > 0]
+        hurting = [head for head, effect in exact.items() if not effect > 0]
+        return helping + [head for head in self._by_score() if head not in exact] + hurting
+
+    def top(self, n: int, *, helping: bool = False) -> list[Head]:
+        """The first n heads of :attr:`ranking`, best first.
+
+        A head whose exact AIE is 0 or less is known not to help. Where fewer than n other heads are left, a warning
+        says how many; :meth:`caution` gives its text without a warning.
+
+        Args:
+            n: number of heads.
+            helping: only heads with a positive exact AIE, of which there may be fewer than n, or none.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads; ``helping`` of a screen without a recheck, which
+                knows no exact effects.
+        """
+        self._check_n("top", n)
+        if helping:
+            if self.method != "exact" and self.recheck is None:
+                raise ValueError(
+                    f"top: helping=True needs exact effects, and method={self.method!r} has none; give "
+                    f"indirect_effects(..., recheck={n}) or more, or method='exact'."
+                )
+            return [head for head, effect in self.exact_aie.items() if effect > 0][:n]
+        caution = self.caution(n)
+        if caution:
+            warnings.warn(f"top: {caution}", stacklevel=2)
+        return self.ranking[:n]
+
+    def hurting(self, n: int) -> list[Head]:
+        """Those of the n best heads that are known not to help: their exact AIE is 0 or less.
 
         Raises:
             ValueError: n is not between 1 and the number of heads.
         """
-        n_layers, n_heads = self.cie.shape[1:]
-        if not 1 <= n <= n_layers * n_heads:
-            raise ValueError(f"top: expected n between 1 and {n_layers * n_heads} (all heads), got {n}.")
+        self._check_n("hurting", n)
+        exact = self.exact_aie
+        return [head for head in self.ranking[:n] if head in exact and not exact[head] > 0]
+
+    def caution(self, n: int) -> str:
+        """What must be said of the n best heads: how many of them are known not to help; empty if none is.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads.
+        """
+        hurting = self.hurting(n)
+        if not hurting:
+            return ""
+        shown = ", ".join(map(str, hurting[:5])) + (", ..." if len(hurting) > 5 else "")
+        known = "rechecked heads" if self.method != "exact" else "heads"
+        n_helping = sum(effect > 0 for effect in self.exact_aie.values())
+        return (
+            f"{len(hurting)} of the {n} best heads have an exact AIE of 0 or less ({shown}), as only {n_helping} "
+            f"{known} have a positive one; take fewer heads, or only those that help, with top({n}, helping=True)."
+        )
+
+    def _by_score(self) -> list[Head]:
+        """All heads by :attr:`aie`, ties in their order."""
+        n_heads = self.cie.shape[2]
         order = self.aie.flatten().argsort(descending=True, stable=True).tolist()
-        ranked = [Head(i // n_heads, i % n_heads) for i in order]
-        if self.recheck is not None:
-            best = self.recheck.aie.argsort(descending=True, stable=True).tolist()
-            first = [self.recheck.heads[i] for i in best]
-            ranked = first + [head for head in ranked if head not in first]
-        return ranked[:n]
+        return [Head(i // n_heads, i % n_heads) for i in order]
+
+    def _check_n(self, function: str, n: int) -> None:
+        total = self.aie.numel()
+        if not 1 <= n <= total:
+            raise ValueError(f"{function}: expected n between 1 and {total} (all heads), got {n}.")
 
     @property
     def quality(self) -> ScreenQuality | None:
@@ -264,7 +338,7 @@ class IndirectEffects:
             )
         ours, theirs = self.aie.flatten(), exact.aie.flatten()
         k = min(k, len(ours))
-        found = {head.layer * self.cie.shape[2] + head.head for head in self.top(k)}
+        found = {head.layer * self.cie.shape[2] + head.head for head in self.ranking[:k]}
         best = set(theirs.argsort(descending=True, stable=True)[:k].tolist())
         return ScreenQuality(
             spearman=_spearman(ours, theirs),
@@ -300,7 +374,8 @@ class IndirectEffects:
     def plot(self, *, n_top: int = 10) -> "go.Figure":
         """Heatmap of the AIE, layer by head, the ``n_top`` best heads outlined; of a screen, its mean scores by name.
 
-        After a recheck the hover text gives the exact AIE, and the outlined heads are those of :meth:`top`.
+        Outlined are the heads of :meth:`top`, but for those that are known not to help; the title says how many these
+        are. After a recheck the hover text gives the exact AIE.
         """
         from fvlens import plots
 
@@ -312,10 +387,13 @@ class IndirectEffects:
             n_layers, n_heads = self.aie.shape
             heads = [[Head(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
             hover = [[f"exact AIE: {exact[h]:+.4g}" if h in exact else "not rechecked" for h in row] for row in heads]
+        left_out = self.hurting(n_top)
+        if left_out:
+            what += f"; {len(left_out)} of the {n_top} best do not help"
         return plots.heatmap(
             self.aie,
             stderr=self.stderr,
-            outlined=self.top(n_top),
+            outlined=[head for head in self.ranking[:n_top] if head not in left_out],
             title=f"{_NAMES[self.method][0]}, {self.relation or 'custom pairs'} ({what})",
             colorbar_title=self.score,
             outlined_label="top heads" if self.recheck is None else "top heads (rechecked exactly first)",
@@ -485,7 +563,7 @@ def indirect_effects(
         complete=complete,
         relation=prompts.relation,
         labels=prompts.labels,
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         data_hash=prompts.data_hash,
         fingerprint=means.fingerprint,
@@ -495,7 +573,7 @@ def indirect_effects(
     )
     if not (recheck and complete):
         return found
-    best = found.top(recheck)
+    best = found.ranking[:recheck]
     in_order = sorted(best)
     exact, _ = _gathered(work.exact(model, in_order, chosen), len(prompts))
     if len(exact) < len(prompts):  # interrupted: a part of the recheck would not fit the screen

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fvlens.models import EMBEDDED_MODELS, official_names
-from fvlens.prompts import TEMPLATES, get_template
+from fvlens.prompts import TEMPLATES, Template, read_template, template_or
 from fvlens.relations import list_relations, load_relation
 
 app = typer.Typer(
@@ -41,7 +41,9 @@ HeadsOption = Annotated[int, typer.Option("--n-heads", min=1, help="Heads in the
 LabelsOption = Annotated[
     Literal["permuted", "random"], typer.Option("--labels", help="Corruption that heads are ranked on.")
 ]
-TemplateOption = Annotated[str, typer.Option("--template", help=f"One of {', '.join(TEMPLATES)}.")]
+TemplateOption = Annotated[
+    str, typer.Option("--template", help=f"One of {', '.join(TEMPLATES)}, or a JSON file with a template of your own.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda ...; by default CUDA if there is one.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "float64"] | None,
@@ -109,7 +111,7 @@ def run(
         n_shots=n_shots,
         n_prompts=n_prompts,
         layer=layer,
-        template=template,
+        template=_template(template),
         n_train=n_train,
         epochs=epochs,
         **chosen,
@@ -136,6 +138,8 @@ def run(
     if given is not None:
         out.print(f"{len(given.heads)} heads from {given.path} ({given.note})", highlight=False, soft_wrap=True)
     out.print(_summary(result))
+    for caution in result.cautions:
+        _say(caution)
     _wrote(files)
 
 
@@ -227,7 +231,7 @@ def universal(
         n_shots=n_shots,
         n_prompts=n_prompts,
         labels=labels,
-        template=template,
+        template=_template(template),
         generator=torch.Generator().manual_seed(seed),
         progress=not quiet,
     )
@@ -237,6 +241,8 @@ def universal(
         table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
     out.print(f"mean over {n_kept} relations on {model}, {labels} labels", highlight=False, soft_wrap=True)
     out.print(table)
+    if found.caution:
+        _say(found.caution)
     left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
     if left_out:
         out.print(
@@ -294,7 +300,7 @@ def compare(
         n_prompts=n_prompts,
         epochs=epochs,
         n_unrelated=n_unrelated,
-        template=template,
+        template=_template(template),
         seed=seed,
         progress=not quiet,
     )
@@ -358,17 +364,18 @@ def study(
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator, train=0.7 if sized else 0.45)
     shared: dict[str, Any] = {
-        "template": template, "relation": relation, "generator": generator, "progress": not quiet
+        "template": _template(template), "relation": relation, "generator": generator, "progress": not quiet
     }  # fmt: skip
     means, effects = relation_effects(
         network, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), **shared
     )
-    vector = function_vector(network, means, heads=effects[labels].top(n_heads), layer=layer or 0, seed=seed)
+    vector = function_vector(network, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
+    caution = effects[labels].caution(n_heads)
     if layer is None:
         vector = vector.at_layer(finished(layer_sweep(network, split.valid, vector, **shared)).best_layer)
     given = {"n_seeds": n_seeds, "n_train": n_train}
     result = STUDIES[name](
-        network, split, init=vector, settings=Settings(epochs=epochs, template=template), relation=relation,
+        network, split, init=vector, settings=Settings(epochs=epochs, template=_template(template)), relation=relation,
         generator=generator, progress=not quiet, **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
     table = Table(result.x_title, *(Column(line, justify="right") for line in result.lines), box=None)
@@ -388,6 +395,8 @@ def study(
         highlight=False,
         soft_wrap=True,
     )
+    if caution:
+        _say(caution)
     folder.mkdir(parents=True, exist_ok=True)
     table_file = folder / f"study-{name}.csv"
     result.to_dataframe().to_csv(table_file, index=False)
@@ -454,7 +463,7 @@ def heads(
 
     found = load_relation(relation)
     options = RunOptions(
-        seed=seed, n_shots=n_shots, n_prompts=n_prompts, n_heads=n_heads, labels=labels, template=template
+        seed=seed, n_shots=n_shots, n_prompts=n_prompts, n_heads=n_heads, labels=labels, template=_template(template)
     )
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator)
@@ -464,16 +473,18 @@ def heads(
         options,
         found.name,
         generator,
+        rankings=(labels,),
         method=method,
         recheck=recheck,
         progress=not quiet,
     )
     chosen, again = effects[labels], effects[labels].recheck
+    caution = chosen.caution(n_heads)  # first, since it checks the number
     table = Table("head", chosen.score, "standard error", title=f"{relation}, {labels} labels", box=None)
     if again is not None:
         table.add_column("exact AIE")
         table.add_column("standard error")
-    for head in chosen.top(n_heads):
+    for head in chosen.ranking[:n_heads]:
         row = [str(head), f"{chosen.aie[head]:.4f}", f"{chosen.stderr[head]:.4f}"]
         if again is not None and head in again.heads:
             i = again.heads.index(head)
@@ -481,7 +492,9 @@ def heads(
         table.add_row(*row)
     out.print(table)
     if chosen.note:
-        out.print(chosen.note, highlight=False, soft_wrap=True)
+        _say(chosen.note)
+    if caution:
+        _say(caution)
 
 
 @app.command()
@@ -492,6 +505,9 @@ def inject(
     scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
     top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
     generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate this many tokens.")] = 0,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """What a prompt continues with, without and with a vector injected at its last token."""
@@ -500,13 +516,13 @@ def inject(
     from fvlens.models import bos_token_id, model_device
     from fvlens.vectors import FunctionVector
 
-    loaded = FunctionVector.load(vector)
+    loaded = FunctionVector.load(vector, template=None if template is None else _template(template))
     network = _load(model, device)
     loaded.check(network)
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
     if len(prompt.split()) == 1:
-        prompt = get_template(loaded.template or "qa").query.format(input=f" {prompt.strip()}")
+        prompt = template_or(loaded.template).bare(prompt.strip())
     bos = bos_token_id(network)
     ids = network.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[*([] if bos is None else [bos]), *ids]], device=model_device(network))
@@ -583,7 +599,8 @@ def compose(
         raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
     made = library_composite(
         _load(model, device), layer=layer, n_train=n_train, map=map, setting=setting, n_analogies=n_analogies,
-        epochs=epochs, gate=gate, template=template, generator=torch.Generator().manual_seed(seed), progress=not quiet,
+        epochs=epochs, gate=gate, template=_template(template), generator=torch.Generator().manual_seed(seed),
+        progress=not quiet,
     )  # fmt: skip
     out.print(f"{len(made.basis)} vectors after layer {made.basis.layer}, map {map}", highlight=False, soft_wrap=True)
     for found in made.gates:
@@ -753,9 +770,25 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
+def _template(given: str) -> str | Template:
+    """The name of a built-in template, or the template in a file."""
+    if given in TEMPLATES:
+        return given
+    if Path(given).suffix == ".json" or Path(given).is_file():
+        return read_template(given)
+    raise ValueError(
+        f"--template: no template named {given!r}; expected one of {', '.join(TEMPLATES)}, or a JSON file with name, "
+        "demonstration, query and perhaps prefix."
+    )
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False, soft_wrap=True)
+
+
 def _wrote(files: Sequence[Path]) -> None:
     for file in files:
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        _say(f"wrote {file}")
 
 
 def _summary(result) -> Table:

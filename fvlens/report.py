@@ -30,7 +30,7 @@ from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, 
 from fvlens.finetuning import FineTuned, finetune, finetune_many
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.models import Fingerprint, fingerprint, load_model, model_device
-from fvlens.prompts import get_template
+from fvlens.prompts import TEMPLATES, Template, get_template, template_from
 from fvlens.relations import Relation, Split, list_relations, load_relation
 from fvlens.types import Head, as_heads
 from fvlens.universal import RANKINGS, GivenHeads, Ranking, file_hash, finished, relation_effects
@@ -85,7 +85,7 @@ class RunOptions:
         n_heads: heads in the function vector.
         labels: the corruption on which the saved vector's heads are ranked.
         layer: inject after this layer; by default the best one on the validation pairs.
-        template: how prompts are written.
+        template: how prompts are written: the name of a built-in template, or a template itself.
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
         n_train: pairs that the fine-tuned vector is trained on, the first of the train part.
@@ -99,7 +99,7 @@ class RunOptions:
     n_heads: int = 10
     labels: Ranking = "permuted"
     layer: int | None = None
-    template: str = "qa"
+    template: str | Template = "qa"
     n_random: int = 10
     n_others: int = 3
     n_train: int = 20
@@ -212,7 +212,8 @@ class RunResult:
 
     ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: both rankings, or ``"file"`` alone
     if the heads were given. ``effects`` has the rankings, and is empty for given heads. ``tuned`` is None if
-    ``options.epochs`` is 0.
+    ``options.epochs`` is 0. ``cautions`` says of each ranking, and of the vectors of other relations, if heads were
+    taken that do not help (:meth:`~fvlens.attribution.IndirectEffects.caution`).
     """
 
     relation: str
@@ -237,6 +238,7 @@ class RunResult:
     loading: Loading | None = None
     command: tuple[str, ...] | None = None
     tuned: Tuned | None = None
+    cautions: tuple[str, ...] = ()
 
     @property
     def source(self) -> Source:
@@ -385,7 +387,8 @@ def run_relation(
     rankings = RANKINGS if heads is None else ()
     means, effects = find_heads(model, split, options, relation.name, generator, rankings=rankings, progress=progress)
     common: dict[str, Any] = {"template": options.template, "relation": relation.name, "generator": generator}
-    sets: dict[Source, Sequence[Head]] = {ranking: effects[ranking].top(options.n_heads) for ranking in rankings}
+    sets: dict[Source, Sequence[Head]] = {ranking: effects[ranking].ranking[: options.n_heads] for ranking in rankings}
+    cautions = [(f"{ranking} labels", effects[ranking].caution(options.n_heads)) for ranking in rankings]
     if heads is not None:
         sets["file"] = heads.heads
     source: Source = options.labels if heads is None else "file"
@@ -408,7 +411,11 @@ def run_relation(
         other_means, other_effects = find_heads(
             model, other_splits[name], options, name, generator, rankings=wanted, progress=progress
         )
-        chosen = other_effects[options.labels].top(options.n_heads) if heads is None else heads.heads
+        if heads is None:
+            chosen = other_effects[options.labels].ranking[: options.n_heads]
+            cautions.append((f"vector of {name}", other_effects[options.labels].caution(options.n_heads)))
+        else:
+            chosen = heads.heads
         others.append(function_vector(model, other_means, heads=chosen, layer=vectors[source].layer))
 
     vector = vectors[source]
@@ -458,6 +465,7 @@ def run_relation(
         loading=loading,
         command=None if command is None else tuple(command),
         tuned=None if trained is None else _tuned(model, split, options, *trained),
+        cautions=tuple(f"{where}: {text}" for where, text in cautions if text),
     )
 
 
@@ -507,6 +515,15 @@ def _tuned(model: Any, split: Split, options: RunOptions, run: FineTuned, others
     return Tuned(run, run.vector, evaluation, controls, other, tuple(run.vector.decode(model, k=10)))
 
 
+def _options_json(options: RunOptions) -> dict[str, Any]:
+    """Options as plain JSON values; of a template of one's own the name, and the whole of it as ``template_text``."""
+    template = get_template(options.template)
+    found = asdict(options) | {"template": template.name}
+    if TEMPLATES.get(template.name) != template:
+        found["template_text"] = template.to_json()
+    return found
+
+
 def results_json(result: RunResult) -> dict[str, Any]:
     """The numbers of a run, and everything they depend on, as plain JSON values.
 
@@ -521,7 +538,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
             return [[head.layer, head.head, None, None] for head in result.vectors[source].heads]
         effects = result.effects[source]
         stderr, aie = effects.stderr, effects.aie
-        return [[h.layer, h.head, float(aie[h]), float(stderr[h])] for h in effects.top(result.options.n_heads)]
+        return [[h.layer, h.head, float(aie[h]), float(stderr[h])] for h in effects.ranking[: result.options.n_heads]]
 
     def span(interval: Interval) -> list[float]:
         return [interval.low, interval.high]
@@ -583,9 +600,10 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "other_relations": list(result.others),
         "path": next((effects.path for effects in result.effects.values()), None),
         "ffv_path": None if tuned is None else tuned.run.path,
+        "cautions": list(result.cautions),
         "decoded": [list(pair) for pair in result.decoded],
         "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
-        "options": asdict(result.options) | {"heads_file": None if given is None else given.path},
+        "options": _options_json(result.options) | {"heads_file": None if given is None else given.path},
         "loading": None if result.loading is None else asdict(result.loading),
         "command": None if result.command is None else list(result.command),
         "fingerprint": asdict(result.fingerprint),
@@ -809,7 +827,8 @@ _PROVENANCE = {
 }
 """Fields of ``results.json`` that say what the numbers depend on, and what kind of thing each is."""
 _SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
-_NOT_COMPARED = ("seconds", "ffv_seconds", "command")
+_NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions")
+"""Times, and what follows from the numbers: files of fvlens 0.1 have no ``cautions``."""
 _ABSENT = "(absent)"
 
 
@@ -947,7 +966,13 @@ def read_run(folder: str | Path) -> RecordedRun:
         raise ValueError(f"{path}: relation: {error}") from error
     recorded = field("options", dict)
     heads_file = _field(path, recorded, "heads_file", str | None, "options.")
-    options = _made(path, RunOptions, {key: recorded[key] for key in recorded if key != "heads_file"}, "options")
+    fields = {key: recorded[key] for key in recorded if key not in ("heads_file", "template_text")}
+    if "template_text" in recorded:
+        try:
+            fields["template"] = template_from(recorded)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: options.template_text: {error}") from error
+    options = _made(path, RunOptions, fields, "options")
     if field("seed", int) != options.seed:
         raise ValueError(f"{path}: seed: {content['seed']}, but options.seed is {options.seed}; expected one seed.")
     loading = field("loading", dict | None)
@@ -1169,7 +1194,7 @@ _PAGE = """<!DOCTYPE html>
          max-width: 760px; margin: 2rem auto; padding: 0 1rem; }
   h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
   h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
-  p.lead, p.note { color: #555; margin-top: .2rem; }
+  p.lead, p.note, ul.note { color: #555; margin-top: .2rem; }
   table { border-collapse: collapse; width: 100%; font-size: .92rem; }
   th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
   .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -1194,6 +1219,13 @@ _PAGE = """<!DOCTYPE html>
 <td class="number">{{ interval }}</td></tr>
 {% endfor %}</tbody>
 </table>
+
+{% if result.cautions %}
+<p class="note">Heads that do not help were taken all the same:</p>
+<ul id="cautions" class="note">
+{% for text in result.cautions %}<li>{{ text }}</li>
+{% endfor %}</ul>
+{% endif %}
 
 {% if result.given %}
 <h2>The heads</h2>

@@ -30,7 +30,15 @@ from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.evaluation import evaluate
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import build_prompts, get_template, render_prompts
+from fvlens.prompts import (
+    Template,
+    build_prompts,
+    get_template,
+    render_prompts,
+    template_from,
+    template_header,
+    template_or,
+)
 from fvlens.relations import Relation, Split, load_relation
 from fvlens.types import Head, as_heads
 
@@ -71,7 +79,7 @@ def relation_effects(
     n_shots: int = 10,
     n_prompts: int = 100,
     n_corrupted: int = 25,
-    template: str = "qa",
+    template: Template | str = "qa",
     rankings: Sequence[Ranking] = RANKINGS,
     generator: torch.Generator,
     progress: bool = True,
@@ -178,12 +186,13 @@ class UniversalHeads:
     n_shots: int
     n_prompts: int
     n_corrupted: int
-    template: str
+    template: Template | str
     path: str
     complete: bool
     fingerprint: Fingerprint
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
         shape = (len(self.relations), self.fingerprint.n_layers, self.fingerprint.n_heads)
         shapes = dict(
             aie=shape, prompt_stderr=shape, icl_top1=shape[:1], icl_interval=(shape[0], 2), majority=shape[:1]
@@ -232,6 +241,18 @@ class UniversalHeads:
     def heads(self) -> list[Head]:
         """The n heads with the largest :attr:`mean`, best first."""
         return self._top(self.n)
+
+    @property
+    def caution(self) -> str:
+        """What must be said of the heads: how many of them do not help on average; empty if all do."""
+        hurting = [head for head in self.heads if not float(self.mean[head]) > 0]
+        if not hurting:
+            return ""
+        shown = ", ".join(map(str, hurting[:5])) + (", ..." if len(hurting) > 5 else "")
+        return (
+            f"{len(hurting)} of the {self.n} heads have a mean AIE of 0 or less ({shown}), as only "
+            f"{int((self.mean > 0).sum())} heads have a positive one; take fewer heads."
+        )
 
     def _top(self, n: int) -> list[Head]:
         order = self.mean.flatten().argsort(descending=True, stable=True)[:n].tolist()
@@ -318,6 +339,7 @@ class UniversalHeads:
             value = getattr(self, field.name)
             content[field.name] = value.tolist() if isinstance(value, Tensor) else value
         content["fingerprint"] = dataclasses.asdict(self.fingerprint)
+        content |= template_header(self.template)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
@@ -363,6 +385,10 @@ class UniversalHeads:
                     value = tuple(value)
                 elif field.name == "fingerprint":
                     value = Fingerprint.from_json(json.dumps(value))
+                elif field.name == "template":
+                    if not isinstance(value, str):
+                        raise TypeError(f"expected str, got {type(value).__name__}")
+                    value = template_or(template_from(content))
                 elif field.type in (int, str, bool):
                     if type(value) is not field.type:
                         raise TypeError(f"expected {field.type.__name__}, got {type(value).__name__}")
@@ -421,7 +447,7 @@ def universal_heads(
     n_prompts: int = 100,
     n_corrupted: int = 25,
     labels: Ranking = "permuted",
-    template: str = "qa",
+    template: Template | str = "qa",
     generator: torch.Generator,
     progress: bool = True,
 ) -> UniversalHeads:

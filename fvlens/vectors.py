@@ -21,6 +21,7 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
+from fvlens.prompts import Template, known_template, template_from, template_header
 from fvlens.suffix import wide_logits
 from fvlens.types import Head, HeadLike, as_heads
 
@@ -47,7 +48,7 @@ class FunctionVector:
         relation: the task's name.
         fingerprint: the model it was made on.
         kind: ``"function"``, ``"random"``, ``"combined"`` ...
-        template, data_hash: the prompts behind the means.
+        template, data_hash: the prompts behind the means. A template's name gives the built-in one; None if unknown.
         seed: seed of the run that made it, if given.
     """
 
@@ -57,7 +58,7 @@ class FunctionVector:
     relation: str
     fingerprint: Fingerprint
     kind: str = "function"
-    template: str = ""
+    template: Template | str | None = None
     data_hash: str = ""
     seed: int | None = None
 
@@ -73,6 +74,7 @@ class FunctionVector:
             raise ValueError(f"FunctionVector: expected a layer in 0..{n_layers - 1}, got {self.layer}.")
         object.__setattr__(self, "vector", self.vector.detach().float().cpu())
         object.__setattr__(self, "heads", tuple(Head(*head) for head in self.heads))
+        object.__setattr__(self, "template", known_template(self.template))
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +105,7 @@ class FunctionVector:
             heads=tuple(dict.fromkeys(self.heads + other.heads)),
             relation=" + ".join(dict.fromkeys(names)),
             kind="combined",
+            template=self.template if self.template == other.template else None,
             data_hash="",
         )
 
@@ -176,23 +179,26 @@ class FunctionVector:
         return write_tensors(Path(path), {"vector": self.vector}, vector_header(self), FORMAT)
 
     @classmethod
-    def load(cls, path: str | Path, *, model: Any = None) -> "FunctionVector":
+    def load(cls, path: str | Path, *, model: Any = None, template: Template | str | None = None) -> "FunctionVector":
         """Read a vector that :meth:`save` wrote. Nothing in the file is executed.
 
         Args:
             path: the file.
             model: if given, the vector must have been made on this model.
+            template: taken instead of the file's. Needed for a file of fvlens 0.1, which holds a template's name alone,
+                where that is no built-in one.
 
         Raises:
             ValueError: no such file; not a safetensors file, or a truncated one; not written by fvlens; damaged
-                metadata; wrong shape, NaN or infinite values; or a vector of another model than ``model``.
+                metadata; wrong shape, NaN or infinite values; the name alone of a template that is not built in; or a
+            vector of another model than ``model``.
         """
         path = Path(path)
         tensors, header = read_tensors(path, FORMAT)
         if set(tensors) != {"vector"}:
             raise ValueError(f"{path.name}: expected one tensor named 'vector', got {sorted(tensors)}.")
         try:
-            loaded = vector_from(tensors["vector"], header)
+            loaded = vector_from(tensors["vector"], header, template)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
         except ValueError as error:
@@ -209,15 +215,17 @@ def vector_header(vector: FunctionVector) -> dict[str, Any]:
         "heads": [list(head) for head in vector.heads],
         "relation": vector.relation,
         "kind": vector.kind,
-        "template": vector.template,
+        **template_header(vector.template),
         "data_hash": vector.data_hash,
         "seed": vector.seed,
         "fingerprint": dataclasses.asdict(vector.fingerprint),
     }
 
 
-def vector_from(values: Float[Tensor, " d_model"], header: Mapping[str, Any]) -> FunctionVector:
-    """The vector of these numbers and a header that :func:`vector_header` made.
+def vector_from(
+    values: Float[Tensor, " d_model"], header: Mapping[str, Any], template: Template | str | None = None
+) -> FunctionVector:
+    """The vector of these numbers and a header that :func:`vector_header` made; a ``template`` replaces the header's.
 
     Raises:
         KeyError, TypeError, ValueError: the header is damaged, or the numbers do not fit it.
@@ -229,7 +237,7 @@ def vector_from(values: Float[Tensor, " d_model"], header: Mapping[str, Any]) ->
         relation=str(header["relation"]),
         fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])),
         kind=str(header["kind"]),
-        template=str(header["template"]),
+        template=template_from(header, template),
         data_hash=str(header["data_hash"]),
         seed=None if header["seed"] is None else int(header["seed"]),
     )
@@ -306,6 +314,7 @@ class DistributedVector:
         heads: the chosen heads.
         relation: the task's name.
         fingerprint: the model it was made on.
+        template: of the prompts behind the means; None if unknown.
     """
 
     values: Float[Tensor, "layer head d_head"]
@@ -313,6 +322,10 @@ class DistributedVector:
     relation: str
     fingerprint: Fingerprint
     kind: str = "distributed"
+    template: Template | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", known_template(self.template))
 
     def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
         """What :func:`fvlens.inject` adds: hook name of each layer's z -> values of its heads."""
@@ -347,7 +360,13 @@ def distributed_vector(
     values = torch.zeros_like(means_z)
     for head in chosen:
         values[head.layer, head.head] = alpha * means_z[head.layer, head.head]
-    return DistributedVector(values=values, heads=tuple(chosen), relation=means.relation, fingerprint=means.fingerprint)
+    return DistributedVector(
+        values=values,
+        heads=tuple(chosen),
+        relation=means.relation,
+        fingerprint=means.fingerprint,
+        template=means.template,
+    )
 
 
 def random_vector_like(vector: FunctionVector, generator: torch.Generator) -> FunctionVector:

@@ -77,7 +77,7 @@ def test_means_say_where_they_come_from(tiny, generator):
         tiny, relation, n_prompts=3, n_shots=2, labels="permuted", template="colon", generator=generator
     )
     means = fvlens.mean_head_activations(tiny, prompts, progress=False)
-    assert (means.relation, means.template, means.n_shots, means.labels) == ("antonym", "colon", 2, "permuted")
+    assert (means.relation, str(means.template), means.n_shots, means.labels) == ("antonym", "colon", 2, "permuted")
     assert (means.n_prompts, means.data_hash) == (3, prompts.data_hash)
     assert means.fingerprint == fingerprint(tiny)
     assert (means.z.device.type, means.z.dtype) == ("cpu", torch.float32)

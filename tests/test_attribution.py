@@ -533,15 +533,40 @@ def test_top_is_by_effect_and_ties_keep_their_order(tiny):
     best = [Head(1, 3), Head(0, 1), Head(1, 0), Head(2, 2), Head(0, 3), Head(1, 2), Head(2, 0), Head(1, 1)]
     assert got.top(8) == best
     assert got.top(1) == best[:1]
-    assert len(set(got.top(12))) == 12
-    assert got.top(12)[-2:] == [Head(2, 1), Head(0, 2)]
+    assert len(set(got.ranking)) == 12
+    assert got.ranking[:8] == best
+    assert got.ranking[-2:] == [Head(2, 1), Head(0, 2)]
     assert all(isinstance(head, Head) for head in got.top(3))
+
+
+def test_heads_that_are_known_to_hurt_are_announced_or_left_out(tiny):
+    aie = torch.tensor([[0.0, 0.5, -0.9, 0.2], [0.5, 0.1, 0.2, 0.7], [0.2, -0.1, 0.5, 0.0]])
+    got = made_by_hand(tiny, torch.stack([aie + 1, aie - 1]))  # eight heads help
+    assert got.caution(8) == "" and got.hurting(8) == []
+    assert got.top(8, helping=True) == got.top(8)
+    said = (
+        "2 of the 10 best heads have an exact AIE of 0 or less (L0H0, L2H3), as only 8 heads have a positive one; take "
+        "fewer heads, or only those that help, with top(10, helping=True)."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(f'top: {said}')}$"):
+        assert got.top(10) == got.ranking[:10]
+    assert got.caution(10) == said
+    assert got.hurting(10) == [Head(0, 0), Head(2, 3)] == got.ranking[8:10]
+    assert got.hurting(12) == [Head(0, 0), Head(2, 3), Head(2, 1), Head(0, 2)]
+    assert got.top(12, helping=True) == got.top(8)
+    assert got.exact_aie == {head: float(got.aie[head]) for head in got.ranking}
+
+    bad = made_by_hand(tiny, -torch.ones(2, 3, 4))
+    assert "(L0H0, L0H1, L0H2, L0H3, L1H0, ...), as only 0 heads have a positive one" in bad.caution(12)
+    assert bad.top(12, helping=True) == []
 
 
 @pytest.mark.parametrize("n", [0, -1, 13])
 def test_top_wants_a_possible_number(tiny, n):
     with pytest.raises(ValueError, match=re.escape(f"top: expected n between 1 and 12 (all heads), got {n}.")):
         made_by_hand(tiny, torch.zeros(2, 3, 4)).top(n)
+    with pytest.raises(ValueError, match=re.escape(f"hurting: expected n between 1 and 12 (all heads), got {n}.")):
+        made_by_hand(tiny, torch.zeros(2, 3, 4)).caution(n)
 
 
 def test_dataframe_holds_every_number_at_its_place(tiny, generator):
@@ -572,7 +597,12 @@ def test_plot_shows_the_map(tiny, generator):
     title = figure.layout.title.text
     assert "antonym" in title
     assert "permuted labels, 5 prompts" in title
-    assert len(got.plot(n_top=100).layout.shapes) == 12  # no more than there are
+    n_helping = int((got.aie > 0).sum())
+    everything = got.plot(n_top=100)  # no more than there are, and none that does not help
+    outlined = [Head(round(shape.y0 + 0.5), round(shape.x0 + 0.5)) for shape in everything.layout.shapes]
+    assert 0 < n_helping < 12 and outlined == got.ranking[:n_helping]
+    assert f"{12 - n_helping} of the 12 best do not help" in everything.layout.title.text.replace("<br>", " ")
+    assert "do not help" not in title
     assert "custom pairs" in made_by_hand(tiny, got.cie, relation="").plot().layout.title.text
     assert "nan" not in "".join(made_by_hand(tiny, got.cie[:1]).plot().layout.title.text)
 
@@ -586,7 +616,7 @@ def test_result_says_where_it_comes_from(models, generator):
     )
     means = means_of(model, clean)
     got = effects_of(model, prompts, means)
-    assert (got.relation, got.labels, got.template, got.n_shots) == ("antonym", "permuted", "arrow", 1)
+    assert (got.relation, got.labels, str(got.template), got.n_shots) == ("antonym", "permuted", "arrow", 1)
     assert (got.method, got.positions, got.answer, got.complete) == ("exact", "last", "first", True)
     assert got.data_hash == prompts.data_hash != clean.data_hash
     assert got.fingerprint == fingerprint(model)
@@ -608,7 +638,7 @@ def test_a_recheck_equals_the_exact_effects(models, generator, name, path, metho
     screen = effects_of(model, prompts, means, method=method, recheck=5, path=path)
     alone = effects_of(model, prompts, means, method=method, path=path)
     again = screen.recheck
-    assert again.heads == tuple(alone.top(5))  # the best of the screen, best first
+    assert again.heads == tuple(alone.ranking[:5])  # the best of the screen, best first
     assert alone.recheck is None
     assert torch.equal(screen.cie, alone.cie)
     assert again.path == exact.path == {None: FASTEST[name]}.get(path, path)
@@ -617,9 +647,11 @@ def test_a_recheck_equals_the_exact_effects(models, generator, name, path, metho
         torch.testing.assert_close(again.aie[i], exact.aie[layer, head], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(again.stderr[i], exact.stderr[layer, head], rtol=1e-4, atol=1e-7)
     best = sorted(again.heads, key=lambda head: -exact.aie[head])
-    assert screen.top(12) == best + [head for head in alone.top(12) if head not in best]
+    others = [head for head in alone.ranking if head not in best]
+    n_helping = sum(float(exact.aie[head]) > 0 for head in best)
+    assert screen.ranking == best[:n_helping] + others + best[n_helping:]
     everything = effects_of(model, prompts, means, method=method, recheck=12, path=path)
-    assert everything.top(12) == exact.top(12)
+    assert everything.ranking == exact.ranking
 
 
 def test_a_naive_recheck_is_announced(generator, models):
@@ -642,11 +674,27 @@ def screened_by_hand(tiny, aie, heads, exact, **changes):
 SCORES = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2], [0.1, 0.0, -0.1, -0.2]])
 
 
-def test_top_puts_rechecked_heads_first(tiny):
-    got = screened_by_hand(tiny, SCORES, [(0, 0), (0, 1), (0, 2)], [0.01, -0.5, 0.3])
-    assert got.top(5) == [Head(0, 2), Head(0, 0), Head(0, 1), Head(0, 3), Head(1, 0)]
+def test_top_puts_rechecked_heads_first_and_those_that_hurt_last(tiny):
+    got = screened_by_hand(tiny, SCORES, [(0, 0), (0, 1), (0, 2), (0, 3)], [0.01, -0.5, 0.3, 0.0])
     assert got.top(2) == [Head(0, 2), Head(0, 0)]
+    assert got.top(5) == [Head(0, 2), Head(0, 0), Head(1, 0), Head(1, 1), Head(1, 2)]
+    assert got.top(10) == got.ranking[:10]  # what is not known to hurt needs no warning
+    assert got.ranking[-3:] == [Head(2, 3), Head(0, 3), Head(0, 1)]
+    assert got.hurting(11) == [Head(0, 3)] and got.hurting(12) == [Head(0, 3), Head(0, 1)]
+    said = r"top: 2 of the 12 best heads .* \(L0H3, L0H1\), as only 2 rechecked heads have a positive one"
+    with pytest.warns(UserWarning, match=said):
+        assert got.top(12) == got.ranking
+    assert got.top(12, helping=True) == [Head(0, 2), Head(0, 0)]
+    assert got.top(1, helping=True) == [Head(0, 2)]
     torch.testing.assert_close(got.aie, SCORES)
+
+
+def test_a_screen_alone_knows_of_no_head_that_helps(tiny):
+    got = made_by_hand(tiny, SCORES[None] - 1, method="ig", n_steps=8)
+    assert got.top(12) == got.ranking and got.caution(12) == "" and got.exact_aie == {}
+    said = "top: helping=True needs exact effects, and method='ig' has none; give indirect_effects(..., recheck=3)"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        got.top(3, helping=True)
 
 
 def test_quality_of_the_rechecked_heads(tiny):
@@ -766,7 +814,11 @@ def test_a_recheck_is_in_the_table_and_in_the_figure(tiny):
     assert text[0][1].endswith("exact AIE: -0.5")
     assert text[0][3].endswith("not rechecked")
     outlined = [Head(round(shape.y0 + 0.5), round(shape.x0 + 0.5)) for shape in figure.layout.shapes]
-    assert outlined == [Head(0, 2), Head(0, 0), Head(0, 1)]
+    assert outlined == [Head(0, 2), Head(0, 0), Head(0, 3)]
+    every = got.plot(n_top=12)
+    assert len(every.layout.shapes) == 11 and "1 of the 12 best do not help" in every.layout.title.text.replace(
+        "<br>", " "
+    )
     assert "top heads (rechecked exactly first)" in figure.to_json()
 
 

@@ -37,6 +37,7 @@ from fvlens.finetuning import (
 from fvlens.finetuning._changes import Steered, Unchanged, why_not_low_rank
 from fvlens.metrics import kl_divergence
 from fvlens.models import embedded_folder, fingerprint
+from fvlens.prompts import Template
 from fvlens.suffix import has_hooks
 
 N_TRAIN = 12
@@ -795,3 +796,38 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
     vector = fvlens.FunctionVector(torch.ones(tied.cfg.d_model), 1, (), "r", fingerprint(tied))
     found = evaluate_adapted(tied, pairs, vector, generator=seeded())
     assert found.ranks.tolist() == [0, 1] and found.predictions == ("cold", "cold")
+
+
+def test_a_comparison_says_that_heads_were_taken_that_do_not_help(tiny, monkeypatch):
+    from fvlens import universal
+
+    original = universal.indirect_effects
+    how = dict(QUICK, n_unrelated=2, progress=False)
+    assert compare(tiny, "country-capital", **how).caution == ""
+
+    def shifted(*args, **given):  # two heads help
+        found = original(*args, **given)
+        return dataclasses.replace(found, cie=found.cie - found.aie.flatten().sort(descending=True).values[1:3].mean())
+
+    monkeypatch.setattr(universal, "indirect_effects", shifted)
+    found = compare(tiny, "country-capital", **how)
+    assert found.caution.startswith("1 of the 3 best heads have an exact AIE of 0 or less (L")
+    assert found.describe().endswith(f"Heads: {found.caution}") and found.caution in found.to_markdown()
+
+
+def test_all_methods_are_asked_in_the_template_that_they_were_made_in(tiny, split, monkeypatch):
+    own = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs:\n")
+    pairs, how = split.train[:3], dict(template=own, generator=seeded())
+    made = [
+        act_add(tiny, pairs, layer=1, n_shots=1, **how),
+        soft_prompt(tiny, pairs, n_tokens=1, epochs=1, progress=False, **how),
+        lora(tiny, pairs, epochs=1, progress=False, **how),
+    ]
+    assert made[0].vector.template == own
+    assert [one.settings.template for one in made[1:]] == [own, own]
+    for one in made:
+        found = evaluate_adapted(tiny, split.test, one, generator=seeded())
+        given = evaluate_adapted(tiny, split.test, one, template=own, generator=seeded())
+        assert found.template == own and torch.equal(found.probabilities, given.probabilities)
+        other = evaluate_adapted(tiny, split.test, one, template="qa", generator=seeded())
+        assert not torch.equal(found.probabilities, other.probabilities)

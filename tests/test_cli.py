@@ -21,6 +21,7 @@ import fvlens
 from fvlens import FunctionVector, cli
 from fvlens.finetuning import STUDIES, Settings
 from fvlens.models import fingerprint
+from fvlens.prompts import Template
 from fvlens.relations import held_out
 from fvlens.report import Loading, RunOptions
 from fvlens.universal import UniversalHeads, relation_effects
@@ -578,15 +579,42 @@ def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
     common = dict(queries=split.valid, template="arrow", relation="plural", generator=g)
     clean = fvlens.build_prompts(model, split.train, n_prompts=8, **common)
     means = fvlens.mean_head_activations(model, clean, progress=False)
-    for kind in ("permuted", "random"):
-        corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=kind, **common)
-        if kind == labels:
-            break
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=labels, **common)
     effects = fvlens.indirect_effects(model, corrupted, means, progress=False)
     expected = [[str(h), f"{effects.aie[h]:.4f}", f"{effects.stderr[h]:.4f}"] for h in effects.top(4)]
     rows = cells(out)
     assert rows[0] == [f"plural, {labels} labels"]
     assert rows[1:] == [["head", "AIE", "standard error"], *expected]
+
+
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_heads_ranks_by_the_labels_that_were_asked_for_alone(call, monkeypatch, labels):
+    asked = []
+    original = fvlens.universal.indirect_effects
+
+    def watched(model, prompts, *args, **given):
+        asked.append(prompts.labels)
+        return original(model, prompts, *args, **given)
+
+    monkeypatch.setattr("fvlens.universal.indirect_effects", watched)
+    assert call("heads", "plural", "--n-prompts", 2, "--labels", labels, "--quiet")[0] == 0
+    assert asked == [labels]
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "atp", "--recheck", 32]])
+def test_heads_says_which_heads_do_not_help(call, options):
+    """Of all 32 heads many hurt; of the best two none does."""
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 32, *options, "--quiet")
+    assert (code, err) == (0, "")
+    effects = [float(row[3 if options else 1]) for row in cells(out)[2:34]]
+    n_below = sum(effect < 0 for effect in effects)
+    assert effects == sorted(effects, reverse=True) and n_below > 2
+    last = out.splitlines()[-1]
+    assert re.match(r"\d+ of the 32 best heads have an exact AIE of 0 or less \(L\dH\d, ", last)
+    assert int(last.split()[0]) >= n_below
+    assert "exact AIE of 0" not in call("heads", "plural", "--n-prompts", 4, "--n-heads", 2, *options, "--quiet")[1]
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 33, "--quiet")
+    assert code == 2 and "expected n between 1 and 32 (all heads), got 33" in err
 
 
 def test_heads_prints_a_screen_and_its_recheck(call, model):
@@ -696,10 +724,43 @@ def test_a_word_is_asked_in_the_template_of_the_vector(call, model, tiny, tmp_pa
     rows = cells(out)[2:]
     assert all(before == after for _, before, after in rows)  # a zero vector changes nothing
     assert "with vector after layer 0" in out
-    code, _, err = call("inject", file("my own"), "hot")
-    assert code == 2
-    assert "no template named 'my own'; expected one of qa, arrow, colon" in err
-    assert call("inject", file("my own"), "two words")[0] == 0
+    own = Template("my own", "{input} is to{output};\n", "{input} is to", prefix="Pairs {x}:\n")
+    assert call("inject", file(own), "hot")[1].startswith("prompt 'Pairs {x}:\\n hot is to'\n")
+    written = tmp_path / "own.json"
+    written.write_text(json.dumps(own.to_json()))
+    assert call("inject", file("qa"), "hot", "--template", written)[1].startswith("prompt 'Pairs {x}:\\n hot is to'\n")
+    assert call("inject", file(own), "hot", "--template", "arrow")[1].startswith("prompt ' hot ->'\n")
+
+
+def test_a_run_in_an_own_template_and_again(call, tmp_path):
+    """From a file, through every part of the run, into its files, and once more from these alone."""
+    own = Template("mine", "{input} is to{output};\n", "{input} is to")
+    written = tmp_path / "own.json"
+    written.write_text(json.dumps(own.to_json()))
+    few = ["--n-shots", 2, "--n-prompts", 4, "--n-heads", 2, "--epochs", 1]
+    folder = tmp_path / "run"
+    code, _, err = call("run", "plural", "--out", folder, "--template", written, *few, "--quiet")
+    assert (code, err) == (0, "")
+    read = json.loads((folder / "results.json").read_text())
+    assert (read["options"]["template"], read["options"]["template_text"]) == ("mine", own.to_json())
+    for name in ("vector.safetensors", "vector-finetuned.safetensors"):
+        assert FunctionVector.load(folder / name).template == own
+    written.unlink()  # the run knows its template
+    code, out, _ = call("rerun", folder, "--quiet")
+    assert code == 0 and "the same run" in out
+    read["options"]["template_text"]["query"] = "nothing"
+    (folder / "results.json").write_text(json.dumps(read))
+    code, _, err = call("rerun", folder, "--quiet")
+    assert code == 2 and "options.template_text: template 'mine': expected {input} exactly once in query" in err
+
+
+def test_a_template_that_is_none_is_refused(call, tmp_path):
+    code, _, err = call("heads", "plural", "--template", tmp_path / "none.json")
+    assert code == 2 and "none.json: cannot be read" in err
+    code, _, err = call("heads", "plural", "--template", "nosuch")
+    assert (
+        code == 2 and "--template: no template named 'nosuch'; expected one of qa, arrow, colon, or a JSON file" in err
+    )
 
 
 # --- errors ---

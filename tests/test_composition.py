@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from itertools import combinations, pairwise
@@ -12,6 +13,8 @@ import torch
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.optimize import brentq, minimize
 from torch.nn import functional as F
 
@@ -47,7 +50,8 @@ from fvlens.composition import (
     weights_by,
 )
 from fvlens.composition._affine import distinct, recognition
-from fvlens.prompts import render_prompts
+from fvlens.composition._map import MAP_FORMAT
+from fvlens.prompts import TEMPLATES, Template, render_prompts
 from fvlens.relations import Analogy, Pair, held_out, load_relation, make_analogies
 from fvlens.vectors import FunctionVector
 
@@ -1103,3 +1107,36 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
 
     answers = answer_analogy(tied, fit, "icy", "cold", "big", n=2).answers["unsteered, zero-shot"]
     assert [word for word, _ in answers] == ["cold", "small"] and answers[0][1] == answers[1][1]
+
+
+# Templates
+
+
+def test_an_own_template_goes_from_the_basis_to_the_map_and_its_file(tiny, basis, train, tmp_path):
+    own = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs:\n")
+    named = VectorSet(tuple(dataclasses.replace(vector, template=own) for vector in basis))
+    fit = fit_composite(tiny, named, train[:4], map="diagonal", epochs=1, generator=seeded(), progress=False)
+    path = fit.save(tmp_path / "map.safetensors")
+    loaded = CompositeMap.load(path, model=tiny)
+    assert loaded.template == fit.template == CompositeMap.plain(named).template == own
+    assert loaded.vector_for(tiny, "cow", "calf").template == own
+    pairs = [one.source_pair for one in train[:3]]
+    scores = source_scores(tiny, named, pairs).log_probs
+    assert torch.equal(scores, source_scores(tiny, basis, pairs, template=own).log_probs)
+    assert not torch.equal(scores, source_scores(tiny, basis, pairs).log_probs)  # of templates unknown: qa
+    assert fit_composite(
+        tiny, named, train[:4], map="diagonal", epochs=1, template="colon", generator=seeded(), progress=False
+    ).template == TEMPLATES["colon"]  # fmt: skip
+
+    with safe_open(path, framework="pt") as file:  # as fvlens 0.1 wrote it: the name alone
+        header = json.loads(file.metadata()["fvlens"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["template_text"]
+    metadata = {"format": MAP_FORMAT, "fvlens": json.dumps(header)}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"old\.safetensors: damaged composite map .* no template named 'mine'"):
+        CompositeMap.load(tmp_path / "old.safetensors")
+    assert CompositeMap.load(tmp_path / "old.safetensors", template=own).template == own
+    header["template"] = "arrow"
+    save_file(tensors, tmp_path / "old.safetensors", metadata | {"fvlens": json.dumps(header)})
+    assert CompositeMap.load(tmp_path / "old.safetensors").template == TEMPLATES["arrow"]

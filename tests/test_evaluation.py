@@ -18,6 +18,7 @@ from fvlens.evaluation import (
     Evaluation,
     _controls,
     _generate,
+    _sweeps,
     controls,
     evaluate,
     generate_answers,
@@ -27,7 +28,7 @@ from fvlens.evaluation import (
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.models import embedded_folder, fingerprint
-from fvlens.prompts import Template, build_prompts
+from fvlens.prompts import TEMPLATES, Template, build_prompts
 from fvlens.relations import Pair, Relation
 from fvlens.suffix import has_hooks
 from fvlens.types import Head
@@ -191,7 +192,7 @@ def test_settings_with_demonstrations_equal_a_plain_hugging_face_model(model, pl
         assert int(found.ranks[i]) == place
         assert float(found.probabilities[i]) == pytest.approx(probability, abs=1e-5)
         assert float(found.log_probabilities[i]) == pytest.approx(log_probability, abs=1e-4)
-    assert (found.setting, found.labels, found.n_shots, found.template) == (setting, expected, 3, "arrow")
+    assert (found.setting, found.labels, found.n_shots, str(found.template)) == (setting, expected, 3, "arrow")
     assert found.data_hash == prompts.data_hash
     assert all(
         pair.input not in [d.input for d in row] for pair, row in zip(PAIRS, prompts.demonstrations, strict=True)
@@ -512,8 +513,9 @@ def scored(ranks, probability):
     return Evaluation(
         setting="zero_shot", relation="r", queries=(Pair("a", "b"),) * n, predictions=("b",) * n,
         ranks=torch.tensor(ranks), probabilities=torch.full((n,), probability), log_probabilities=torch.zeros(n),
-        interval=Interval(0.1, 0.9, 0.95), template="qa", n_shots=0, labels="true", scale=1.0, vector_kind=None,
-        vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="", path="naive", batch_size=1, compute=None,
+        interval=Interval(0.1, 0.9, 0.95), template=TEMPLATES["qa"], n_shots=0, labels="true", scale=1.0,
+        vector_kind=None, vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="",
+        path="naive", batch_size=1, compute=None,
     )  # fmt: skip
 
 

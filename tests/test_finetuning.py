@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import pickle
 import re
@@ -25,6 +26,7 @@ from fvlens.finetuning import (
     TrainableVector,
     TrainingState,
     VectorSet,
+    evaluate_adapted,
     finetune,
     finetune_many,
     frozen,
@@ -33,6 +35,7 @@ from fvlens.finetuning import _training as training_module
 from fvlens.finetuning._training import RELATIVE_LR, Task, Training, VectorAdapter, prompts_of
 from fvlens.interventions import inject, resid_hook, z_hook
 from fvlens.models import embedded_folder, fingerprint
+from fvlens.prompts import TEMPLATES, Template
 from fvlens.relations import Pair, Relation, Split
 from fvlens.suffix import has_hooks
 from fvlens.vectors import DistributedVector, FunctionVector
@@ -1059,7 +1062,7 @@ def test_result_says_where_it_comes_from(small):
     init = dataclasses.replace(vector_of(small), heads=(fvlens.Head(0, 1),), template="arrow")
     tuned = finetune(small, TRAIN, init=init, valid=VALID, epochs=1, l2=0.5, generator=seeded(), progress=False)
     vector = tuned.vector
-    assert (vector.kind, vector.relation, vector.layer, vector.template) == ("fine-tuned", "r", 1, "arrow")
+    assert (vector.kind, vector.relation, vector.layer, str(vector.template)) == ("fine-tuned", "r", 1, "arrow")
     assert vector.heads == init.heads and vector.seed == tuned.seed
     assert vector.fingerprint == fingerprint(small)
     assert tuned.settings == Settings(l2=0.5, epochs=1, template="arrow")
@@ -1068,7 +1071,7 @@ def test_result_says_where_it_comes_from(small):
     named = finetune(
         small, Relation("words", TRAIN), init=init, template="qa", epochs=1, generator=seeded(), progress=False
     )
-    assert named.relation == "words" and named.settings.template == "qa"
+    assert named.relation == "words" and named.settings.template == TEMPLATES["qa"]
     assert tuned.seconds > 0
 
 
@@ -1325,3 +1328,84 @@ def test_of_two_equal_logits_the_smaller_id_is_right_in_validation(tied, path):
             tied, [("icy", "cold")], valid=valid, init=vector, epochs=1, path=path, generator=seeded(), progress=False
         )
         assert tuned.history.valid_top1.tolist() == [expected, expected]
+
+
+# --- templates ---
+
+OWN = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs:\n")
+
+
+def test_an_own_template_goes_from_prompts_to_the_tuned_vectors_scores(small, tmp_path, monkeypatch):
+    """Prompts, means, vector, file, training, file, evaluation: at every place the same text is asked."""
+    shown = fvlens.build_prompts(small, TRAIN, n_prompts=3, n_shots=2, template=OWN, generator=seeded())
+    means = fvlens.mean_head_activations(small, shown, progress=False)
+    made = fvlens.function_vector(small, means, heads=[(0, 1)], layer=1)
+    vector = FunctionVector.load(made.save(tmp_path / "v.safetensors"), model=small)
+    tuned = finetune(small, TRAIN, init=vector, valid=VALID, epochs=1, generator=seeded(), progress=False)
+    assert tuned.settings.template == OWN
+    loaded = FunctionVector.load(tuned.vector.save(tmp_path / "tuned.safetensors"), model=small)
+    assert loaded.template == vector.template == means.template == OWN
+
+    asked = tuple(f"Pairs:\n {pair.input} is to" for pair in VALID)
+    texts = []
+    for module in ("fvlens.evaluation", "fvlens.finetuning._compare", "fvlens.finetuning._training"):
+        original = __import__(module, fromlist=["build_prompts"]).build_prompts
+
+        def watched(*args, original=original, **given):
+            texts.append(original(*args, **given).texts)
+            return original(*args, **given)
+
+        monkeypatch.setattr(f"{module}.build_prompts", watched)
+    scored = fvlens.evaluate(small, VALID, vector=loaded, generator=seeded())
+    assert (scored.template, texts.pop()) == (OWN, asked)
+    sweep = fvlens.layer_sweep(small, VALID, loaded, layers=[1], generator=seeded(), progress=False)
+    assert torch.equal(sweep.evaluations[0].ranks, scored.ranks) and texts.pop() == asked
+    answers = fvlens.generate_answers(small, VALID, vector=loaded, max_new_tokens=1, generator=seeded())
+    assert (answers.template, texts.pop()) == (OWN, asked)
+    for adapted in (tuned, loaded):
+        again = evaluate_adapted(small, VALID, adapted, generator=seeded())
+        assert torch.equal(again.ranks, scored.ranks) and texts.pop() == asked
+    fvlens.evaluate(small, VALID, vector=loaded, template="qa", generator=seeded())  # what is given goes first
+    assert texts.pop() == tuple(f"Q: {pair.input}\nA:" for pair in VALID)
+    fvlens.evaluate(small, VALID, generator=seeded())
+    assert texts.pop() == tuple(f"Q: {pair.input}\nA:" for pair in VALID)
+
+    splits = {"a": split_of(TRAIN, VALID), "b": split_of(MORE)}
+    many = finetune_many(
+        small, splits, init=[loaded, loaded], n_train=2, epochs=1, generator=seeded(), progress=False
+    ).vectors
+    kept = VectorSet.load(many.save(tmp_path / "set.safetensors"))
+    assert kept.template == many.template == OWN and [one.template for one in kept] == [OWN, OWN]
+
+
+def test_starts_of_several_templates_need_one_to_be_given(small):
+    splits = {"a": split_of(TRAIN), "b": split_of(MORE)}
+    starts = [vector_of(small, template=OWN), vector_of(small, template="arrow")]
+    with pytest.raises(
+        ValueError, match=r"finetune_many: the starts are of 2 templates \(arrow, mine\); give template="
+    ):
+        finetune_many(small, splits, init=starts, epochs=1, generator=seeded(), progress=False)
+    given = finetune_many(small, splits, init=starts, epochs=1, template="colon", generator=seeded(), progress=False)
+    assert {str(vector.template) for vector in given.vectors} == {"colon"}
+    assert VectorSet((vector_of(small, template=OWN), vector_of(small, relation="s"))).template is None
+
+
+def test_a_training_of_version_0_1_goes_on(small, tmp_path):
+    """Its state holds the name of the template alone."""
+    how = dict(init="zero", layer=1, epochs=2, template="arrow", progress=False)
+    whole = finetune(small, TRAIN, generator=seeded(), **how)
+    header = json.loads(json.dumps(whole.state.header))
+    assert header["settings"]["template"] == TEMPLATES["arrow"].to_json()
+    header["settings"]["template"] = "arrow"
+    old = TrainingState(whole.state.tensors, header)
+    assert torch.equal(finetune(small, TRAIN, resume=old, generator=seeded(), **how).vector.vector, whole.vector.vector)
+    header["settings"]["template"] = "mine"
+    with pytest.raises(ValueError, match=r"the saved training has settings .*'template': 'mine'"):
+        finetune(small, TRAIN, resume=old, generator=seeded(), **how)
+
+
+def test_a_distributed_vector_is_trained_in_its_own_template(small):
+    values = torch.zeros(small.cfg.n_layers, small.cfg.n_heads, small.cfg.d_head)
+    init = DistributedVector(values, (fvlens.Head(0, 1),), "r", fingerprint(small), template=OWN)
+    tuned = finetune(small, TRAIN[:2], init=init, epochs=1, generator=seeded(), progress=False)
+    assert tuned.settings.template == OWN and tuned.vector.template == OWN

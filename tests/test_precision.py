@@ -69,7 +69,7 @@ def effects_of(backend, precision, path, folder="rel-small", n_prompts=4):
     model = loaded(backend, precision, folder)
     means = fvlens.mean_head_activations(model, built(model, 2 * n_prompts), progress=False)
     effects = fvlens.indirect_effects(model, built(model, n_prompts, labels="random"), means, path=path, progress=False)
-    return effects, fvlens.function_vector(model, means, heads=effects.top(10), layer=1)
+    return effects, fvlens.function_vector(model, means, heads=effects.ranking[:10], layer=1)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,9 @@ from fvlens.prompts import (
     TokenClass,
     build_prompts,
     get_template,
+    read_template,
     render_prompts,
+    template_or,
 )
 from fvlens.relations import Pair, list_relations, load_relation
 
@@ -575,3 +578,66 @@ def test_a_prompt_longer_than_the_context(model, generator):
 def test_of_two_equal_logits_only_the_smaller_id_passes_the_filter(tied):
     pairs = [Pair("hot", "cold"), Pair("big", "small"), Pair("icy", "cold")]
     assert filter_correct(tied, pairs, n_shots=1, generator=seeded()) == (pairs[0], pairs[2])
+
+
+# Templates as values
+
+
+def test_a_template_survives_json_and_shows_its_name(tmp_path):
+    own = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs {x}:\n")
+    for template in (own, *TEMPLATES.values()):
+        text = json.dumps(template.to_json())
+        assert Template.from_json(json.loads(text)) == template
+        path = tmp_path / "template.json"
+        path.write_text(text, encoding="utf-8")
+        assert read_template(path) == template
+        assert str(template) == f"{template}" == template.name
+    short = {key: text for key, text in TEMPLATES["qa"].to_json().items() if key != "prefix"}
+    assert Template.from_json(short) == TEMPLATES["qa"]
+
+
+def test_a_bare_query_is_the_text_of_a_zero_shot_prompt(model):
+    own = Template("mine", "{input} is to{output};\n", "<{x}>{input} is to", prefix="Pairs {x}:\n")
+    for template in (own, *TEMPLATES.values()):
+        prompts = build_prompts(model, [Pair("hot", "cold")], n_shots=0, template=template, generator=seeded())
+        assert prompts.texts == (template.bare("hot"),)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["qa"], r'expected a template as an object with name, demonstration, query, prefix .*, got \["qa"\]'),
+        ("qa", 'expected a template as an object .* got "qa"'),
+        ({"name": "a", "query": "{input}"}, "expected a template as an object"),
+        ({**TEMPLATES["qa"].to_json(), "suffix": ""}, "expected a template as an object"),
+        ({**TEMPLATES["qa"].to_json(), "query": 3}, "template: expected query as text, got 3"),
+        ({**TEMPLATES["qa"].to_json(), "name": " "}, "template: expected a name, got ' '"),
+        ({**TEMPLATES["qa"].to_json(), "query": "Q:"}, "template 'qa': expected {input} exactly once in query"),
+    ],
+)
+def test_what_is_no_template_is_refused(value, message, tmp_path, unchecked):
+    with pytest.raises(ValueError, match=message):
+        Template.from_json(value)
+    path = tmp_path / "template.json"
+    path.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(ValueError, match="^template.json: " + message):
+        read_template(path)
+
+
+def test_a_file_that_holds_no_template_is_refused(tmp_path):
+    path = tmp_path / "template.json"
+    with pytest.raises(ValueError, match=r"template.json: cannot be read \(No such file or directory\)"):
+        read_template(path)
+    path.write_text("{not json", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^template\.json: Expecting property name"):
+        read_template(path)
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^template\.json: not a JSON file"):
+        read_template(path)
+
+
+def test_the_first_template_that_is_given_is_taken():
+    assert template_or() == template_or(None, "") == TEMPLATES["qa"]
+    assert template_or(None, "", "arrow", "colon") == TEMPLATES["arrow"]
+    with pytest.raises(ValueError, match="no template named 'mine'"):
+        template_or(None, "mine")

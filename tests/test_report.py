@@ -214,6 +214,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "other_relations": list(result.others),
         "path": choose_route(model)[0],
         "ffv_path": result.tuned.run.path,
+        "cautions": [],
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
         "options": {
@@ -453,6 +454,31 @@ def test_without_other_relations_the_number_is_null(tiny_result):
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
 
 
+def test_a_run_says_that_it_took_heads_that_do_not_help(tiny, tmp_path, monkeypatch):
+    """In the result, its file, its page and on the command line; nothing is said where all heads help."""
+    from fvlens import universal
+
+    original = universal.indirect_effects
+
+    def shifted(*args, **given):  # two heads help
+        found = original(*args, **given)
+        return dataclasses.replace(found, cie=found.cie - found.aie.flatten().sort(descending=True).values[1:3].mean())
+
+    relation, options = fvlens.load_relation("antonym"), dataclasses.replace(TINY, n_others=1, epochs=0)
+    assert run_relation(tiny, relation, options=options, progress=False).cautions == ()
+    monkeypatch.setattr(universal, "indirect_effects", shifted)
+    found = run_relation(tiny, relation, options=options, progress=False)
+    wheres = ["permuted labels", "random labels", f"vector of {found.others[0]}"]
+    assert [caution.split(": ")[0] for caution in found.cautions] == wheres
+    for caution in found.cautions:
+        assert "1 of the 3 best heads have an exact AIE of 0 or less" in caution
+    assert found.vector.heads == tuple(found.effects["permuted"].ranking[:3])
+    files = write_run(found, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["cautions"] == list(found.cautions)
+    page = files[-1].read_text()
+    assert all(f"<li>{caution}</li>" in page for caution in found.cautions)
+
+
 def test_layer_and_labels_can_be_chosen(tiny):
     options = dataclasses.replace(TINY, layer=1, labels="random", template="arrow", seed=5)
     found = run_relation(
@@ -460,7 +486,7 @@ def test_layer_and_labels_can_be_chosen(tiny):
     )  # fmt: skip
     assert {vector.layer for vector in found.vectors.values()} == {1}
     assert found.vector is found.vectors["random"]
-    assert (found.vector.template, found.vector.seed, found.model_name) == ("arrow", 5, "my model")
+    assert (str(found.vector.template), found.vector.seed, found.model_name) == ("arrow", 5, "my model")
     control = next(row for row in found.controls.rows if row.kind == "vector").evaluations[0]
     assert torch.equal(control.probabilities, found.steered["random"].probabilities)
     assert results_json(found)["options"]["labels"] == "random"

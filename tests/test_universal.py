@@ -13,6 +13,7 @@ import torch
 import fvlens
 from fvlens import Relation, universal, universal_heads
 from fvlens.models import Fingerprint, fingerprint
+from fvlens.prompts import TEMPLATES, Template
 from fvlens.relations import Pair
 from fvlens.suffix import choose_route
 from fvlens.types import Head
@@ -128,7 +129,7 @@ def test_effects_and_scores_are_those_of_the_parts(model, found):
     assert found.relations == NAMES
     assert found.kept.all()
     assert (found.labels, found.n_shots, found.n_prompts, found.n_corrupted) == ("permuted", 4, 6, 3)
-    assert (found.template, found.path, found.complete) == ("qa", choose_route(model)[0], True)
+    assert (str(found.template), found.path, found.complete) == ("qa", choose_route(model)[0], True)
     assert found.fingerprint == fingerprint(model)
 
 
@@ -144,7 +145,7 @@ def test_other_labels_and_template_reach_the_prompts(model):
     means = fvlens.mean_head_activations(model, clean, progress=False)
     expected = fvlens.indirect_effects(model, bad, means, progress=False).aie
     torch.testing.assert_close(given.aie[0], expected, rtol=0, atol=1e-6)
-    assert (given.labels, given.template) == ("random", "arrow")
+    assert (given.labels, str(given.template)) == ("random", "arrow")
 
 
 def test_same_seed_same_bits_and_the_global_generator_is_left_alone(model, found):
@@ -169,6 +170,18 @@ def test_mean_error_and_heads_follow_from_the_relations_that_count():
         heads = dataclasses.replace(result, n=n).heads
         assert heads == [Head(int(i) // 3, int(i) % 3) for i in order[:n]]
         assert all(isinstance(head, Head) for head in heads)
+
+
+def test_heads_that_do_not_help_on_average_are_announced():
+    result = made()
+    n_helping = int((result.mean > 0).sum())
+    assert n_helping < 6
+    every = dataclasses.replace(result, n=6)
+    assert every.caution.startswith(f"{6 - n_helping} of the 6 heads have a mean AIE of 0 or less (L")
+    assert f"as only {n_helping} heads have a positive one" in every.caution
+    assert all(str(head) in every.caution for head in every.heads[n_helping:][:5])
+    if n_helping:
+        assert dataclasses.replace(result, n=n_helping).caution == ""
 
 
 def test_one_relation_has_no_error():
@@ -477,3 +490,17 @@ def test_lists_that_do_not_fit_are_refused(unchecked, tiny, tmp_path, content, m
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_heads(path, tiny)
     assert str(error.value).startswith("plain.json: ")
+
+
+def test_an_own_template_survives_the_file(tmp_path):
+    own = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs:\n")
+    path = made(template=own).save(tmp_path / "heads.json")
+    assert UniversalHeads.load(path).template == own
+    content = json.loads(path.read_text())
+    assert (content["template"], content["template_text"]) == ("mine", own.to_json())
+    del content["template_text"]  # as fvlens 0.1 wrote it
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"heads.json: damaged field 'template' \(no template named 'mine'; "):
+        UniversalHeads.load(path)
+    path.write_text(json.dumps(content | {"template": "arrow"}))
+    assert UniversalHeads.load(path).template == TEMPLATES["arrow"]

@@ -316,7 +316,7 @@ class ActivationCache:
             n_prompts=len(self),
             fingerprint=self.fingerprint,
             relation=prompts.relation,
-            template=prompts.template.name,
+            template=prompts.template,
             n_shots=prompts.n_shots,
             labels=prompts.labels,
             data_hash=prompts.data_hash,

@@ -132,7 +132,7 @@ def _prompts_header(prompts: Prompts) -> dict[str, Any]:
         "demonstrations": [[list(pair) for pair in shown] for shown in prompts.demonstrations],
         "labels": prompts.labels,
         "n_shots": prompts.n_shots,
-        "template": dataclasses.asdict(prompts.template),
+        "template": prompts.template.to_json(),
         "relation": prompts.relation,
         "texts": list(prompts.texts),
     }
@@ -162,7 +162,7 @@ def _prompts_of(file: TensorFile, header: dict[str, Any]) -> Prompts:
         demonstrations=tuple(tuple(_pair(pair) for pair in shown) for shown in header["demonstrations"]),
         labels=header["labels"],
         n_shots=int(header["n_shots"]),
-        template=Template(**{name: str(text) for name, text in header["template"].items()}),
+        template=Template.from_json(header["template"]),
         relation=str(header["relation"]),
         texts=tuple(str(text) for text in header["texts"]),
     )

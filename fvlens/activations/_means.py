@@ -12,7 +12,7 @@ from fvlens.activations._positions import Positions, position_mask
 from fvlens.activations._run import See, batches_within, watch
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import Prompts
+from fvlens.prompts import Prompts, Template, get_template
 from fvlens.suffix import plan_batch
 
 
@@ -25,7 +25,7 @@ class HeadMeans:
         positions: ``"last"`` or a token class; the mean over a class is over all its tokens in all prompts.
         n_prompts: number of prompts averaged.
         fingerprint: the model.
-        relation, template, n_shots, labels, data_hash: the prompts.
+        relation, template, n_shots, labels, data_hash: the prompts. A template's name gives the built-in one.
     """
 
     z: Float[Tensor, "layer head d_head"]
@@ -33,10 +33,13 @@ class HeadMeans:
     n_prompts: int
     fingerprint: Fingerprint
     relation: str
-    template: str
+    template: Template | str
     n_shots: int
     labels: str
     data_hash: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
 
 
 def mean_head_activations(
@@ -102,7 +105,7 @@ def mean_head_activations(
         n_prompts=len(prompts),
         fingerprint=fingerprint(model),
         relation=prompts.relation,
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         labels=prompts.labels,
         data_hash=prompts.data_hash,

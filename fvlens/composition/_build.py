@@ -12,6 +12,7 @@ from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map, fit_composite
 from fvlens.composition._queries import Setting
 from fvlens.finetuning import finetune_many
+from fvlens.prompts import Template
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
 
 
@@ -93,7 +94,7 @@ def library_composite(
     n_analogies: int = 2430,
     epochs: int = 20,
     gate: GateKind | None = None,
-    template: str = "qa",
+    template: Template | str = "qa",
     generator: torch.Generator,
     progress: bool = True,
 ) -> CompositeMap:

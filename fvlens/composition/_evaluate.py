@@ -16,6 +16,7 @@ from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
+from fvlens.prompts import Template
 from fvlens.relations import Analogy, Pair
 from fvlens.suffix import Route
 
@@ -258,7 +259,7 @@ def evaluate_analogies(
     n_shots: int = 5,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
-    template: str | None = None,
+    template: Template | str | None = None,
     sources: SourceScores | None = None,
     path: Route | None = None,
     max_memory: int | None = None,

@@ -26,6 +26,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
 from fvlens.finetuning import VectorSet, frozen
+from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
 from fvlens.vectors import FunctionVector, vector_from, vector_header
@@ -133,7 +134,7 @@ class CompositeMap:
         scores: ``"log_probability"`` or ``"probability"``.
         rule: a name of :data:`RULES`.
         setting: the prompts it was trained on.
-        template: of source and target queries.
+        template: of source and target queries; a name gives the built-in one.
         gates: at most one a setting; see :func:`fit_gate`.
         seen: what took part; evaluations refuse to score on it.
         history: of the training.
@@ -147,7 +148,7 @@ class CompositeMap:
     scores: ScoreKind = "log_probability"
     rule: str = "softmax"
     setting: Setting = "zero_shot"
-    template: str = "qa"
+    template: Template | str = "qa"
     gates: tuple[Gate, ...] = ()
     seen: Seen = field(default_factory=Seen)
     history: FitHistory = field(default_factory=lambda: FitHistory((), (), ()))
@@ -171,6 +172,7 @@ class CompositeMap:
         _check_choice("scores", self.scores, SCORES)
         _check_choice("rule", self.rule, tuple(RULES))
         _check_choice("setting", self.setting, SETTINGS)
+        object.__setattr__(self, "template", get_template(self.template))
         gated = [gate.setting for gate in self.gates]
         if len(set(gated)) < len(gated):
             raise ValueError(f"CompositeMap: expected one gate a setting, got gates for {', '.join(gated)}.")
@@ -180,12 +182,13 @@ class CompositeMap:
         cls,
         basis: VectorSet,
         *,
-        template: str = "qa",
+        template: Template | str | None = None,
         setting: Setting = "zero_shot",
         pairs: Sequence[Pair | tuple[str, str]] = (),
     ) -> "CompositeMap":
         """No map: weights are the softmax of the scores. ``pairs`` are those that the basis was trained on."""
         n = len(basis)
+        template = template_or(template, basis.template)
         seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in pairs))
         return cls(basis, "none", torch.eye(n), torch.zeros(n), setting=setting, template=template, seen=seen)
 
@@ -249,6 +252,7 @@ class CompositeMap:
             vector=self.mix(found.scores[None])[1][0],
             relation=", ".join(f"{pair.input} : {pair.output}" for pair in found.pairs),
             kind="composite",
+            template=self.template,
             heads=(),
             data_hash="",
             seed=None,
@@ -267,6 +271,7 @@ class CompositeMap:
             "history": dataclasses.asdict(self.history),
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
             **{name: getattr(self, name) for name in _PLAIN},
+            **template_header(self.template),
         }
         tensors = {"basis": self.basis.matrix, "matrix": self.matrix, "shift": self.shift}
         if self.transfer is not None:
@@ -274,12 +279,13 @@ class CompositeMap:
         return write_tensors(FilePath(path), tensors, header, MAP_FORMAT)
 
     @classmethod
-    def load(cls, path: str | FilePath, *, model: Any = None) -> "CompositeMap":
+    def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "CompositeMap":
         """Read what :meth:`save` wrote. Nothing in the file is executed.
 
         Args:
             path: the file.
             model: if given, the basis must have been made on this model.
+            template: taken instead of the file's, for the map and its basis; see :meth:`FunctionVector.load`.
 
         Raises:
             ValueError: no such file; not a composite map, or a damaged one; or one of another model than ``model``.
@@ -287,7 +293,10 @@ class CompositeMap:
         path = FilePath(path)
         tensors, header = read_tensors(path, MAP_FORMAT)
         try:
-            vectors = [vector_from(row, entry) for row, entry in zip(tensors["basis"], header["vectors"], strict=True)]
+            vectors = [
+                vector_from(row, entry, template)
+                for row, entry in zip(tensors["basis"], header["vectors"], strict=True)
+            ]
             pairs = frozenset((str(a), str(b)) for a, b in header["seen"]["pairs"])
             loaded = cls(
                 basis=VectorSet(tuple(vectors), tuple(map(str, header["categories"]))),
@@ -301,6 +310,7 @@ class CompositeMap:
                 ),
                 history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
+                template=template_or(template_from(header, template)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path.name}: damaged composite map ({type(error).__name__}: {error}).") from error
@@ -309,7 +319,7 @@ class CompositeMap:
         return loaded
 
 
-_PLAIN = ("map", "strength", "scores", "rule", "setting", "template")
+_PLAIN = ("map", "strength", "scores", "rule", "setting")
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -344,7 +354,7 @@ def fit_composite(
     lr: float | None = None,
     epochs: int = 20,
     batch_size: int = 128,
-    template: str = "qa",
+    template: Template | str | None = None,
     basis_pairs: Sequence[Pair | tuple[str, str]] = (),
     sources: SourceScores | None = None,
     path: Route | None = None,
@@ -379,7 +389,7 @@ def fit_composite(
         l2: weight of the squared distance from the start, by default 1e-4; of the ridge on R, by default 3e-3.
         lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
         epochs, batch_size: passes over the analogies, analogies in a step.
-        template: how queries are written.
+        template: how queries are written; by default as the basis was made with, else ``"qa"``.
         basis_pairs: pairs that the basis was trained on; kept for the leak check.
         sources: :func:`source_scores` of the source pairs of ``analogies`` and then of ``valid``, where several maps
             share them; counted here by default.
@@ -430,6 +440,7 @@ def fit_composite(
         raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
     every = [*analogies, *valid]
     n_train = len(analogies)
+    template = template_or(template, basis.template)
     options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
     pairs = [one.source_pair for one in every]
     sources = given_or_scored(sources, model, basis, pairs, whose="fit_composite", progress=progress, **options)

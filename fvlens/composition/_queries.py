@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
 from fvlens.metrics import is_best
-from fvlens.prompts import render_prompts
+from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
 from fvlens.suffix import Route, choose_route
 
@@ -43,7 +43,7 @@ class Queries:
         demonstrations: Sequence[Sequence[Pair]] | None = None,
         *,
         layer: int,
-        template: str = "qa",
+        template: Template | str = "qa",
         path: Route | None = None,
         max_memory: int | None = None,
     ) -> None:
@@ -109,7 +109,7 @@ def source_scores(
     basis: VectorSet,
     pairs: Sequence[Pair | tuple[str, str]],
     *,
-    template: str = "qa",
+    template: Template | str | None = None,
     path: Route | None = None,
     max_memory: int | None = None,
     progress: bool = False,
@@ -120,7 +120,7 @@ def source_scores(
         model: the model.
         basis: vectors v_1..v_n.
         pairs: source pairs (A, B); one that occurs several times is run once.
-        template: how the bare query is written.
+        template: how the bare query is written; by default as the basis was made with, else ``"qa"``.
         path, max_memory: as for :func:`fvlens.finetune`.
         progress: show a bar.
 
@@ -139,6 +139,7 @@ def source_scores(
         raise ValueError("source_scores: expected at least one pair, got none.")
     every = [Pair(*pair) for pair in pairs]
     unique = list(dict.fromkeys(every))
+    template = template_or(template, basis.template)
     queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)
     vectors = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied, setting_of
 from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
 from fvlens.models import Fingerprint
-from fvlens.prompts import Prompts
+from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pair
 from fvlens.scoring import Scores, score
 from fvlens.suffix import Route
@@ -38,7 +38,7 @@ class Evaluation:
         probabilities: probability of the answer's first token.
         log_probabilities: teacher-forced log-probability of the whole answer, in nats, summed over its tokens.
         interval: 95% bootstrap interval of :attr:`top1`.
-        template: name of the template.
+        template: how the prompts were written.
         n_shots: demonstrations in each prompt.
         labels: how the demonstrations' labels were chosen.
         scale: factor on the vector.
@@ -60,7 +60,7 @@ class Evaluation:
     probabilities: Float[Tensor, " prompt"]
     log_probabilities: Float[Tensor, " prompt"]
     interval: Interval
-    template: str
+    template: Template
     n_shots: int
     labels: str
     scale: float
@@ -252,7 +252,7 @@ def evaluations(
         "setting": setting_of(prompts),
         "relation": prompts.relation,
         "queries": prompts.queries,
-        "template": prompts.template.name,
+        "template": prompts.template,
         "n_shots": prompts.n_shots,
         "labels": prompts.labels,
         "model_name": str(model.cfg.model_name),

@@ -38,7 +38,7 @@ class GeneratedAnswers:
         interval: 95% bootstrap interval of :attr:`exact_match`.
         f1_interval: 95% bootstrap interval of :attr:`f1`.
         max_new_tokens: tokens generated at most.
-        template: name of the template.
+        template: how the prompts were written.
         n_shots: demonstrations in each prompt.
         labels: how the demonstrations' labels were chosen.
         scale: factor on the vector.
@@ -58,7 +58,7 @@ class GeneratedAnswers:
     interval: Interval
     f1_interval: Interval
     max_new_tokens: int
-    template: str
+    template: Template
     n_shots: int
     labels: str
     scale: float
@@ -197,7 +197,7 @@ def generate_answers(
         setting=setting_of(prompts),
         relation=prompts.relation,
         queries=prompts.queries,
-        template=prompts.template.name,
+        template=prompts.template,
         n_shots=prompts.n_shots,
         labels=prompts.labels,
         model_name=str(model.cfg.model_name),

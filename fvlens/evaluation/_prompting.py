@@ -5,7 +5,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
-from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts
+from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts, template_or
 from fvlens.relations import Pair, Relation
 
 Setting = Literal["zero_shot", "icl", "shuffled"]
@@ -41,7 +41,7 @@ class Prompting(TypedDict, total=False):
 
 
 def asked_prompts(
-    function: str, model: Any, asked: Asked, prompting: Prompting, generator: torch.Generator, steering: Any = None
+    function: str, model: Any, asked: Asked, prompting: Prompting, generator: torch.Generator, source: Any = None
 ) -> Prompts:
     """One prompt a pair, as asked for; prompts as they are.
 
@@ -51,7 +51,7 @@ def asked_prompts(
         asked: the pairs, or prompts.
         prompting: how pairs are asked.
         generator: draws the demonstrations.
-        steering: whose template is the default, where it has one.
+        source: a vector, or means, whose template is the default where it has one.
 
     Raises:
         ValueError: unknown options or values; settings that do not go together; options beside prompts; whatever
@@ -101,7 +101,7 @@ def asked_prompts(
         queries=asked,
         n_shots=n_shots,
         labels="true" if setting != "shuffled" else labels or "permuted",
-        template=prompting.get("template") or getattr(steering, "template", "") or "qa",
+        template=template_or(prompting.get("template"), getattr(source, "template", None)),
         pool=prompting.get("pool"),
         relation=relation,
         generator=generator,

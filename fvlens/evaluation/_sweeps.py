@@ -332,7 +332,7 @@ def head_count_sweep(
             f"head_count_sweep: expected counts in 1..{len(heads)} (the ranking's length), got {list(counts or ())}."
         )
     vectors = [function_vector(model, means, heads=heads[:count], layer=layer) for count in chosen]
-    prompts = asked_prompts("head_count_sweep", model, pairs, prompting, generator, vectors[0])
+    prompts = asked_prompts("head_count_sweep", model, pairs, prompting, generator, means)
     found, baseline, complete = _sweep(
         model, prompts, vectors, "head-count sweep", scale, generator, batch_size=batch_size, path=path,
         max_memory=max_memory, compute=compute, progress=progress,

@@ -37,7 +37,7 @@ from fvlens.finetuning._training import (
 )
 from fvlens.interventions import resid_pre_hook
 from fvlens.models import fingerprint
-from fvlens.prompts import Prompts, build_prompts
+from fvlens.prompts import Prompts, Template, build_prompts
 from fvlens.relations import Pair, Relation
 from fvlens.suffix import plan_slices
 from fvlens.types import Steering
@@ -233,7 +233,7 @@ def act_add(
     scales: Sequence[float | int] | None = None,
     valid: Pairs | None = None,
     n_shots: int = 10,
-    template: str = "qa",
+    template: Template | str = "qa",
     relation: str | None = None,
     batch_size: int | None = None,
     generator: torch.Generator,
@@ -427,7 +427,7 @@ def soft_prompt(
     batch_size: int | None = 5,
     schedule: Schedule = "cosine",
     patience: int | None = None,
-    template: str = "qa",
+    template: Template | str = "qa",
     relation: str | None = None,
     generator: torch.Generator,
     progress: bool = True,
@@ -496,7 +496,7 @@ def lora(
     batch_size: int | None = 5,
     schedule: Schedule = "cosine",
     patience: int | None = None,
-    template: str = "qa",
+    template: Template | str = "qa",
     relation: str | None = None,
     generator: torch.Generator,
     progress: bool = True,

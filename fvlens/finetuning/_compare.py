@@ -20,7 +20,7 @@ from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchange
 from fvlens.finetuning._finetune import finetune
 from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import Prompts, build_prompts, render_prompts
+from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.scoring import Scores, score
 from fvlens.types import Steering
@@ -37,12 +37,21 @@ Pairs = Relation | Sequence[Pair | tuple[str, str]]
 # --- what a method gains ---
 
 
+def _template_of(adapted: Any) -> Template | str | None:
+    """The template that a method was trained with, or that of its vector; None if it knows of none."""
+    settings = getattr(adapted, "settings", None)
+    if settings is not None:
+        return settings.template
+    steering = getattr(getattr(adapted, "change", adapted), "steering", adapted)
+    return getattr(steering, "template", None)
+
+
 def evaluate_adapted(
     model: Any,
     pairs: Pairs,
     adapted: Adapted | Steering | Change | None,
     *,
-    template: str = "qa",
+    template: Template | str | None = None,
     relation: str | None = None,
     batch_size: int | None = None,
     check: bool = True,
@@ -57,7 +66,7 @@ def evaluate_adapted(
         model: the model.
         pairs: the pairs asked, one query each.
         adapted: what a baseline or ``finetune`` gave, a vector, or None for the model as it is.
-        template: name of a built-in template.
+        template: how queries are written; by default as ``adapted`` was made with, else ``"qa"``.
         relation: name recorded in the result; by default that of ``pairs``.
         batch_size: prompts run together; by default chosen from what memory is free.
         check: ask ``adapted`` whether it was made on this model.
@@ -83,6 +92,7 @@ def evaluate_adapted(
     change = as_change(adapted)
     if check:
         change.check(model)
+    template = template_or(template, _template_of(adapted))
     bare = build_prompts(model, pairs, n_shots=0, template=template, relation=relation, generator=generator)
     prompts = change.on(model, bare)
     steering = change.steering if isinstance(change, Steered) else None
@@ -144,7 +154,7 @@ def unrelated_prompts(
     *,
     n: int = 200,
     n_shots: int = 2,
-    template: str = "qa",
+    template: Template | str = "qa",
     generator: torch.Generator,
 ) -> Prompts:
     """Prompts that have nothing to do with a relation: other library relations, asked after demonstrations of them.
@@ -287,6 +297,7 @@ class Comparison:
         fingerprint: the model.
         data_hash: hash of the relation's pairs.
         complete: False if interrupted; the rows that were finished are there.
+        caution: whether heads were taken that do not help (:meth:`~fvlens.attribution.IndirectEffects.caution`).
     """
 
     relation: str
@@ -300,6 +311,7 @@ class Comparison:
     fingerprint: Fingerprint
     data_hash: str
     complete: bool
+    caution: str = ""
 
     @property
     def n_test(self) -> int:
@@ -369,6 +381,7 @@ class Comparison:
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
             f"layer {self.layer}, seed {self.seed}. Trained: numbers that were trained. KL: collateral change of the "
             f"next token after {self.n_unrelated} prompts of other relations, in nats. Intervals: 95% bootstrap."
+            + (f" Heads: {self.caution}" if self.caution else "")
         )
 
     def to_markdown(self) -> str:
@@ -436,7 +449,7 @@ def compare(
     epochs: int = 20,
     batch_size: int | None = 5,
     n_unrelated: int = 200,
-    template: str = "qa",
+    template: Template | str = "qa",
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -503,7 +516,7 @@ def compare(
         model, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), generator=fresh(), progress=progress,
         **named,
     )  # fmt: skip
-    untuned = function_vector(model, means, heads=effects[labels].top(n_heads), layer=layer or 0, seed=seed)
+    untuned = function_vector(model, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
     if layer is None:
         sweep = finished(layer_sweep(model, split.valid, untuned, generator=fresh(), progress=progress, **named))
         untuned = untuned.at_layer(sweep.best_layer)
@@ -561,4 +574,5 @@ def compare(
         fingerprint=fingerprint(model),
         data_hash=found.data_hash,
         complete=len(done) == total,
+        caution=effects[labels].caution(n_heads),
     )

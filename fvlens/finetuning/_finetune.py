@@ -29,6 +29,7 @@ from fvlens.finetuning._training import (
     run_training,
 )
 from fvlens.models import fingerprint, model_device
+from fvlens.prompts import Template, template_or
 from fvlens.relations import Pair, Relation, Split, load_relation
 from fvlens.suffix import Route, choose_route
 from fvlens.vectors import DistributedVector, FunctionVector
@@ -188,7 +189,7 @@ def finetune(
     batch_size: int | None = 5,
     schedule: Schedule = "cosine",
     patience: int | None = None,
-    template: str | None = None,
+    template: Template | str | None = None,
     relation: str | None = None,
     path: Route | None = None,
     max_memory: int | None = None,
@@ -260,7 +261,7 @@ def finetune(
     task = Task(relation, _pairs(pairs), _pairs(valid or ()), seed)
     settings = Settings(
         loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
-        patience=patience, template=template or getattr(init, "template", "") or "qa",
+        patience=patience, template=template_or(template, getattr(init, "template", None)),
     )  # fmt: skip
     options = _Options(path, max_memory, resume, checkpoint, check, progress)
     if isinstance(init, DistributedVector):
@@ -338,7 +339,7 @@ def finetune_many(
     ]
     settings = Settings(
         loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
-        patience=patience, template=template,
+        patience=patience, template=template_or(template or _shared_template(starts)),
     )  # fmt: skip
     options = _Options(path, max_memory, resume, checkpoint, check, progress)
     return _finetune_over(model, tasks, starts, layer, settings, options)
@@ -379,6 +380,17 @@ def _starts(
     if len(init) != len(names):
         raise ValueError(f"finetune_many: {len(names)} relations, but {len(init)} vectors to start from.")
     return list(init)
+
+
+def _shared_template(starts: Sequence[FunctionVector | Literal["zero"]]) -> Template | str | None:
+    """The template of the starts; None if none of them knows its own."""
+    found = {start.template for start in starts if isinstance(start, FunctionVector) and start.template}
+    if len(found) > 1:
+        raise ValueError(
+            f"finetune_many: the starts are of {len(found)} templates ({', '.join(sorted(map(str, found)))}); give "
+            "template=."
+        )
+    return next(iter(found), None)
 
 
 def _layers(
@@ -506,7 +518,7 @@ def _finetune_distributed(
     outcome = training.outcomes()[0]
     with torch.no_grad():
         trainable.values.copy_(outcome.values.view_as(trainable.values))
-    vector = trainable.to_vector(model, relation=task.name)
+    vector = dataclasses.replace(trainable.to_vector(model, relation=task.name), template=settings.template)
     return _fine_tuned(vector, task, outcome, settings, state, complete, seconds, "naive")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fvlens.files import read_tensors, write_tensors
 from fvlens.models import Fingerprint
+from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
 from fvlens.vectors import FunctionVector, check_model, vector_from, vector_header
 
@@ -126,6 +127,12 @@ class VectorSet:
             raise ValueError(f"select: nothing of category {category!r} among {', '.join(chosen)}.")
         return VectorSet(tuple(self.vectors[i] for i in index), tuple(self.categories[i] for i in index))
 
+    @property
+    def template(self) -> Template | str | None:
+        """The template of all vectors; None if it is unknown or not one."""
+        found = {vector.template for vector in self.vectors}
+        return found.pop() if len(found) == 1 else None
+
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vectors were made on another model."""
         check_model(self.fingerprint, model, f"the set of {len(self)} vectors")
@@ -166,12 +173,13 @@ class VectorSet:
         return write_tensors(FilePath(path), {"matrix": self.matrix}, header, SET_FORMAT)
 
     @classmethod
-    def load(cls, path: str | FilePath, *, model: Any = None) -> "VectorSet":
+    def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "VectorSet":
         """Read what :meth:`save` wrote. Nothing in the file is executed.
 
         Args:
             path: the file.
             model: if given, the vectors must have been made on this model.
+            template: taken instead of the file's, for all vectors; see :meth:`FunctionVector.load`.
 
         Raises:
             ValueError: no such file; not a vector set, or a damaged one; or vectors of another model than ``model``.
@@ -182,7 +190,7 @@ class VectorSet:
             rows, entries = tensors["matrix"], header["vectors"]
             if len(rows) != len(entries):
                 raise ValueError(f"{len(rows)} rows, but {len(entries)} vectors in the header")
-            vectors = tuple(vector_from(row, entry) for row, entry in zip(rows, entries, strict=True))
+            vectors = tuple(vector_from(row, entry, template) for row, entry in zip(rows, entries, strict=True))
             loaded = cls(vectors, tuple(str(category) for category in header["categories"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged vector set ({type(error).__name__}: {error}).") from error

@@ -28,7 +28,7 @@ from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVe
 from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
-from fvlens.prompts import PAD_ANSWER, Prompts, build_prompts, get_template, with_answers
+from fvlens.prompts import PAD_ANSWER, TEMPLATES, Prompts, Template, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
 from fvlens.suffix import Route, SteeredPrompts, open_reader, plan_slices
 
@@ -64,7 +64,7 @@ class Settings:
         batch_size: pairs in a step; None for all of them.
         schedule: of the learning rate over epochs, ``"cosine"`` down to zero or ``"constant"``.
         patience: stop after this many epochs without a better validation score; None to use all epochs.
-        template: how the queries are written.
+        template: how the queries are written; a name gives the built-in template.
     """
 
     loss: Loss = "cross_entropy"
@@ -75,7 +75,7 @@ class Settings:
     batch_size: int | None = 5
     schedule: Schedule = "cosine"
     patience: int | None = None
-    template: str = "qa"
+    template: Template | str = "qa"
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("anchor", ANCHORS), ("schedule", SCHEDULES)):
@@ -89,7 +89,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"finetune: expected {name} of at least 1, got {value}.")
-        get_template(self.template)
+        object.__setattr__(self, "template", get_template(self.template))
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +401,7 @@ def _relation_of(counts: Sequence[int]) -> Int[Tensor, " row"]:
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
-def prompts_of(model: Any, tasks: Sequence[Task], template: str) -> Prompts:
+def prompts_of(model: Any, tasks: Sequence[Task], template: Template | str) -> Prompts:
     """The bare queries of all pairs of all relations: of each its training pairs, then its validation pairs."""
     pairs = [pair for task in tasks for pair in (*task.train, *task.valid)]
     return build_prompts(model, pairs, n_shots=0, template=template, generator=torch.Generator())
@@ -612,6 +612,10 @@ class Training:
         """
         for name, ours in self._identity().items():
             theirs = state.header.get(name)
+            if name == "settings" and isinstance(theirs, dict) and isinstance(theirs.get("template"), str):
+                # fvlens 0.1 wrote the name alone
+                known = TEMPLATES.get(theirs["template"])
+                theirs = theirs | ({} if known is None else {"template": known.to_json()})
             if theirs != ours and not (name == "fingerprint" and _same_model(ours, theirs)):
                 raise ValueError(f"finetune: the saved training has {name} {theirs!r}, this one {ours!r}.")
         try:

@@ -53,7 +53,7 @@ def measure_relation(
         corrupted = build_prompts(model, split.train, n_prompts=25, labels=ranking, **shared)
         effects = indirect_effects(model, corrupted, means, progress=False)
         maps[ranking] = effects.aie
-        vector = function_vector(model, means, heads=effects.top(n_heads), layer=0, seed=seed)
+        vector = function_vector(model, means, heads=effects.ranking[:n_heads], layer=0, seed=seed)
         sweep = layer_sweep(model, split.valid, vector, generator=generator, progress=False)
         vectors[ranking] = vector.at_layer(sweep.best_layer)
         scored = evaluate(model, split.test, vector=vectors[ranking], generator=generator)

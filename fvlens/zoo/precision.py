@@ -112,7 +112,7 @@ def measure_relation(models: dict[str, Any], name: str, seed: int) -> dict[tuple
             asked = others[labels] if same else corrupted[labels]
             effects = indirect_effects(model, asked, own_means, progress=False)
             layer = vectors[labels].layer
-            vector = function_vector(model, own_means, heads=effects.top(N_HEADS), layer=layer, seed=seed)
+            vector = function_vector(model, own_means, heads=effects.ranking[:N_HEADS], layer=layer, seed=seed)
             found[OTHER_PROMPTS if same else precision, labels] = {
                 **compare(effects, exact[labels]),
                 "cosine": vector.cosine(vectors[labels]),
@@ -124,7 +124,7 @@ def measure_relation(models: dict[str, Any], name: str, seed: int) -> dict[tuple
 
 def _vector(model: Any, valid: Sequence[Pair], means: HeadMeans, effects: IndirectEffects, seed: int) -> FunctionVector:
     """The vector of the best heads, at the layer that is best on the validation pairs."""
-    vector = function_vector(model, means, heads=effects.top(N_HEADS), layer=0, seed=seed)
+    vector = function_vector(model, means, heads=effects.ranking[:N_HEADS], layer=0, seed=seed)
     sweep = layer_sweep(model, valid, vector, generator=torch.Generator().manual_seed(seed), progress=False)
     return vector.at_layer(sweep.best_layer)
 

@@ -60,7 +60,7 @@ def measure_relation(model: Any, name: str, seed: int, *, repeats: int = 3) -> d
             found[screen, labels] = {
                 "spearman": quality.spearman,
                 "overlap": quality.overlap if quality.overlap_rechecked is None else quality.overlap_rechecked,
-                "first": float(effects.top(1) == exact.top(1)),
+                "first": float(effects.ranking[0] == exact.ranking[0]),
                 "cost": seconds / exact_seconds,
             }
     return found
