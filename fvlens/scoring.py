@@ -40,6 +40,7 @@ from fvlens.suffix import (
     Edit,
     Reader,
     Route,
+    Site,
     Slices,
     Variant,
     choose_route,
@@ -229,7 +230,9 @@ def as_edits(model: Any, change: Change, scale: float, n_prompts: int, *, check:
                 f"where={[edit.where for edit in change]}; scale the edits' values, and leave where out."
             )
         return change
-    sites = {resid_hook(layer): (layer, "resid_post") for layer in range(model.cfg.n_layers)}
+    sites: dict[str, tuple[int, Site]] = {
+        resid_hook(layer): (layer, "resid_post") for layer in range(model.cfg.n_layers)
+    }
     sites |= {resid_pre_hook(layer + 1): (layer, "resid_post") for layer in range(model.cfg.n_layers - 1)}
     sites |= {z_hook(layer): (layer, "z") for layer in range(model.cfg.n_layers)}
     edits = []
@@ -273,13 +276,13 @@ def _by_suffix(
     """All changes of a slice of prompts together, slice after slice."""
     n_layers = model.cfg.n_layers
     starts = [edit.layer + (edit.site == "resid_post") for variant in variants for edit in variant]
-    kept = dict(
+    kept: dict[str, Any] = dict(
         from_layer=min(starts, default=n_layers), keep_z=any(edit.site == "z" for own in variants for edit in own)
     )
     for n_answer, index in by_answer_length(prompts).items():
         group = prompts if len(index) == len(prompts) else prompts.select(index.tolist())
         asked = _Group.of(group, n_answer, [rows_of([variant], index)[0] for variant in variants])
-        planned = kept if path == "weights" else {}
+        planned: dict[str, Any] = kept if path == "weights" else {}
         plan = plan_slices(
             model, n_pos=asked.tokens.shape[1], n_suffix=n_answer, n_variants=len(variants), path=path,
             max_memory=max_memory, **planned,

@@ -220,7 +220,8 @@ def controls(
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     start = copied(generator)
     shown: list[tuple[Kind, Prompts, torch.Generator]] = []
-    for setting in ("icl", "shuffled"):
+    settings: tuple[Literal["icl", "shuffled"], ...] = ("icl", "shuffled")
+    for setting in settings:
         own = copied(start)
         labels = prompting.get("labels") if setting == "shuffled" else None
         options = Prompting(**{**prompting, "setting": setting, "labels": labels})  # pyright: ignore
@@ -250,7 +251,9 @@ def controls(
 
     # all of it in one go over the prompts' one run
     changes = [change for _, _, own in steered for change in own]
-    engine = dict(batch_size=batch_size, path=path, max_memory=max_memory, compute=compute, progress=progress)
+    engine: dict[str, Any] = dict(
+        batch_size=batch_size, path=path, max_memory=max_memory, compute=compute, progress=progress
+    )
     scores = score(model, prompts, changes, scales=scale, interruptible=True, what="controls", **engine)
     scored = iter(evaluations(model, prompts, changes, [scale] * len(changes), scores, copied(bootstrap), compute))
     groups = [(name, kind, [next(scored) for _ in own]) for name, kind, own in steered]
@@ -270,8 +273,9 @@ def controls(
 
     rows = [row(*group) for group in groups]
     complete = scores.complete
+    demonstrated = shown if complete else []
     try:
-        for kind, own_prompts, own in shown if complete else ():
+        for kind, own_prompts, own in demonstrated:
             score_of = score(model, own_prompts, [None], what="controls", **engine)
             found = evaluations(model, own_prompts, [None], [scale], score_of, own, compute)
             rows.append(row(f"{own_prompts.n_shots} demonstrations, {own_prompts.labels} labels", kind, found))

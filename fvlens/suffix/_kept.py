@@ -46,7 +46,8 @@ class SteeredPrompts:
         path: Route,
         max_memory: int | None = None,
     ) -> None:
-        self.model, self.layer, self.path = model, layer, path
+        self.model, self.layer = model, layer
+        self.path: Route = path
         self.answers = answers.to(next(model.parameters()).device)
         lengths = (answers >= 0).sum(dim=1)
         self.n_answers = sorted(set(lengths.tolist()))
@@ -88,7 +89,7 @@ class SteeredPrompts:
             self._steps.move_to_end(i)
             return self._steps[i][0]
         whole, seen, n_answer = self._slices[i]
-        options = dict(copied=self.is_copied) if self.path == "weights" else {}
+        options: dict[str, Any] = dict(copied=self.is_copied) if self.path == "weights" else {}
         run = run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path, **self._kept_part(), **options)
         steps = run.steps(self.layer)
         size = len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())

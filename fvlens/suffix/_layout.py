@@ -321,7 +321,7 @@ def _product(
     plain: bool = True,
 ) -> Product:
     """The product with weights ``[in out]``, side by side."""
-    parts = tuple(part.detach() for part in parts)
+    parts = [part.detach() for part in parts]
 
     def weight() -> Tensor:
         joined = torch.cat([part.T for part in parts]) if len(parts) > 1 else parts[0].T

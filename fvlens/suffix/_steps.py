@@ -24,12 +24,15 @@ class SteeredSuffix(abc.ABC):
     """Logits of kept prompts with a vector added after one layer, at the first suffix position; differentiable.
 
     Attributes:
-        run: the prompts' run.
         after: their residual stream after that layer.
     """
 
-    run: SuffixRun
     after: Float[Tensor, "prompt suffix d_model"]
+
+    @property
+    @abc.abstractmethod
+    def run(self) -> SuffixRun:
+        """The prompts' run."""
 
     @abc.abstractmethod
     def logits(
@@ -63,8 +66,12 @@ class GeneralSteps(SteeredSuffix):
     """By the run's own blocks, whatever they are."""
 
     def __init__(self, run: SuffixRun, layer: int) -> None:
-        self.run, self.layer = run, layer
+        self._run, self.layer = run, layer
         self.after = run.resid_after(layer)
+
+    @property
+    def run(self) -> SuffixRun:
+        return self._run
 
     def logits(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
@@ -82,12 +89,16 @@ class LaidOutSteps(SteeredSuffix):
     """
 
     def __init__(self, run: "WeightsRun", layer: int) -> None:
-        self.run = run
+        self._run = run
         self.after = run.resid_after(layer)
         self.upper = range(layer + 1, run.model.cfg.n_layers)
         windows = {run.layout.blocks[i].window for i in self.upper}
         mask = run.attention_mask.bool()
         self.allowed = {window: allowed_keys(mask, run.n_suffix, window) for window in windows}
+
+    @property
+    def run(self) -> "WeightsRun":
+        return self._run
 
     def logits(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
@@ -126,7 +137,8 @@ def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tens
         zs = []
         for (q, k, v), (n, s), (_, kept, allowed, own, _) in zip(pieces, shapes, ready, strict=True):
             keys = Keys(kept[layer - first.upper.start], allowed[block.window], block.scale, own.cap)
-            z = attend(*(x.view(n, 1, s, *x.shape[1:]) for x in (q, k, v)), keys)
+            q, k, v = (x.view(n, 1, s, *x.shape[1:]) for x in (q, k, v))
+            z = attend(q, k, v, keys)
             zs.append(z.reshape(n * s, -1))
         resid = walk.finish(block, resid, zs[0] if len(zs) == 1 else torch.cat(zs))
     return resid
