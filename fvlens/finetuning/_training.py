@@ -272,7 +272,7 @@ class VectorAdapter(Adapter):
         if path != "naive":
             self.kept = SteeredPrompts(
                 model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, trainable.layer, path=path,
-                max_memory=max_memory,
+                max_memory=max_memory, most=_MOST_ROWS,
             )  # fmt: skip
             self.rows_at_once = self.kept.rows_at_once
 

@@ -14,8 +14,6 @@ from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
 
-_MOST_ROWS = 512
-"""Prompts that go through together at most: more is no faster, and what is free must not decide the rounding."""
 _KEPT = 1024**3
 """Bytes that are kept of prompts where no bound is given."""
 
@@ -33,6 +31,7 @@ class SteeredPrompts:
         layer: vectors are added after this layer.
         path: ``"weights"`` or ``"kv"``.
         max_memory: bytes for activations and what is kept; by default 1 GiB for each of the two.
+        most: prompts that go through together at most.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class SteeredPrompts:
         *,
         path: Route,
         max_memory: int | None = None,
+        most: int = 512,
     ) -> None:
         self.model, self.layer = model, layer
         self.path: Route = path
@@ -57,7 +57,7 @@ class SteeredPrompts:
             model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, max_memory=half,
             gradients=True, **self._kept_part(),
         )  # fmt: skip
-        self.rows_at_once = min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
+        self.rows_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
         self.is_copied = plan.copied
         self._room = _KEPT if half is None else half
         self._slices: list[tuple[Tensor, Tensor, int]] = []
@@ -152,21 +152,20 @@ class SteeredPrompts:
         logits = steps.run.logits(final)
         device = logits.device
         targets = [self.answers[rows[own].to(self.answers.device), :n].flatten() for own, n in order]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logs = -F.cross_entropy(logits.to(wide), torch.cat(targets).to(device), reduction="none")
+        logs = -F.cross_entropy(logits.float(), torch.cat(targets).to(device), reduction="none")
         width = self.answers.shape[1]
         if len(order) == 1 and order[0][1] == width:  # in order, and of the full length
             found = logs.view(len(rows), width)
         else:
             places = torch.cat([(own[:, None] * width + torch.arange(n)).flatten() for own, n in order]).to(device)
-            found = torch.zeros(len(rows) * width, dtype=wide, device=device).index_put((places,), logs)
+            found = torch.zeros(len(rows) * width, device=device).index_put((places,), logs)
             found = found.view(len(rows), width)
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
 
 
-def _firsts(order: Sequence[tuple[Int[Tensor, " row"], int]]) -> Int[Tensor, " row"]:
+def _firsts(order: Sequence[tuple[Int[Tensor, " _row"], int]]) -> Int[Tensor, " total"]:
     """Where the first token of each row lies among the tokens of all parts."""
     starts, at = [], 0
     for own, n_answer in order:

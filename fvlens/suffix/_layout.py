@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-FEW_ROWS = 16
-"""Up to so many rows a product runs as ``(weight @ x.T).T``: two to three times as fast, the weight is read once."""
+FEW_ROWS, WIDE = 16, 256
+"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: two to three
+times as fast, since its time goes into reading the weight. In narrower models it would only change the rounding."""
 
 _N_SEEN = 64
 """Entries of every parameter that are compared at each run."""
@@ -74,7 +75,7 @@ class Product:
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight()
         if self.compute is not None:
             product = F.linear(x.to(self.compute), weight).to(x.dtype)
-        elif 1 < len(x) <= FEW_ROWS and weight.is_contiguous():
+        elif 1 < len(x) <= FEW_ROWS and weight.shape[1] >= WIDE and weight.is_contiguous():
             product = _FewRows.apply(x, weight, self.parts) if x.requires_grad else (weight @ x.T).T
             assert isinstance(product, Tensor)
         else:
