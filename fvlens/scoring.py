@@ -154,11 +154,13 @@ def score(
     chosen, _ = choose_route(model, path)
     variants = None
     if chosen != "naive":
+        asked: set[int] = set()  # fingerprints that were compared already; vectors of one origin share theirs
+        made = []
         with torch.no_grad():
-            made = [
-                as_edits(model, change, scale, len(prompts), check=check)
-                for change, scale in zip(changes, each, strict=True)
-            ]
+            for change, scale in zip(changes, each, strict=True):
+                mark = id(getattr(change, "fingerprint", None) or change)
+                made.append(as_edits(model, change, scale, len(prompts), check=check and mark not in asked))
+                asked.add(mark)
         variants = [variant for variant in made if variant is not None]
         if len(variants) < len(made):
             if path is not None:

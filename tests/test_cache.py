@@ -179,7 +179,8 @@ def test_layers_sites_and_precision(tiny, generator):
     assert (some.sites, some.layers, some.dtype, every.dtype) == (("mlp_out",), (0, 2), torch.bfloat16, torch.float32)
     assert torch.equal(some["mlp_out"], every["mlp_out"][[0, 2]].bfloat16())
     assert torch.equal(some["mlp_out", 2], some["mlp_out"][1])
-    assert torch.equal(cached(tiny, prompts, layers=1)["z"], every["z"][1:2])
+    alone = cached(tiny, prompts, layers=1)["z"]  # without mlp_out the engine runs the prompts, to rounding
+    torch.testing.assert_close(alone, every["z"][1:2], rtol=1e-5, atol=1e-6)
     assert every.axes("z") == ("layer", "prompt", "pos", "head", "d_head")
     assert every.axes("mlp_out") == ("layer", "prompt", "pos", "d_model")
     assert some.shape("mlp_out") == tuple(some["mlp_out"].shape)
@@ -464,7 +465,7 @@ def test_activations_of_another_shape_are_refused(tiny, generator):
     narrowed = point.register_forward_pre_hook(lambda module, args: (args[0][..., :3],))
     try:
         with pytest.raises(ValueError, match=message):
-            cached(tiny, prompts, sites="z")
+            cached(tiny, prompts, sites=("z", "mlp_out"))  # with mlp_out the class's own forward runs
     finally:
         narrowed.remove()
     assert not has_hooks(tiny)

@@ -8,10 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.interventions import hooked
 from fvlens.models import model_device
 from fvlens.prompts import Prompts
-from fvlens.suffix import halving, open_reader
+from fvlens.suffix import halving, watch_prompts
 
 See = Callable[[Float[Tensor, "*axes"], slice], None]
 """Takes an activation of some prompts, and which prompts they are."""
@@ -53,16 +52,13 @@ def watch(
         now = rows
         tokens, attention_mask = prompts.tokens[rows].to(device), prompts.attention_mask[rows].to(device)
         with torch.inference_mode():
-            open_reader(model, len(tokens), keep=False).read(tokens, attention_mask, n_read=1)
+            watch_prompts(model, tokens, attention_mask, {name: shown(see) for name, see in seers.items()})
         return rows
 
     def shown(see: See) -> Callable[[Tensor], None]:
         return lambda activation: see(activation, now)
 
-    with (
-        hooked(model, {name: shown(see) for name, see in seers.items()}),
-        tqdm(total=len(prompts), desc=what, disable=not progress, leave=False) as bar,
-    ):
+    with tqdm(total=len(prompts), desc=what, disable=not progress, leave=False) as bar:
         for rows in halving(run, batches, what=what):
             done(rows)
             bar.update(rows.stop - rows.start)

@@ -273,7 +273,7 @@ def controls(
 
     rows = [row(*group) for group in groups]
     complete = scores.complete
-    demonstrated = shown if complete else []
+    demonstrated: list[tuple[Kind, Prompts, torch.Generator]] = shown if complete else []
     try:
         for kind, own_prompts, own in demonstrated:
             score_of = score(model, own_prompts, [None], what="controls", **engine)

@@ -288,7 +288,7 @@ def finetune_many(
     batch_size: int | None = 5,
     schedule: Schedule = "cosine",
     patience: int | None = None,
-    template: str = "qa",
+    template: Template | str | None = None,
     path: Route | None = None,
     max_memory: int | None = None,
     resume: TrainingState | str | FilePath | None = None,

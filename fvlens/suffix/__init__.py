@@ -25,7 +25,7 @@ from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
 from fvlens.suffix._kept import SteeredPrompts
 from fvlens.suffix._layout import laid_out, refresh, wide_logits
 from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
-from fvlens.suffix._prefix import run_prefix
+from fvlens.suffix._prefix import run_prefix, watch_prompts
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._routes import (
     ROUTES,
@@ -67,6 +67,7 @@ __all__ = [
     "rows_of",
     "run_prefix",
     "steered_resid",
+    "watch_prompts",
     "why_not_kv",
     "why_not_weights",
     "wide_logits",

@@ -1,11 +1,11 @@
 """The engine over ``HookedTransformer``: over its weights, or through its own ``start_at_layer`` and cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fvlens.interventions import hooked, resid_pre_hook, z_hook
@@ -47,18 +47,22 @@ class Walk:
         layout: its weights, laid out.
         mask: 1 for real tokens of prefix and suffix, 0 for padding.
         rotations: cosines and sines of the last positions, for each table of the layout.
+        allowed: window of a block -> which keys the last positions attend to in it, None for all that are not later.
     """
 
     cfg: Any
     layout: Layout
     mask: Int[Tensor, "prompt pos"]
     rotations: list[tuple[Tensor, Tensor]]
+    allowed: dict[int | None, Bool[Tensor, "prompt last key"] | None]
 
     @classmethod
     def over(cls, model: Any, layout: Layout, mask: Int[Tensor, "prompt pos"], n_last: int) -> "Walk":
         """The walk of the last positions of rows with this mask."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - n_last :]
-        return cls(model.cfg, layout, mask, layout.rotations(positions))
+        windows = {block.window for block in layout.blocks}
+        allowed = {window: allowed_keys(mask.bool(), n_last, window) for window in windows}
+        return cls(model.cfg, layout, mask, layout.rotations(positions), allowed)
 
     @property
     def cap(self) -> float:
@@ -120,8 +124,7 @@ class WeightsRun(SuffixRun):
     def keys(self, layer: int) -> Keys:
         """What the suffix attends to in a layer."""
         block = self.layout.blocks[layer]
-        allowed = allowed_keys(self.walk.mask.bool(), self.n_suffix, block.window)
-        return Keys(self.kept[:, layer - self.from_layer], allowed, block.scale, self.walk.cap)
+        return Keys(self.kept[:, layer - self.from_layer], self.walk.allowed[block.window], block.scale, self.walk.cap)
 
     def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
         block, walk = self.layout.blocks[layer], self.walk
@@ -148,6 +151,54 @@ class WeightsRun(SuffixRun):
         return LaidOutSteps(self, layer)
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A block that whole prompts have gone through.
+
+    Attributes:
+        layer: the block.
+        before: the residual stream before it; of the last block, at the last positions only.
+        k, v: keys, rotated already, and values.
+        z: its heads' mixed values; of the last block, at the last positions only.
+        after: the residual stream after it; of the last block, at the last positions only.
+    """
+
+    layer: int
+    before: Float[Tensor, "prompt query d_model"]
+    k: Float[Tensor, "prompt pos kv d_head"]
+    v: Float[Tensor, "prompt pos kv d_head"]
+    z: Float[Tensor, "prompt query head d_head"]
+    after: Float[Tensor, "prompt query d_model"]
+
+
+def passes(
+    model: Any, layout: Layout, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"], n_last: int
+) -> Iterator[Passed]:
+    """Whole prompts through the laid-out weights, block after block.
+
+    Args:
+        model: the model.
+        layout: its weights.
+        tokens, mask: the prompts, left-padded.
+        n_last: last positions that are wanted of the last block; nothing above reads the others.
+    """
+    cfg = model.cfg
+    walk = Walk.over(model, layout, mask, tokens.shape[1])
+    resid, *_ = model.input_to_embed(tokens, attention_mask=mask)
+    for layer, block in enumerate(layout.blocks):
+        q, k, v = walk.heads(block, block.ln1(resid.reshape(-1, cfg.d_model)), resid.shape[:2], walk.rotations)
+        if layer == cfg.n_layers - 1:
+            q, resid = q[:, -n_last:], resid[:, -n_last:]
+        allowed = walk.allowed[block.window]
+        if allowed is not None:
+            allowed = allowed[:, -q.shape[1] :]
+        z = attend_within(q, k, v, allowed, scale=block.scale, cap=walk.cap)
+        rows = z.reshape(-1, cfg.n_heads * cfg.d_head)
+        after = walk.finish(block, resid.reshape(-1, cfg.d_model), rows).view(resid.shape)
+        yield Passed(layer, resid, k, v, z, after)
+        resid = after
+
+
 def run_weights(
     model: Any,
     layout: Layout,
@@ -159,34 +210,30 @@ def run_weights(
 ) -> WeightsRun:
     """Run prompts once over the weights and keep what suffixes need."""
     cfg = model.cfg
-    n_prompts, n_pos = tokens.shape
-    n_prefix, n_kv = n_pos - n_suffix, cfg.n_key_value_heads or cfg.n_heads
-    walk = Walk.over(model, layout, mask, n_pos)
-    resid, *_ = model.input_to_embed(tokens, attention_mask=mask)
-    kept = resid.new_empty(n_prompts, cfg.n_layers - from_layer, 2 * n_kv, n_prefix, cfg.d_head)
+    n_prompts, n_prefix = tokens.shape[0], tokens.shape[1] - n_suffix
+    n_kv = cfg.n_key_value_heads or cfg.n_heads
+    kept = torch.empty(0)
     pre, zs = [], []
-    real = mask.bool()
-    for layer, block in enumerate(layout.blocks):
-        if layer >= from_layer:
-            pre.append(resid[:, n_prefix:].clone())
-        q, k, v = walk.heads(block, block.ln1(resid.reshape(-1, cfg.d_model)), resid.shape[:2], walk.rotations)
-        if layer >= from_layer:
-            own = kept[:, layer - from_layer]
-            own[:, :n_kv], own[:, n_kv:] = k[:, :n_prefix].transpose(1, 2), v[:, :n_prefix].transpose(1, 2)
-        if layer == cfg.n_layers - 1:  # nothing above reads the prefix
-            q, resid = q[:, n_prefix:], resid[:, n_prefix:]
-        z = attend_within(q, k, v, allowed_keys(real, q.shape[1], block.window), scale=block.scale, cap=walk.cap)
-        if layer >= from_layer and keep_z:
-            zs.append(z[:, -n_suffix:].clone())
-        rows = z.reshape(-1, cfg.n_heads * cfg.d_head)
-        resid = walk.finish(block, resid.reshape(-1, cfg.d_model), rows).view(resid.shape)
+    passed = None
+    for passed in passes(model, layout, tokens, mask, n_suffix):
+        if passed.layer == 0:
+            shape = n_prompts, cfg.n_layers - from_layer, 2 * n_kv, n_prefix, cfg.d_head
+            kept = passed.k.new_empty(shape)
+        if passed.layer < from_layer:
+            continue
+        pre.append(passed.before[:, -n_suffix:].clone())
+        own = kept[:, passed.layer - from_layer]
+        own[:, :n_kv], own[:, n_kv:] = (x[:, :n_prefix].transpose(1, 2) for x in (passed.k, passed.v))
+        if keep_z:
+            zs.append(passed.z[:, -n_suffix:].clone())
+    assert passed is not None, "a model without blocks"
     return WeightsRun(
         model=model,
         path="weights",
         from_layer=from_layer,
-        resid_pre=torch.stack(pre) if pre else resid.new_empty(0, n_prompts, n_suffix, cfg.d_model),
+        resid_pre=torch.stack(pre) if pre else passed.after.new_empty(0, n_prompts, n_suffix, cfg.d_model),
         z=torch.stack(zs) if zs else None,
-        resid_final=resid.contiguous(),
+        resid_final=passed.after.contiguous(),
         attention_mask=mask,
         suffix_tokens=tokens[:, n_prefix:],
         kept=kept,

@@ -1,15 +1,18 @@
 """Running prompts once, by whichever class holds the model."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens.suffix._hooked import run_cached, run_weights
+from fvlens.interventions import hooked, resid_hook, resid_pre_hook, z_hook
+from fvlens.suffix._hooked import passes, run_cached, run_weights
 from fvlens.suffix._layout import laid_out
 from fvlens.suffix._memory import copy_fits
-from fvlens.suffix._routes import Route
+from fvlens.suffix._reader import open_reader
+from fvlens.suffix._routes import Route, choose_route
 from fvlens.suffix._run import SuffixRun
 from fvlens.types import is_bridge
 
@@ -56,3 +59,40 @@ def run_prefix(
     with torch.no_grad():
         layout = laid_out(model, compute=compute, copied=copy_fits(model) if copied is None else copied)
         return run_weights(model, layout, tokens, attention_mask, n_suffix, from_layer, keep_z)
+
+
+def watch_prompts(
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    attention_mask: Int[Tensor, "prompt pos"],
+    seers: Mapping[str, Callable[[Float[Tensor, "prompt pos *axes"]], None]],
+) -> None:
+    """Run whole prompts once and show activations to functions, one a hook name.
+
+    Over the laid-out weights where these are exact and have what is asked for (residual streams and heads' z), which is
+    faster; else through the model's own forward, under hooks.
+
+    Args:
+        model: the model.
+        tokens: prompts, left-padded.
+        attention_mask: 1 for real tokens, 0 for padding.
+        seers: hook name -> function, which must not change the activation, nor keep it.
+    """
+    names = {z_hook(i): (i, "z") for i in range(model.cfg.n_layers)}
+    names |= {resid_hook(i): (i, "after") for i in range(model.cfg.n_layers)}
+    names |= {resid_pre_hook(i): (i, "before") for i in range(model.cfg.n_layers)}
+    with torch.no_grad():
+        if choose_route(model)[0] != "weights" or not set(seers) <= set(names):
+            with hooked(model, seers):
+                open_reader(model, len(tokens), keep=False).read(tokens, attention_mask, n_read=1)
+            return
+        asked: dict[int, list[tuple[str, Callable[[Tensor], None]]]] = {}
+        for name, see in seers.items():
+            layer, what = names[name]
+            asked.setdefault(layer, []).append((what, see))
+        layout = laid_out(model, copied=copy_fits(model))
+        for passed in passes(model, layout, tokens, attention_mask, tokens.shape[1]):
+            for what, see in asked.get(passed.layer, ()):
+                see(getattr(passed, what))
+            if passed.layer >= max(asked):
+                break

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens.suffix._attention import Keys, allowed_keys, attend
+from fvlens.suffix._attention import Keys, attend
 from fvlens.suffix._run import SuffixRun
 
 if TYPE_CHECKING:
@@ -92,9 +92,6 @@ class LaidOutSteps(SteeredSuffix):
         self._run = run
         self.after = run.resid_after(layer)
         self.upper = range(layer + 1, run.model.cfg.n_layers)
-        windows = {run.layout.blocks[i].window for i in self.upper}
-        mask = run.attention_mask.bool()
-        self.allowed = {window: allowed_keys(mask, run.n_suffix, window) for window in windows}
 
     @property
     def run(self) -> "WeightsRun":
@@ -122,7 +119,7 @@ def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tens
     for steps, rows, vectors in parts:
         rows = rows.to(device)
         kept = steps.run.kept[rows, steps.upper.start - steps.run.from_layer :].unbind(1) if steps.upper else ()
-        allowed = {window: None if mask is None else mask[rows] for window, mask in steps.allowed.items()}
+        allowed = {window: None if mask is None else mask[rows] for window, mask in steps.run.walk.allowed.items()}
         ready.append((_added(steps.after[rows], vectors), kept, allowed, steps.run.walk, rows))
     resid = _flat([after for after, *_ in ready])  # most operations are cheaper on two axes
     rotations = [
