@@ -235,9 +235,9 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
         "options": {
-            "seed": 0, "n_shots": 10, "n_prompts": 10, "n_corrupted": 4, "n_heads": 10, "labels": "permuted",
-            "both_labels": True, "layer": None, "scale": None, "template": "qa", "n_random": 2, "n_others": 1, "n_train": 20, "epochs": 20,
-            "heads_file": None,
+            "seed": 0, "n_shots": 10, "n_prompts": 20, "n_corrupted": 8, "n_heads": 10, "labels": "permuted",
+            "both_labels": True, "layer": None, "scale": None, "template": "qa", "n_random": 2, "n_others": 1,
+            "n_train": 20, "epochs": 20, "heads_file": None,
         },
         "loading": None,
         "command": None,
@@ -297,7 +297,7 @@ def test_scores_are_those_of_a_plain_forward_pass(model, result, numbers):
 def test_in_context_scores_are_those_of_the_prompts_that_were_built(model, numbers, watched):
     """The watched run's prompts through the plain model."""
     _, calls, _ = watched
-    shown = [call.prompts for call in calls if call.module == "evaluation" and call.prompts.n_shots]
+    shown = [call.prompts for call in calls if call.module == "evaluation._prompting" and call.prompts.n_shots]
     assert [prompts.labels for prompts in shown] == ["true", "permuted"]
     for name, prompts in zip(("icl", "shuffled"), shown, strict=True):
         with torch.no_grad():
@@ -354,12 +354,12 @@ def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
 
 def test_summary_shows_the_same_numbers(result, numbers):
     rows = {name: (value, interval) for name, value, interval in result.summary()}
-    random = numbers["rankings"]["random"]
+    random, place = numbers["rankings"]["random"], f"layer {numbers['layer']}, scale {numbers['scale']:g}"
     expected = {
         "10 clean demonstrations": "icl_top1",
         "10 demonstrations, labels permuted": "shuffled_top1",
         "bare query": "zero_shot_top1",
-        f"function vector, 10 heads by permuted labels, layer {numbers['layer']}, scale {numbers['scale']:g}": "fv_top1",
+        f"function vector, 10 heads by permuted labels, {place}": "fv_top1",
         f"the same at scale 1, layer {numbers['choice']['scale_one']['layer']}": "fv_scale_one_top1",
         f"function vector, 10 heads by random labels, layer {random['layer']}, scale {random['scale']:g}": (
             "fv_random_labels_top1"
@@ -414,7 +414,7 @@ def test_options_reach_the_prompts(watched):
     by_labels = defaultdict(set)
     for prompts in built:
         by_labels[prompts.labels].add((len(prompts), prompts.n_shots, prompts.template.name))
-    assert dict(by_labels) == {"true": {(10, 10, "qa")}, "permuted": {(4, 10, "qa")}, "random": {(4, 10, "qa")}}
+    assert dict(by_labels) == {"true": {(20, 10, "qa")}, "permuted": {(8, 10, "qa")}, "random": {(8, 10, "qa")}}
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(tiny, tiny_result, numbers, watched):
@@ -442,7 +442,7 @@ def test_run_leaves_the_global_generator_and_the_model_alone(tiny):
 def test_vectors_are_made_of_the_heads_that_were_found(model, result):
     g = torch.Generator().manual_seed(0)
     split = fvlens.load_relation("antonym").split(g)
-    drawn = dict(relation="antonym", n_prompts=10, n_corrupted=4, progress=False)
+    drawn = dict(relation="antonym", n_prompts=20, n_corrupted=8, progress=False)
     means, permuted = relation_effects(model, split, generator=g, **drawn)
     _, random = relation_effects(model, split, labels="random", means=means, generator=g, **drawn)
     for ranking, effects in {"permuted": permuted, "random": random}.items():
@@ -478,9 +478,8 @@ def test_only_the_labels_asked_for_are_ranked_and_a_comparison_moves_no_number(t
 
 
 def test_a_given_scale_and_layer_are_taken(tiny):
-    options = dataclasses.replace(TINY, layer=1, scale=2)
+    options = dataclasses.replace(TINY, layer=1, scale=2.0)
     found = run_relation(tiny, fvlens.load_relation("antonym"), options=options, progress=False)
-    assert options.scale == 2.0 and isinstance(options.scale, float)
     assert (found.vector.layer, found.scale, found.at_scale_one) == (1, 2.0, None)
     plain = run_relation(
         tiny, fvlens.load_relation("antonym"), options=dataclasses.replace(options, scale=1.0), progress=False
@@ -490,6 +489,12 @@ def test_a_given_scale_and_layer_are_taken(tiny):
     numbers = results_json(found)
     assert numbers["fv_scale_one_top1"] is numbers["choice"]["scale_one"] is None
     assert not any("the same at scale 1" in name for name, *_ in [*found.summary(), *plain.summary()])
+
+
+def test_a_scale_is_a_finite_number(unchecked):
+    assert repr(RunOptions(scale=2).scale) == "2.0"  # as it comes back from results.json
+    with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
+        RunOptions(scale=float("nan"))
 
 
 def test_controls_are_scaled_as_the_vector_is(model, result):
@@ -587,11 +592,13 @@ def test_other_relations_share_no_output_and_no_family(name):
 
 
 def test_with_random_labels_the_numbers_are_those_of_the_saved_vector(tiny):
-    options = dataclasses.replace(TINY, labels="random", n_heads=5)
+    options = dataclasses.replace(TINY, labels="random", n_heads=5, both_labels=True)
     found = run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False)
     read = results_json(found)
     ours = {"fv_top1": read["fv_top1"], "interval": read["intervals"]["fv_top1"]}
-    assert read["rankings"]["random"] == {**ours, "layer": read["layer"], "heads": read["heads"]}
+    assert read["rankings"]["random"] == {
+        **ours, "layer": read["layer"], "scale": read["scale"], "heads": read["heads"]
+    }  # fmt: skip
     assert same(read["heads"], ranked(found.effects["random"], 5))
     assert same(read["rankings"]["permuted"]["heads"], ranked(found.effects["permuted"], 5))
     assert [entry[:2] for entry in read["heads"]] == [list(head) for head in found.vector.heads]
@@ -976,8 +983,8 @@ def test_a_run_repeated_from_its_files_is_the_same(first, folder):
 def test_the_second_run_uses_the_settings_of_the_first(tiny, tmp_path):
     """Every option differs from its default, and the model is the one that is given."""
     options = RunOptions(
-        seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", layer=1, template="arrow",
-        n_random=1, n_others=1, n_train=4, epochs=2,
+        seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", both_labels=True, layer=1,
+        scale=1.5, template="arrow", n_random=1, n_others=1, n_train=4, epochs=2,
     )  # fmt: skip
     write_run(run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False), tmp_path / "a")
     done = rerun(tmp_path / "a", out=tmp_path / "b", model=tiny, command=["again"], progress=False)
@@ -1122,10 +1129,14 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": edit}, "schema: expected 3, got None; the file is of another version of fvlens"),
-        ({"schema": 99}, "schema: expected 3, got 99; the file is of another version of fvlens"),
-        ({"schema": "3"}, "schema: expected 3, got '3'; the file is of another version of fvlens"),
-        ({"schema": 2}, "schema: expected 3, got 2; the file is of another version of fvlens, so make the run again"),
+        ({"schema": edit}, "schema: expected 4, got None; the file is of another version of fvlens"),
+        ({"schema": 99}, "schema: expected 4, got 99; the file is of another version of fvlens"),
+        ({"schema": "3"}, "schema: expected 4, got '3'; the file is of another version of fvlens"),
+        ({"schema": 2}, "schema: expected 4, got 2; the file is of another version of fvlens, whose runs draw and"),
+        ({"schema": 3, "command": ["fvlens", "run", "antonym", "--out", "a b"]},
+         "so make the run again with `fvlens run antonym --out 'a b'`."),
+        ({"schema": 3, "command": None}, "so make the run again with `fvlens run`."),
+        ({"schema": 3, "command": "x"}, "so make the run again with `fvlens run`."),
         ({"relation": 3}, "relation: expected str, got 3."),
         ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
         ({"relation": edit}, "relation: the field is missing."),
@@ -1442,7 +1453,7 @@ def test_page_shows_the_numbers(page, result, numbers):
     assert text["attribution path"] == numbers["path"]
     assert f"torch {torch.__version__.split('+')[0]}" in text["versions"]
     lead = page.texts["p"][0]
-    assert f"layer\n{numbers['layer']};" in lead
+    assert f"10 heads, scale\n{numbers['scale']:g}, added after layer {numbers['layer']};" in lead
     assert f"{numbers['n_test']} test pairs" in lead
 
 

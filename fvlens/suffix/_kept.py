@@ -166,7 +166,7 @@ class SteeredPrompts:
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
 
 
-def _firsts(order: Sequence[tuple[Int[Tensor, " row"], int]]) -> Int[Tensor, " row"]:
+def _firsts(order: Sequence[tuple[Int[Tensor, " _"], int]]) -> Int[Tensor, " row"]:
     """Where the first token of each row lies among the tokens of all parts."""
     starts, at = [], 0
     for own, n_answer in order:
