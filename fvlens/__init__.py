@@ -16,6 +16,7 @@ from fvlens.evaluation import (
     head_count_sweep,
     layer_sweep,
 )
+from fvlens.find import find_vector
 from fvlens.finetuning import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.interventions import ablate, inject
 from fvlens.models import fingerprint, load_model
@@ -50,6 +51,7 @@ __all__ = [
     "evaluate",
     "evaluate_analogies",
     "filter_correct",
+    "find_vector",
     "finetune",
     "finetune_many",
     "fingerprint",

@@ -87,8 +87,14 @@ def run(
         Path | None,
         typer.Option("--heads", help="Take the heads of this file (`fvlens universal`, or a JSON list); rank none."),
     ] = None,
+    both_labels: Annotated[
+        bool, typer.Option("--both-labels", help="Also rank heads on the other corruption, for comparison.")
+    ] = False,
     layer: Annotated[
         int | None, typer.Option("--layer", help="Inject after this layer [default: best on valid].")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", help="Factor on the function vector [default: best on valid].")
     ] = None,
     n_train: Annotated[int, typer.Option("--n-train", min=1, help="Pairs that the vector is fine-tuned on.")] = 20,
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes over them; 0: no fine-tuning.")] = 20,
@@ -104,13 +110,14 @@ def run(
     from fvlens.universal import read_heads
 
     found = load_relation(relation)
-    ranked = {"n_heads": n_heads, "labels": labels}
+    ranked = {"n_heads": n_heads, "labels": labels, "both_labels": both_labels or None}
     chosen: dict[str, Any] = {name: value for name, value in ranked.items() if value is not None}
     options = RunOptions(
         seed=seed,
         n_shots=n_shots,
         n_prompts=n_prompts,
         layer=layer,
+        scale=scale,
         template=_template(template),
         n_train=n_train,
         epochs=epochs,
@@ -347,11 +354,9 @@ def study(
     quiet: QuietOption = False,
 ) -> None:
     """What a fine-tuned vector depends on: training pairs, layer, scale, l2 or start."""
-    from fvlens.evaluation import layer_sweep
+    from fvlens.find import find_vector
     from fvlens.finetuning import STUDIES, Settings
     from fvlens.report import Loading, write_figure
-    from fvlens.universal import finished, relation_effects
-    from fvlens.vectors import function_vector
 
     if name not in STUDIES:
         raise ValueError(f"no study named {name!r}; expected one of {', '.join(STUDIES)}.")
@@ -363,16 +368,13 @@ def study(
     network = Loading(model, device, dtype, revision, backend).load()
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator, train=0.7 if sized else 0.45)
-    shared: dict[str, Any] = {
-        "template": _template(template), "relation": relation, "generator": generator, "progress": not quiet
-    }  # fmt: skip
-    means, effects = relation_effects(
-        network, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), **shared
-    )
-    vector = function_vector(network, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
-    caution = effects[labels].caution(n_heads)
-    if layer is None:
-        vector = vector.at_layer(finished(layer_sweep(network, split.valid, vector, **shared)).best_layer)
+    recipe = find_vector(
+        network, split, labels=labels, n_heads=n_heads, n_shots=n_shots, n_prompts=n_prompts,
+        layers=None if layer is None else [layer], template=_template(template), relation=relation, seed=seed,
+        generator=generator, progress=not quiet,
+    )  # fmt: skip
+    # the study of scales multiplies the vector itself, all others start from the best multiple of it
+    vector = recipe.unscaled if name == "scale" else recipe.vector
     given = {"n_seeds": n_seeds, "n_train": n_train}
     result = STUDIES[name](
         network, split, init=vector, settings=Settings(epochs=epochs, template=_template(template)), relation=relation,
@@ -388,14 +390,15 @@ def study(
         table.add_row(f"{x:g}", *cells)
     out.print(table)
     compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in result.references.items())
+    times = "" if name == "scale" else f"times {recipe.scale:g}, "
     seeds = "1 seed" if result.n_seeds == 1 else f"{result.n_seeds} seeds"
     out.print(
-        f"top-1 of {relation} on {model}, vector after layer {vector.layer}, {seeds}, {result.n_test} test pairs; "
-        f"{compared}; intervals: {result.intervals}",
+        f"top-1 of {relation} on {model}, vector after layer {vector.layer}, {times}{seeds}, "
+        f"{result.n_test} test pairs; {compared}; intervals: {result.intervals}",
         highlight=False,
         soft_wrap=True,
     )
-    if caution:
+    for caution in recipe.cautions:
         _say(caution)
     folder.mkdir(parents=True, exist_ok=True)
     table_file = folder / f"study-{name}.csv"
@@ -459,26 +462,16 @@ def heads(
     quiet: QuietOption = False,
 ) -> None:
     """The heads that carry a relation, by average indirect effect or a gradient screen."""
-    from fvlens.report import RunOptions, find_heads
+    from fvlens.find import relation_effects
 
     found = load_relation(relation)
-    options = RunOptions(
-        seed=seed, n_shots=n_shots, n_prompts=n_prompts, n_heads=n_heads, labels=labels, template=_template(template)
-    )
     generator = torch.Generator().manual_seed(seed)
     split = found.split(generator)
-    _, effects = find_heads(
-        _load(model, device),
-        split,
-        options,
-        found.name,
-        generator,
-        rankings=(labels,),
-        method=method,
-        recheck=recheck,
-        progress=not quiet,
-    )
-    chosen, again = effects[labels], effects[labels].recheck
+    _, chosen = relation_effects(
+        _load(model, device), split, relation=found.name, labels=labels, n_shots=n_shots, n_prompts=n_prompts,
+        template=_template(template), method=method, recheck=recheck, generator=generator, progress=not quiet,
+    )  # fmt: skip
+    again = chosen.recheck
     caution = chosen.caution(n_heads)  # first, since it checks the number
     table = Table("head", chosen.score, "standard error", title=f"{relation}, {labels} labels", box=None)
     if again is not None:

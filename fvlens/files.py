@@ -38,6 +38,9 @@ DTYPES: dict[torch.dtype, str] = {
 _MOST_HEADER = 100_000_000
 """Bytes of a header that readers of safetensors accept."""
 
+_MOST_TEXT = 50_000_000
+"""Bytes of a text file that is read whole."""
+
 _BUFFER = 1024 * 1024
 
 
@@ -133,6 +136,29 @@ def _one_piece(tensor: Shaped[Tensor, "..."]) -> Pieces:
 
 
 # --- reading ---
+
+
+def read_text(path: Path, what: str, *, most: int = _MOST_TEXT) -> str:
+    """A small text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        most: bytes that are accepted.
+
+    Raises:
+        ValueError: no such file, a pipe or a device; larger than ``most``; not UTF-8; no permission.
+    """
+    _check_regular(path, what)
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise ValueError(f"{path.name}: expected a {what} of at most {most} bytes, got {size}.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: expected UTF-8 text, but byte {error.start} is none.") from None
+    except OSError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror or error}).") from None
 
 
 def _check_regular(path: Path, what: str) -> None:

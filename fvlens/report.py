@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get
 import jinja2
 import torch
 
-from fvlens.activations import HeadMeans
 from fvlens.attribution import IndirectEffects
-from fvlens.evaluation import Controls, Evaluation, Kind, LayerSweep, controls, evaluate, layer_sweep
+from fvlens.evaluation import SCALES, Controls, Evaluation, Kind, LayerScaleSweep, controls, copied, evaluate
+from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
 from fvlens.finetuning import FineTuned, finetune, finetune_many
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.models import Fingerprint, fingerprint, load_model, model_device
 from fvlens.prompts import TEMPLATES, Template, get_template, template_from
 from fvlens.relations import Relation, Split, list_relations, load_relation
-from fvlens.types import Head, as_heads
-from fvlens.universal import RANKINGS, GivenHeads, Ranking, file_hash, finished, relation_effects
+from fvlens.types import as_heads
+from fvlens.universal import GivenHeads, file_hash
 from fvlens.vectors import FunctionVector, function_vector
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ Source = Literal["permuted", "random", "file"]
 Backend = Literal["hooked", "bridge"]
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 PACKAGES = ("fvlens", "torch", "transformer-lens", "transformers", "tokenizers", "numpy")
-SCHEMA = 3
-"""Version of ``results.json``: which fields it has and what they mean."""
+SCHEMA = 4
+"""Version of ``results.json``: which fields it has and what they mean. 3: fvlens 0.1."""
 VECTOR_FILE, TUNED_FILE = "vector.safetensors", "vector-finetuned.safetensors"
 
 
@@ -84,7 +84,9 @@ class RunOptions:
         n_corrupted: corrupted prompts behind each indirect effect.
         n_heads: heads in the function vector.
         labels: the corruption on which the saved vector's heads are ranked.
+        both_labels: also rank heads on the other corruption, for comparison; it moves no other number.
         layer: inject after this layer; by default the best one on the validation pairs.
+        scale: factor on the vector; by default the best one on the validation pairs, chosen with the layer.
         template: how prompts are written: the name of a built-in template, or a template itself.
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
@@ -98,7 +100,9 @@ class RunOptions:
     n_corrupted: int = 25
     n_heads: int = 10
     labels: Ranking = "permuted"
+    both_labels: bool = False
     layer: int | None = None
+    scale: float | None = None
     template: str | Template = "qa"
     n_random: int = 10
     n_others: int = 3
@@ -121,6 +125,10 @@ class RunOptions:
             raise ValueError(f"n_others: expected 0 or more, got {self.n_others}.")
         if self.epochs < 0:
             raise ValueError(f"epochs: expected 0 or more, got {self.epochs}; 0 leaves the training out.")
+        if self.scale is not None:
+            if not math.isfinite(self.scale):
+                raise ValueError(f"scale: expected a finite number, got {self.scale}.")
+            object.__setattr__(self, "scale", float(self.scale))
         get_template(self.template)
 
 
@@ -210,10 +218,12 @@ class Tuned:
 class RunResult:
     """Everything a run found.
 
-    ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: both rankings, or ``"file"`` alone
-    if the heads were given. ``effects`` has the rankings, and is empty for given heads. ``tuned`` is None if
-    ``options.epochs`` is 0. ``cautions`` says of each ranking, and of the vectors of other relations, if heads were
-    taken that do not help (:meth:`~fvlens.attribution.IndirectEffects.caution`).
+    ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: the ranking asked for, after it the
+    other one if both were, or ``"file"`` alone if the heads were given. The vectors have their scale in them.
+    ``effects`` has the rankings, and is empty for given heads. ``at_scale_one`` are the scores of the saved vector at
+    scale 1, at its best layer for that; None if a scale was given. ``tuned`` is None if ``options.epochs`` is 0.
+    ``cautions`` says of each ranking, and of the vectors of other relations, if heads were taken that do not help
+    (:meth:`~fvlens.attribution.IndirectEffects.caution`).
     """
 
     relation: str
@@ -226,7 +236,8 @@ class RunResult:
     steered: dict[Source, Evaluation]
     vectors: dict[Source, FunctionVector]
     effects: dict[Ranking, IndirectEffects]
-    sweeps: dict[Source, LayerSweep]
+    sweeps: dict[Source, LayerScaleSweep]
+    at_scale_one: Evaluation | None
     controls: Controls
     others: tuple[str, ...]
     decoded: tuple[tuple[str, float], ...]
@@ -249,6 +260,11 @@ class RunResult:
     def vector(self) -> FunctionVector:
         """The vector that is saved."""
         return self.vectors[self.source]
+
+    @property
+    def scale(self) -> float:
+        """The scale that the saved vector has in it."""
+        return self.sweeps[self.source].best_scale
 
     def described(self, source: Source) -> str:
         """Where heads come from, in words."""
@@ -279,9 +295,12 @@ class RunResult:
             ("bare query", self.zero_shot.top1, self.zero_shot.interval),
         ]
         for source, vector in self.vectors.items():
-            score = self.steered[source]
+            score, scale = self.steered[source], self.sweeps[source].best_scale
             text = f"function vector, {len(vector.heads)} {self.described(source)}, layer {vector.layer}"
-            rows.append((text, score.top1, score.interval))
+            rows.append((f"{text}, scale {scale:g}", score.top1, score.interval))
+            one = self.at_scale_one
+            if source == self.source and scale != 1 and one is not None:
+                rows.append((f"the same at scale 1, layer {one.vector_layer}", one.top1, one.interval))
         tuned = self.tuned
         if tuned is not None:
             text = f"fine-tuned vector, {self.n_trained} pairs, {tuned.epochs} epochs, layer {tuned.vector.layer}"
@@ -293,33 +312,6 @@ class RunResult:
             rows.append(("fine-tuned vectors of the same other relations", *tuned.other))
         rows.append((f"{self.options.n_random} sets of random heads", *self.control("random_heads")))
         return rows
-
-
-def find_heads(
-    model: Any,
-    split: Split,
-    options: RunOptions,
-    relation: str,
-    generator: torch.Generator,
-    *,
-    rankings: Sequence[Ranking] = RANKINGS,
-    progress: bool = True,
-    **how: Any,
-) -> tuple[HeadMeans, dict[Ranking, IndirectEffects]]:
-    """:func:`fvlens.universal.relation_effects` with the settings of a run; ``how`` goes on to it."""
-    return relation_effects(
-        model,
-        split,
-        relation=relation,
-        n_shots=options.n_shots,
-        n_prompts=options.n_prompts,
-        n_corrupted=options.n_corrupted,
-        template=options.template,
-        rankings=rankings,
-        generator=generator,
-        progress=progress,
-        **how,
-    )
 
 
 def other_relations(relation: Relation, n: int, generator: torch.Generator) -> list[str]:
@@ -347,10 +339,11 @@ def run_relation(
     command: Sequence[str] | None = None,
     progress: bool = True,
 ) -> RunResult:
-    """Find the heads of a relation, build its function vector, choose its layer on valid, fine-tune it, and test both.
+    """Find a relation's function vector (:func:`fvlens.find_vector`), fine-tune it, and test both beside controls.
 
-    The fine-tuned vector starts from the function vector and stays at its layer; its epoch is chosen on valid too. The
-    other relations' vectors are trained the same way, as its control. Training draws from generators of its own, so all
+    Controls are added after the same layer with the same scale. The fine-tuned vector starts from the function vector
+    and stays at its layer; its epoch is chosen on valid too. The other relations' vectors are trained the same way, as
+    its control. Training draws from generators of its own, so all
     other numbers are the same without it.
 
     Args:
@@ -384,21 +377,29 @@ def run_relation(
         raise ValueError(f"layer={options.layer}: expected 0..{model.cfg.n_layers - 1}.")
     generator = torch.Generator().manual_seed(options.seed)
     split = relation.split(generator)
-    rankings = RANKINGS if heads is None else ()
-    means, effects = find_heads(model, split, options, relation.name, generator, rankings=rankings, progress=progress)
-    common: dict[str, Any] = {"template": options.template, "relation": relation.name, "generator": generator}
-    sets: dict[Source, Sequence[Head]] = {ranking: effects[ranking].ranking[: options.n_heads] for ranking in rankings}
-    cautions = [(f"{ranking} labels", effects[ranking].caution(options.n_heads)) for ranking in rankings]
-    if heads is not None:
-        sets["file"] = heads.heads
+    drawn: dict[str, Any] = {"n_shots": options.n_shots, "n_prompts": options.n_prompts, "template": options.template}
+    recipe: dict[str, Any] = {
+        "n_heads": options.n_heads,
+        "n_corrupted": options.n_corrupted,
+        "relation": relation.name,
+        "layers": None if options.layer is None else [options.layer],
+        "scales": SCALES if options.scale is None else [options.scale],
+        "seed": options.seed,
+        "progress": progress,
+        **drawn,
+    }
     source: Source = options.labels if heads is None else "file"
-
-    vectors: dict[Source, FunctionVector] = {}
-    sweeps: dict[Source, LayerSweep] = {}
-    for name, chosen in sets.items():
-        vector = function_vector(model, means, heads=chosen, layer=options.layer or 0, seed=options.seed)
-        sweeps[name] = finished(layer_sweep(model, split.valid, vector, progress=progress, **common))
-        vectors[name] = vector.at_layer(sweeps[name].best_layer if options.layer is None else options.layer)
+    given = None if heads is None else heads.heads
+    main = find_vector(model, split, labels=options.labels, heads=given, generator=generator, **recipe)
+    found: dict[Source, Found] = {source: main}
+    if heads is None and options.both_labels:
+        other_labels: Ranking = next(ranking for ranking in RANKINGS if ranking != options.labels)
+        # from a copy of the generator, so that a comparison moves no other number
+        found[other_labels] = find_vector(
+            model, split, labels=other_labels, means=main.means, generator=copied(generator), **recipe
+        )
+    cautions = [(f"{name} labels", text) for name, one in found.items() for text in one.cautions]
+    common: dict[str, Any] = {"template": options.template, "relation": relation.name, "generator": generator}
 
     used = {relation.name: relation.data_hash}
     others: list[FunctionVector] = []
@@ -406,29 +407,30 @@ def run_relation(
     for name in other_relations(relation, options.n_others, generator):
         other = load_relation(name)
         used[name] = other.data_hash
-        wanted = (options.labels,) if heads is None else ()
         other_splits[name] = other.split(generator)
-        other_means, other_effects = find_heads(
-            model, other_splits[name], options, name, generator, rankings=wanted, progress=progress
-        )
+        of_other: dict[str, Any] = {"relation": name, "generator": generator, "progress": progress, **drawn}
         if heads is None:
-            chosen = other_effects[options.labels].ranking[: options.n_heads]
-            cautions.append((f"vector of {name}", other_effects[options.labels].caution(options.n_heads)))
+            means, effects = relation_effects(
+                model, other_splits[name], labels=options.labels, n_corrupted=options.n_corrupted, **of_other
+            )
+            chosen = effects.ranking[: options.n_heads]
+            cautions.append((f"vector of {name}", effects.caution(options.n_heads)))
         else:
-            chosen = heads.heads
-        others.append(function_vector(model, other_means, heads=chosen, layer=vectors[source].layer))
+            means, chosen = task_means(model, other_splits[name], **of_other), heads.heads
+        others.append(function_vector(model, means, heads=chosen, layer=main.layer))
 
-    vector = vectors[source]
-    trained = _train(model, split, options, vector, other_splits, others, progress) if options.epochs else None
+    scaled = [main.scale * other for other in others]
+    trained = _train(model, split, options, main.vector, other_splits, scaled, progress) if options.epochs else None
 
     in_context: dict[str, Any] = {"demonstrations": split.train, "n_shots": options.n_shots, **common}
     table = finished(
         controls(
             model,
             split.test,
-            vector,
+            main.unscaled,
             others=others,
-            means=means,
+            means=main.means,
+            scale=main.scale,
             n_random=options.n_random,
             progress=progress,
             **in_context,
@@ -439,9 +441,17 @@ def run_relation(
     steered: dict[Source, Evaluation] = {
         name: scores["vector"]
         if name == source
-        else evaluate(model, split.test, vector=vectors[name], setting="zero_shot", **common)
-        for name in vectors
+        else evaluate(model, split.test, vector=one.vector, setting="zero_shot", **common)
+        for name, one in found.items()
     }
+    plain = main.vector_at_scale_one
+    if plain is None:
+        at_scale_one = None
+    elif main.scale == 1:
+        at_scale_one = scores["vector"]
+    else:
+        asked = {**common, "generator": copied(generator)}
+        at_scale_one = evaluate(model, split.test, vector=plain, setting="zero_shot", **asked)
     return RunResult(
         relation=relation.name,
         model_name=model_name or (str(model.cfg.model_name) if loading is None else loading.model),
@@ -451,12 +461,13 @@ def run_relation(
         shuffled=scores["shuffled"],
         zero_shot=scores["no_vector"],
         steered=steered,
-        vectors=vectors,
-        effects=effects,
-        sweeps=sweeps,
+        vectors={name: one.vector for name, one in found.items()},
+        effects={name: one.effects for name, one in found.items() if name != "file" and one.effects is not None},
+        sweeps={name: one.sweep for name, one in found.items()},
+        at_scale_one=at_scale_one,
         controls=table,
         others=tuple(other.relation for other in others),
-        decoded=tuple(vector.decode(model, k=10)),
+        decoded=tuple(main.vector.decode(model, k=10)),
         fingerprint=fingerprint(model),
         data_hash=relation.data_hash,
         seconds=time.monotonic() - began,
@@ -527,10 +538,12 @@ def _options_json(options: RunOptions) -> dict[str, Any]:
 def results_json(result: RunResult) -> dict[str, Any]:
     """The numbers of a run, and everything they depend on, as plain JSON values.
 
-    ``fv_top1``, ``layer`` and ``heads`` are those of the saved vector, and so are the controls; ``rankings`` has both
-    rankings. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a file. What begins
-    with ``ffv`` belongs to the fine-tuned vector and is null where none was trained; ``ffv_cosine`` is that to the
-    function vector.
+    ``fv_top1``, ``layer``, ``scale`` and ``heads`` are those of the saved vector, and so are the controls; ``rankings``
+    has the ranking asked for, and the other one if both were. ``choice`` tells what the validation pairs said of the
+    layer and scale chosen, and of scale 1 at its best layer; ``fv_scale_one_top1`` is top-1 there on the test pairs,
+    null if a scale was given. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a
+    file. What begins with ``ffv`` belongs to the fine-tuned vector and is null where none was trained; ``ffv_cosine``
+    is that to the function vector.
     """
 
     def heads(source: Source) -> list[list[int | float | None]]:
@@ -543,7 +556,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
     def span(interval: Interval) -> list[float]:
         return [interval.low, interval.high]
 
-    main, random = result.steered[result.source], result.steered.get("random")
+    main, random, one = result.steered[result.source], result.steered.get("random"), result.at_scale_one
     random_vector, random_vector_interval = result.control("random_vector")
     other = result.control("other_relation") if result.others else None
     provenance, given, tuned = result.provenance, result.given, result.tuned
@@ -562,7 +575,10 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "other_relation_top1": None if other is None else other[0],
         "other_relation_ffv_top1": None if tuned is None or tuned.other is None else tuned.other[0],
         "random_heads_top1": result.control("random_heads")[0],
+        "fv_scale_one_top1": None if one is None else one.top1,
         "layer": result.vector.layer,
+        "scale": result.scale,
+        "choice": _choice(result.sweeps[result.source]),
         "ffv_layer": None if tuned is None else tuned.vector.layer,
         "ffv_epochs": None if tuned is None else tuned.epochs,
         "ffv_best_epoch": None if tuned is None else tuned.run.best_epoch,
@@ -581,6 +597,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
             "shuffled_top1": span(result.shuffled.interval),
             "fv_top1": span(main.interval),
             "fv_random_labels_top1": None if random is None else span(random.interval),
+            "fv_scale_one_top1": None if one is None else span(one.interval),
             "ffv_top1": None if tuned is None else span(tuned.evaluation.interval),
             "random_vector_top1": span(random_vector_interval),
             "other_relation_top1": None if other is None else span(other[1]),
@@ -591,6 +608,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
                 "fv_top1": result.steered[ranking].top1,
                 "interval": span(result.steered[ranking].interval),
                 "layer": result.vectors[ranking].layer,
+                "scale": result.sweeps[ranking].best_scale,
                 "heads": heads(ranking),
             }
             for ranking in result.effects
@@ -621,6 +639,18 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "ffv_seconds": None if tuned is None else tuned.run.seconds,
         "seconds": result.seconds,
     }
+
+
+def _choice(sweep: LayerScaleSweep) -> dict[str, Any]:
+    """Layer, scale and validation top-1: of the cell that was chosen, and of scale 1 at its best layer."""
+    rows: dict[str, Any] = {"layer": sweep.best_layer, "scale": sweep.best_scale, "valid_top1": sweep.best.top1}
+    rows["n_valid"] = sweep.best.n
+    rows["scale_one"] = None
+    if 1 in sweep.scales:
+        plain = sweep.at_scale(1)
+        layer = plain.best_layer
+        rows["scale_one"] = {"layer": layer, "valid_top1": sweep.at(layer, 1).top1}
+    return rows
 
 
 def write_run(result: RunResult, folder: str | Path) -> list[Path]:
@@ -695,7 +725,7 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         figures.append(
             (
                 f"Where the vector works ({result.described(source)})",
-                "Zero-shot top-1 on the validation pairs with the vector added after each layer.",
+                "Zero-shot top-1 on the validation pairs with the vector, times each scale, added after each layer.",
                 sweep.plot(),
             )
         )
@@ -791,7 +821,7 @@ def _told(result: RunResult, folder: Path) -> dict[str, str]:
         rows["loaded with"] = ", ".join(f"{key} {value}" for key, value in asdict(loading).items() if value is not None)
     rows |= {
         "attribution path": numbers["path"] or "none: the heads were given",
-        "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, "
+        "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, scale {result.scale:g}, "
         f"norm {result.vector.norm():.2f}",
     }
     if result.tuned is not None:
@@ -952,8 +982,8 @@ def read_run(folder: str | Path) -> RecordedRun:
     schema = content.get("schema")
     if schema != SCHEMA or isinstance(schema, bool):
         raise ValueError(
-            f"{path}: schema: expected {SCHEMA}, got {schema!r}; the file is of another version of fvlens, so make the "
-            "run again with `fvlens run`."
+            f"{path}: schema: expected {SCHEMA}, got {schema!r}; the file is of another version of fvlens, whose runs "
+            f"draw and choose otherwise, so make the run again with {_made_by(content)}."
         )
 
     def field(name: str, expected: Any) -> Any:
@@ -1009,6 +1039,13 @@ def read_run(folder: str | Path) -> RecordedRun:
             raise ValueError(f"{path}: heads: expected options.n_heads, {options.n_heads} heads, got {len(chosen)}.")
         heads = GivenHeads(tuple(chosen), heads_file, digest, field("heads_note", str))
     return RecordedRun(folder, relation, options, loading, heads, content)
+
+
+def _made_by(content: Mapping[str, Any]) -> str:
+    """The command that made a run's files, as far as they tell."""
+    command = content.get("command")
+    told = isinstance(command, list) and all(isinstance(word, str) for word in command)
+    return f"`{shlex.join(command if told and command else ['fvlens', 'run'])}`"
 
 
 def _refuse(constant: str) -> None:
@@ -1207,8 +1244,9 @@ _PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <h1>{{ result.relation }}</h1>
-<p class="lead">Function vector on {{ result.model_name }}: {{ result.vector.heads | length }} heads, added after layer
-{{ result.vector.layer }}; {{ result.n_test }} test pairs that took no part in finding it.</p>
+<p class="lead">Function vector on {{ result.model_name }}: {{ result.vector.heads | length }} heads, scale
+{{ "%g" | format(result.scale) }}, added after layer {{ result.vector.layer }}; {{ result.n_test }} test pairs that
+took no part in finding it.</p>
 
 <h2>Summary</h2>
 <table id="summary">

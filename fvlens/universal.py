@@ -1,7 +1,7 @@
 """Heads that carry many tasks: average indirect effects over relations, and files of heads.
 
 1. *Per relation*: split the pairs, ask the validation queries with clean demonstrations, and compute every head's
-   average indirect effect (AIE), as for a single task (:func:`relation_effects`).
+   average indirect effect (AIE), as for a single task (:func:`fvlens.find.relation_effects`).
 2. *Which relations count*: those that the model does from demonstrations, that is, better than by always giving the
    commonest answer (:func:`majority_baseline`).
 3. *The set*: the n heads with the largest AIE averaged over the relations that count.
@@ -19,109 +19,34 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.activations import HeadMeans, mean_head_activations
-from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.evaluation import evaluate
+from fvlens.find import RANKINGS, Ranking, relation_effects
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import (
     Template,
-    build_prompts,
     get_template,
     render_prompts,
     template_from,
     template_header,
     template_or,
 )
-from fvlens.relations import Relation, Split, load_relation
+from fvlens.relations import Relation, load_relation
 from fvlens.types import Head, as_heads
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Ranking = Literal["permuted", "random"]
-"""The corruption on which heads are ranked."""
-RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
-
 FORMAT = "fvlens-heads-1"
 MOST_COLUMNS = 48
 """Heads that :meth:`UniversalHeads.plot` shows at most, unless told otherwise."""
-
-
-@runtime_checkable
-class _Interruptible(Protocol):
-    @property
-    def complete(self) -> bool: ...
-
-
-_Part = TypeVar("_Part", bound=_Interruptible)
-
-
-def finished(part: _Part) -> _Part:
-    """The part, unless it was interrupted: a result must not pass off some of its prompts or layers as all of them."""
-    if not part.complete:
-        raise KeyboardInterrupt
-    return part
-
-
-def relation_effects(
-    model: Any,
-    split: Split,
-    *,
-    relation: str,
-    n_shots: int = 10,
-    n_prompts: int = 100,
-    n_corrupted: int = 25,
-    template: Template | str = "qa",
-    rankings: Sequence[Ranking] = RANKINGS,
-    generator: torch.Generator,
-    progress: bool = True,
-    **how: Any,
-) -> tuple[HeadMeans, dict[Ranking, IndirectEffects]]:
-    """Task means over clean prompts, and the indirect effects under each corruption.
-
-    Demonstrations come from the train pairs, queries from the validation pairs; test pairs take no part.
-
-    Args:
-        model: the model.
-        split: the relation's pairs.
-        relation: the relation's name, for the record.
-        n_shots: demonstrations in a prompt.
-        n_prompts: clean prompts behind the task means.
-        n_corrupted: corrupted prompts behind each indirect effect.
-        template: how prompts are written.
-        rankings: the corruptions, in the order in which their prompts are drawn.
-        generator: source of randomness.
-        progress: show progress bars.
-        how: passed on to :func:`~fvlens.indirect_effects`, such as ``method``.
-
-    Returns:
-        The means, and :class:`~fvlens.attribution.IndirectEffects` by corruption.
-
-    Raises:
-        KeyboardInterrupt: the computation was interrupted; a part of the prompts is not handed out as all of them.
-    """
-    shared: dict[str, Any] = {
-        "queries": split.valid,
-        "n_shots": n_shots,
-        "template": template,
-        "relation": relation,
-        "generator": generator,
-    }
-    clean = build_prompts(model, split.train, n_prompts=n_prompts, **shared)
-    means = mean_head_activations(model, clean, progress=progress)
-    effects = {}
-    for ranking in rankings:
-        corrupted = build_prompts(model, split.train, n_prompts=n_corrupted, labels=ranking, **shared)
-        effects[ranking] = finished(indirect_effects(model, corrupted, means, progress=progress, **how))
-    return means, effects
 
 
 def majority_baseline(pool: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:
@@ -515,16 +440,15 @@ def universal_heads(
         ):
             common: dict[str, Any] = {**settings, "relation": relation.name, "generator": generator}
             icl = evaluate(model, split.valid, setting="icl", demonstrations=split.train, **common)
-            _, effects = relation_effects(
+            _, found = relation_effects(
                 model,
                 split,
                 n_prompts=n_prompts,
                 n_corrupted=n_corrupted,
-                rankings=(labels,),
+                labels=labels,
                 progress=progress,
                 **common,
             )
-            found = effects[labels]
             pool, wanted = (
                 render_prompts(model, part, [()] * len(part), template=template, n_shots=0).first_answer_token.tolist()
                 for part in (split.train, split.valid)

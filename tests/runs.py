@@ -5,7 +5,7 @@ import functools
 import fvlens
 from fvlens.report import RunOptions, RunResult, run_relation
 
-SMALL = RunOptions(n_prompts=10, n_corrupted=4, n_random=2, n_others=1)
+SMALL = RunOptions(n_prompts=20, n_corrupted=8, n_random=2, n_others=1, both_labels=True)
 
 
 @functools.cache

@@ -695,8 +695,13 @@ def test_the_table_has_every_method(model, table):
     assert table["bare query"].collateral.mean == 0.0
     tuned, start = table["fine-tuned from vector"], table["function vector, 3 heads"]
     assert tuned.seconds == start.seconds + tuned.adapted.seconds
-    sweep = fvlens.layer_sweep(model, split.valid, start.adapted.vector, generator=seeded(), progress=False)
-    assert table.layer == sweep.best_layer
+    recipe = fvlens.find_vector(
+        model, dataclasses.replace(split, train=split.train[:12]), relation=relation.name, n_heads=3,
+        n_shots=QUICK["n_shots"], n_prompts=QUICK["n_prompts"], generator=seeded(), progress=False,
+    )  # fmt: skip
+    assert (table.layer, table.scale) == (recipe.layer, recipe.scale)
+    assert torch.equal(start.adapted.vector.vector, recipe.vector.vector)
+    assert f"after layer {recipe.layer}, the function vector times {recipe.scale:g}, seed 0" in table.describe()
     assert {table[name].adapted.vector.layer for name in (NAMES[2], *NAMES[4:6])} == {table.layer}
     assert len(table["activation addition"].adapted.choices) == 4 * model.cfg.n_layers
     with pytest.raises(ValueError, match="no method 'magic' here; there are bare query, 3-shot prompting"):
@@ -799,9 +804,9 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
 
 
 def test_a_comparison_says_that_heads_were_taken_that_do_not_help(tiny, monkeypatch):
-    from fvlens import universal
+    from fvlens import find
 
-    original = universal.indirect_effects
+    original = find.indirect_effects
     how = dict(QUICK, n_unrelated=2, progress=False)
     assert compare(tiny, "country-capital", **how).caution == ""
 
@@ -809,7 +814,7 @@ def test_a_comparison_says_that_heads_were_taken_that_do_not_help(tiny, monkeypa
         found = original(*args, **given)
         return dataclasses.replace(found, cie=found.cie - found.aie.flatten().sort(descending=True).values[1:3].mean())
 
-    monkeypatch.setattr(universal, "indirect_effects", shifted)
+    monkeypatch.setattr(find, "indirect_effects", shifted)
     found = compare(tiny, "country-capital", **how)
     assert found.caution.startswith("1 of the 3 best heads have an exact AIE of 0 or less (L")
     assert found.describe().endswith(f"Heads: {found.caution}") and found.caution in found.to_markdown()

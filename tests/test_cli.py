@@ -19,12 +19,14 @@ from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
 import fvlens
 from fvlens import FunctionVector, cli
+from fvlens.evaluation import copied, layer_scale_sweep
+from fvlens.find import relation_effects
 from fvlens.finetuning import STUDIES, Settings
 from fvlens.models import fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import held_out
 from fvlens.report import Loading, RunOptions
-from fvlens.universal import UniversalHeads, relation_effects
+from fvlens.universal import UniversalHeads
 
 DATA = Path(fvlens.__file__).parent / "relations" / "data"
 REQUIRED = (
@@ -104,7 +106,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
     (tmp_path / "results.json").write_text("old")
     code, out, err = call(
-        "run", "antonym", "--out", tmp_path, "--n-prompts", 10, "--n-heads", 6, "--seed", 3, "--quiet"
+        "run", "antonym", "--out", tmp_path, "--n-prompts", 10, "--n-heads", 6, "--seed", 3, "--both-labels", "--quiet"
     )
     assert (code, err) == (0, "")
     assert {file.name for file in tmp_path.iterdir()} == {
@@ -151,7 +153,7 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
     code, _, err = call(
         "run", "plural", "--model", "rel-small", "--seed", 7, "--n-shots", 4, "--n-prompts", 20, "--n-heads", 5,
         "--labels", "random", "--layer", 2, "--template", "arrow", "--device", "cpu",
-        "--n-train", 9, "--epochs", 3,
+        "--n-train", 9, "--epochs", 3, "--scale", 1.5, "--both-labels",
     )  # fmt: skip
     assert (code, err) == (2, "fvlens: enough\n")
     options, command = seen.pop("options"), seen.pop("command")
@@ -161,7 +163,7 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
     assert command[:6] == ["fvlens", "run", "plural", "--model", "rel-small", "--seed"]
     assert (options.seed, options.n_shots, options.n_prompts, options.n_heads) == (7, 4, 20, 5)
     assert (options.labels, options.layer, options.template) == ("random", 2, "arrow")
-    assert (options.n_train, options.epochs) == (9, 3)
+    assert (options.n_train, options.epochs, options.scale, options.both_labels) == (9, 3, 1.5, True)
     call("run", "plural")
     assert seen["options"] == RunOptions()
     assert (seen["loading"], seen["command"]) == (Loading(), ["fvlens", "run", "plural"])
@@ -308,7 +310,7 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
 def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
     assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 2}')
-    assert "results.json: schema: expected 3, got 2" in refused("rerun", tmp_path)
+    assert "results.json: schema: expected 4, got 2" in refused("rerun", tmp_path)
     content = json.loads((run_folder / "results.json").read_text())
     for change, message in (
         ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
@@ -411,8 +413,8 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
         "run", "plural", "--heads", path
     )
     assert f"{tmp_path / 'none'}: cannot be read" in refused("run", "plural", "--heads", tmp_path / "none")
-    for option, value in (("--n-heads", 10), ("--labels", "permuted")):
-        message = refused("run", "plural", "--heads", path, option, value)
+    for option, *value in (("--n-heads", 10), ("--labels", "permuted"), ("--both-labels",)):
+        message = refused("run", "plural", "--heads", path, option, *value)
         assert (
             message == f"fvlens: {option} says how to rank heads, but --heads {path} gives them; leave one of them out."
         )
@@ -448,22 +450,26 @@ def study_by_hand(model, name, *, train, layer, **settings):
     g = torch.Generator().manual_seed(3)
     split = fvlens.load_relation("plural").split(g, train=train)
     means, effects = relation_effects(
-        model, split, relation="plural", n_prompts=8, rankings=("permuted",), generator=g, progress=False
+        model, split, relation="plural", labels="permuted", n_prompts=8, generator=g, progress=False
     )
-    vector = fvlens.function_vector(model, means, heads=effects["permuted"].top(4), layer=layer or 0)
-    if layer is None:
-        vector = vector.at_layer(fvlens.layer_sweep(model, split.valid, vector, generator=g, progress=False).best_layer)
+    vector = fvlens.function_vector(model, means, heads=effects.top(4), layer=0)
+    sweep = layer_scale_sweep(
+        model, split.valid, vector, layers=None if layer is None else [layer], generator=copied(g), progress=False
+    )
+    vector = vector.at_layer(sweep.best_layer)
+    if name != "scale":  # there the factor is what is studied
+        vector = vector * sweep.best_scale
     return STUDIES[name](
         model, split, init=vector, n_seeds=1, settings=Settings(epochs=1), relation="plural", generator=g,
         progress=False, **settings,
-    )  # fmt: skip
+    ), sweep.best_scale  # fmt: skip
 
 
 def test_study_prints_and_writes_the_points(call, model, tmp_path):
     folder = tmp_path / "new" / "folder"
     code, out, err = call("study", "layer", "plural", "--out", folder, "--n-train", 3, "--seed", 3, *FEW)
     assert (code, err) == (0, "")
-    expected = study_by_hand(model, "layer", train=0.45, layer=None, n_train=3)
+    expected, scale = study_by_hand(model, "layer", train=0.45, layer=None, n_train=3)
     for x in range(model.cfg.n_layers):
         tuned, untuned = (
             f"{at.top1:.3f} [{at.interval.low:.3f}, {at.interval.high:.3f}]"
@@ -472,7 +478,8 @@ def test_study_prints_and_writes_the_points(call, model, tmp_path):
             if at.x == x
         )
         assert re.search(rf"^ {x} +{re.escape(tuned)} +{re.escape(untuned)} *$", out, re.MULTILINE)
-    assert f"1 seed, {expected.n_test} test pairs; no vector {expected.references['no vector']:.3f}; inter" in out
+    assert f", times {scale:g}, 1 seed, {expected.n_test} test pairs; no vector" in out
+    assert f"; no vector {expected.references['no vector']:.3f}; inter" in out
     assert pd.read_csv(folder / "study-layer.csv").top1.tolist() == pytest.approx(expected.to_dataframe().top1.tolist())
     assert sorted(file.name for file in folder.iterdir()) == ["study-layer.csv", "study-layer.html"]
     assert "Layer of the vector: plural" in (folder / "study-layer.html").read_text()
@@ -481,11 +488,22 @@ def test_study_prints_and_writes_the_points(call, model, tmp_path):
 def test_training_size_study_splits_for_many_training_pairs(call, model, tmp_path):
     code, out, _ = call("study", "training-size", "plural", "--out", tmp_path, "--layer", 1, "--seed", 3, *FEW)
     assert code == 0
-    expected = study_by_hand(model, "training-size", train=0.7, layer=1)
-    assert f"top-1 of plural on rel-small, vector after layer 1, 1 seed, {expected.n_test} test pairs" in out
+    expected, scale = study_by_hand(model, "training-size", train=0.7, layer=1)
+    told = f"top-1 of plural on rel-small, vector after layer 1, times {scale:g}, 1 seed, {expected.n_test} test pairs"
+    assert told in out
     table = pd.read_csv(tmp_path / "study-training-size.csv")
     assert table.top1.tolist() == pytest.approx(expected.to_dataframe().top1.tolist())
     assert f"untuned vector {expected.references['untuned vector']:.3f}" in out
+
+
+def test_scale_study_multiplies_the_vector_itself(call, model, tmp_path):
+    code, out, _ = call("study", "scale", "plural", "--out", tmp_path, "--layer", 1, "--seed", 3, "--n-train", 2, *FEW)
+    assert code == 0
+    expected, _ = study_by_hand(model, "scale", train=0.45, layer=1, n_train=2)
+    assert f"vector after layer 1, 1 seed, {expected.n_test} test pairs" in out
+    table = pd.read_csv(tmp_path / "study-scale.csv")
+    assert table.top1.tolist() == pytest.approx(expected.to_dataframe().top1.tolist())
+    assert table.norm.tolist() == pytest.approx(expected.to_dataframe().norm.tolist())
 
 
 def test_study_refuses(refused, tmp_path):
@@ -590,13 +608,13 @@ def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
 @pytest.mark.parametrize("labels", ["permuted", "random"])
 def test_heads_ranks_by_the_labels_that_were_asked_for_alone(call, monkeypatch, labels):
     asked = []
-    original = fvlens.universal.indirect_effects
+    original = fvlens.find.indirect_effects
 
     def watched(model, prompts, *args, **given):
         asked.append(prompts.labels)
         return original(model, prompts, *args, **given)
 
-    monkeypatch.setattr("fvlens.universal.indirect_effects", watched)
+    monkeypatch.setattr("fvlens.find.indirect_effects", watched)
     assert call("heads", "plural", "--n-prompts", 2, "--labels", labels, "--quiet")[0] == 0
     assert asked == [labels]
 

@@ -16,6 +16,7 @@ import fvlens
 from fvlens import scoring
 from fvlens.evaluation import (
     Evaluation,
+    LayerScaleSweep,
     _controls,
     _generate,
     _sweeps,
@@ -23,6 +24,7 @@ from fvlens.evaluation import (
     evaluate,
     generate_answers,
     head_count_sweep,
+    layer_scale_sweep,
     layer_sweep,
 )
 from fvlens.interventions import resid_hook, z_hook
@@ -506,6 +508,76 @@ def test_layer_sweep_takes_a_vector_for_each_layer(tiny):
     for layer, one in zip(sweep.layers, sweep.evaluations, strict=True):
         assert same(one, evaluate(tiny, PAIRS, vector=vectors[layer], generator=seeded(8)))
     assert layer_sweep(tiny, PAIRS, vectors, layers=[2], generator=seeded(8), progress=False).layers == (2,)
+
+
+def test_layer_and_scale_sweep_equals_single_evaluations(tiny):
+    vector = made_vector(tiny, norm=20.0)
+    kwargs = dict(setting="icl", demonstrations=DEMONSTRATIONS, n_shots=3)
+    sweep = layer_scale_sweep(tiny, PAIRS, vector, scales=(2, 0.5, 2), generator=seeded(8), progress=False, **kwargs)
+    assert (sweep.layers, sweep.scales, sweep.complete) == ((0, 1, 2), (0.5, 2.0), True)
+    for i, layer in enumerate(sweep.layers):
+        for j, scale in enumerate(sweep.scales):
+            there = vector.at_layer(layer)
+            one = evaluate(tiny, PAIRS, vector=there, scale=scale, generator=seeded(8), **kwargs)
+            assert same(sweep.at(layer, scale), one) and sweep.at(layer, scale).scale == scale
+            assert float(sweep.top1[i, j]) == pytest.approx(one.top1)
+            assert float(sweep.probability[i, j]) == pytest.approx(one.probability)
+            assert sweep.intervals[i][j] == one.interval
+    assert same(sweep.baseline, evaluate(tiny, PAIRS, generator=seeded(8), **kwargs))
+    by_layer = layer_sweep(tiny, PAIRS, vector, scale=2, generator=seeded(8), progress=False, **kwargs)
+    at_two = sweep.at_scale(2)
+    assert at_two.best_layer == by_layer.best_layer
+    assert all(map(same, at_two.evaluations, by_layer.evaluations))
+    mapped = {layer: vector.at_layer(layer) for layer in (2, 0)}
+    few = layer_scale_sweep(tiny, PAIRS, mapped, scales=[2], generator=seeded(8), progress=False, **kwargs)
+    assert few.layers == (0, 2) and same(few.at(2, 2), sweep.at(2, 2))
+
+
+def test_layer_and_scale_sweep_asks_all_cells_in_one_go(tiny, monkeypatch):
+    seen = []
+    own = _sweeps.score
+
+    def watched(model, prompts, changes, **options):
+        seen.append((len(changes), options["scales"]))
+        return own(model, prompts, changes, **options)
+
+    monkeypatch.setattr(_sweeps, "score", watched)
+    layer_scale_sweep(tiny, PAIRS, made_vector(tiny), scales=(1, 3), generator=seeded(), progress=False)
+    assert seen == [(7, [1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0])]
+
+
+def test_the_best_layer_and_scale_has_the_largest_top1_then_probability_then_is_nearest_to_scale_one():
+    low, sure, unsure = scored([0, 3, 3], 0.9), scored([0, 0, 3], 0.6), scored([0, 0, 3], 0.5)
+
+    def place(*rows):
+        return LayerScaleSweep((4, 5), (0.5, 1.0, 1.5), rows, low, True).best_place
+
+    assert place((low, low, unsure), (sure, low, low)) == (5, 0.5)
+    assert place((low, low, low), (low, low, unsure)) == (5, 1.5)
+    assert place((sure, low, low), (low, sure, low)) == (5, 1.0)  # the scale first
+    assert place((low, sure, low), (low, sure, low)) == (4, 1.0)  # then the layer
+    assert place((low, low, low), (sure, low, sure)) == (5, 0.5)  # then the smaller of two that are as near
+    whole = LayerScaleSweep((4, 5), (0.5, 1.0, 1.5), ((low, sure, low), (low, low, low)), low, True)
+    assert whole.best is sure and (whole.best_layer, whole.best_scale) == (4, 1.0)
+    with pytest.raises(
+        ValueError, match=r"visited layers \[4, 5\] and scales \[0.5, 1.0, 1.5\], not layer 4 with scale 2"
+    ):
+        whole.at_scale(2)
+
+
+def test_an_interrupted_layer_and_scale_sweep_keeps_finished_queries(tiny, monkeypatch):
+    own = _sweeps.score
+
+    def cut(*args, **options):
+        found = own(*args, **options)
+        parts = {name: getattr(found, name)[:, :2] for name in ("ranks", "first", "rest", "best")}
+        return dataclasses.replace(found, prompts=found.prompts[:2], complete=False, **parts)
+
+    whole = layer_scale_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
+    monkeypatch.setattr(_sweeps, "score", cut)
+    part = layer_scale_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
+    assert not part.complete and part.best.n == 2 and not part.at_scale(1).complete
+    assert torch.equal(part.at(1, 2).ranks, whole.at(1, 2).ranks[:2])
 
 
 def scored(ranks, probability):

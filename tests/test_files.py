@@ -197,3 +197,31 @@ def test_tensors_of_other_precisions_are_refused(tmp_path):
     save_file({"x": torch.ones(4).to(torch.float8_e5m2)}, path, metadata={"format": FORM, "fvlens": "{}"})
     with pytest.raises(ValueError, match=r"x: unexpected tensors \(KeyError: 'F8_E5M2'\)"):
         TensorFile.open(path, FORM, "file")
+
+
+def test_text_is_read_from_regular_files_of_a_sensible_size(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffa\u00e9\n".encode())
+    assert files.read_text(file, "list") == "a\u00e9\n"
+    with pytest.raises(ValueError, match=r"a.txt: expected a list of at most 6 bytes, got 7\."):
+        files.read_text(file, "list", most=6)
+    with pytest.raises(ValueError, match=r"no list at .*none\."):
+        files.read_text(tmp_path / "none", "list")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: expected a regular file, got a pipe"):
+        files.read_text(tmp_path / "pipe", "list")
+    file.write_bytes(b"a\xff")
+    with pytest.raises(ValueError, match=r"a.txt: expected UTF-8 text, but byte 1 is none\."):
+        files.read_text(file, "list")
+
+
+def test_text_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+
+    def denied(*args, **given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "read_text", denied)
+    with pytest.raises(ValueError, match=r"a.txt: cannot be read \(Permission denied\)\."):
+        files.read_text(file, "list")

@@ -200,6 +200,17 @@ def test_table_of_fine_tuning_by_hand():
     assert "at least +0.150 (0.15) |" in zoo_measure.finetuning_markdown(found)
 
 
+def function_vector_of(model, split, vector):
+    """The sum of the heads' mean outputs over the prompts that the measurement draws first."""
+    g = torch.Generator().manual_seed(3)
+    load_relation("country-capital").split(g)
+    clean = fvlens.build_prompts(
+        model, split.train, queries=split.valid, n_prompts=100, relation="country-capital", generator=g
+    )
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    return fvlens.function_vector(model, means, heads=vector.heads, layer=0).vector
+
+
 @pytest.mark.slow
 def test_one_relation_equals_single_calls(model):
     scores, maps, vectors = zoo_measure.measure_relation(model, "country-capital", 3, n_random=1)
@@ -209,6 +220,9 @@ def test_one_relation_equals_single_calls(model):
         again = fvlens.evaluate(model, split.test, vector=vectors[ranking], generator=torch.Generator().manual_seed(9))
         assert scores[f"fv_{ranking}"] == again.top1
         assert vectors[ranking].layer == scores[f"layer_{ranking}"]
+        assert scores[f"scale_{ranking}"] in fvlens.evaluation.SCALES
+        plain = function_vector_of(model, split, vectors[ranking])
+        torch.testing.assert_close(vectors[ranking].vector, scores[f"scale_{ranking}"] * plain, rtol=1e-4, atol=1e-4)
         assert list(vectors[ranking].heads) == [
             divmod(i, model.cfg.n_heads)
             for i in maps[ranking].flatten().argsort(descending=True, stable=True)[:10].tolist()

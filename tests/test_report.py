@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -19,14 +20,14 @@ import torch
 from runs import SMALL, small_run
 
 import fvlens
-from fvlens import FunctionVector, Relation, finetune, report, universal
+from fvlens import FunctionVector, Relation, find, finetune, report
+from fvlens.find import relation_effects
 from fvlens.prompts import Prompts
 from fvlens.relations import Pair
 from fvlens.report import (
     Difference,
     Loading,
     RunOptions,
-    find_heads,
     other_relations,
     read_run,
     rerun,
@@ -77,7 +78,7 @@ def watched(model):
         return build
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("universal", "evaluation", "finetuning._training"):
+        for module in ("find", "evaluation._prompting", "finetuning._training"):
             target = f"fvlens.{module}.build_prompts"
             patch.setattr(target, spy(module, fvlens.build_prompts))
         began = time.monotonic()
@@ -118,10 +119,14 @@ def ranked(effects, n):
     return [[layer, head, mean[layer, head], error[layer, head]] for layer, head in cells]
 
 
-def best(sweep):
-    """Layer of the most right answers; ties by probability, then the lower layer."""
-    keys = [(right(one).sum(), one.probabilities.double().mean().item()) for one in sweep.evaluations]
-    return sweep.layers[keys.index(max(keys))]
+def best(sweep, scales=None):
+    """Layer and scale of the most right answers; ties by probability, then by |scale - 1|, then the lower layer."""
+
+    def worse(place):
+        one = sweep.at(*place)
+        return -right(one).sum(), -one.probabilities.double().mean().item(), abs(place[1] - 1), place[0]
+
+    return min(((layer, scale) for layer in sweep.layers for scale in scales or sweep.scales), key=worse)
 
 
 def file_hash(name):
@@ -164,6 +169,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "shuffled_top1": right(result.shuffled),
         "fv_top1": right(result.steered["permuted"]),
         "fv_random_labels_top1": right(result.steered["random"]),
+        "fv_scale_one_top1": right(result.at_scale_one),
         "random_vector_top1": of_kind(result, "random_vector"),
         "other_relation_top1": of_kind(result, "other_relation"),
         "random_heads_top1": of_kind(result, "random_heads"),
@@ -172,6 +178,8 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
     }
     before, after = (one.vector.double().numpy() for one in (vector, result.tuned.vector))
     history = result.tuned.run.history
+    sweep = result.sweeps["permuted"]
+    (layer, scale), (layer_at_one, _) = best(sweep), best(sweep, scales=[1.0])
     # best top-1, then lowest loss, then the earlier epoch
     epochs = list(zip((-history.valid_top1).tolist(), history.valid_loss.tolist(), strict=True))
     intervals = numbers["intervals"]
@@ -182,13 +190,21 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         if name in intervals:
             np.testing.assert_allclose(intervals[name], bootstrap(value), atol=1.5 / len(value), err_msg=name)
     expected = {
-        "schema": 3,
+        "schema": 4,
         "relation": "antonym",
         "model": "rel-small",
         "seed": 0,
         **{name: float(value.mean()) for name, value in scores.items()},
-        "layer": best(result.sweeps["permuted"]),
-        "ffv_layer": best(result.sweeps["permuted"]),
+        "layer": layer,
+        "scale": scale,
+        "choice": {
+            "layer": layer,
+            "scale": scale,
+            "valid_top1": float(right(sweep.at(layer, scale)).mean()),
+            "n_valid": len(result.split.valid),
+            "scale_one": {"layer": layer_at_one, "valid_top1": float(right(sweep.at(layer_at_one, 1)).mean())},
+        },
+        "ffv_layer": layer,
         "ffv_epochs": 20,
         "ffv_best_epoch": epochs.index(min(epochs)),
         "ffv_lr": result.tuned.run.lr,
@@ -202,7 +218,8 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
             ranking: {
                 "fv_top1": float(right(result.steered[ranking]).mean()),
                 "interval": intervals[key],
-                "layer": best(result.sweeps[ranking]),
+                "layer": best(result.sweeps[ranking])[0],
+                "scale": best(result.sweeps[ranking])[1],
                 "heads": ranked(result.effects[ranking], 10),
             }
             for ranking, key in (("permuted", "fv_top1"), ("random", "fv_random_labels_top1"))
@@ -218,9 +235,9 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
         "options": {
-            "seed": 0, "n_shots": 10, "n_prompts": 10, "n_corrupted": 4, "n_heads": 10, "labels": "permuted",
-            "layer": None, "template": "qa", "n_random": 2, "n_others": 1, "n_train": 20, "epochs": 20,
-            "heads_file": None,
+            "seed": 0, "n_shots": 10, "n_prompts": 20, "n_corrupted": 8, "n_heads": 10, "labels": "permuted",
+            "both_labels": True, "layer": None, "scale": None, "template": "qa", "n_random": 2, "n_others": 1,
+            "n_train": 20, "epochs": 20, "heads_file": None,
         },
         "loading": None,
         "command": None,
@@ -280,7 +297,7 @@ def test_scores_are_those_of_a_plain_forward_pass(model, result, numbers):
 def test_in_context_scores_are_those_of_the_prompts_that_were_built(model, numbers, watched):
     """The watched run's prompts through the plain model."""
     _, calls, _ = watched
-    shown = [call.prompts for call in calls if call.module == "evaluation" and call.prompts.n_shots]
+    shown = [call.prompts for call in calls if call.module == "evaluation._prompting" and call.prompts.n_shots]
     assert [prompts.labels for prompts in shown] == ["true", "permuted"]
     for name, prompts in zip(("icl", "shuffled"), shown, strict=True):
         with torch.no_grad():
@@ -337,12 +354,14 @@ def test_json_has_the_keys_and_types_that_readers_rely_on(result, tmp_path):
 
 def test_summary_shows_the_same_numbers(result, numbers):
     rows = {name: (value, interval) for name, value, interval in result.summary()}
+    random, place = numbers["rankings"]["random"], f"layer {numbers['layer']}, scale {numbers['scale']:g}"
     expected = {
         "10 clean demonstrations": "icl_top1",
         "10 demonstrations, labels permuted": "shuffled_top1",
         "bare query": "zero_shot_top1",
-        f"function vector, 10 heads by permuted labels, layer {numbers['layer']}": "fv_top1",
-        f"function vector, 10 heads by random labels, layer {numbers['rankings']['random']['layer']}": (
+        f"function vector, 10 heads by permuted labels, {place}": "fv_top1",
+        f"the same at scale 1, layer {numbers['choice']['scale_one']['layer']}": "fv_scale_one_top1",
+        f"function vector, 10 heads by random labels, layer {random['layer']}, scale {random['scale']:g}": (
             "fv_random_labels_top1"
         ),
         f"fine-tuned vector, 20 pairs, 20 epochs, layer {numbers['layer']}": "ffv_top1",
@@ -391,11 +410,11 @@ def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
 
 def test_options_reach_the_prompts(watched):
     _, calls, _ = watched
-    built = [call.prompts for call in calls if call.module == "universal"]
+    built = [call.prompts for call in calls if call.module == "find"]
     by_labels = defaultdict(set)
     for prompts in built:
         by_labels[prompts.labels].add((len(prompts), prompts.n_shots, prompts.template.name))
-    assert dict(by_labels) == {"true": {(10, 10, "qa")}, "permuted": {(4, 10, "qa")}, "random": {(4, 10, "qa")}}
+    assert dict(by_labels) == {"true": {(20, 10, "qa")}, "permuted": {(8, 10, "qa")}, "random": {(8, 10, "qa")}}
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(tiny, tiny_result, numbers, watched):
@@ -423,26 +442,70 @@ def test_run_leaves_the_global_generator_and_the_model_alone(tiny):
 def test_vectors_are_made_of_the_heads_that_were_found(model, result):
     g = torch.Generator().manual_seed(0)
     split = fvlens.load_relation("antonym").split(g)
-    means, effects = find_heads(model, split, SMALL, "antonym", g, progress=False)
-    for ranking in ("permuted", "random"):
-        torch.testing.assert_close(effects[ranking].cie, result.effects[ranking].cie, rtol=0, atol=0)
-        heads = [Head(layer, head) for layer, head, *_ in ranked(effects[ranking], 10)]
+    drawn = dict(relation="antonym", n_prompts=20, n_corrupted=8, progress=False)
+    means, permuted = relation_effects(model, split, generator=g, **drawn)
+    _, random = relation_effects(model, split, labels="random", means=means, generator=g, **drawn)
+    for ranking, effects in {"permuted": permuted, "random": random}.items():
+        torch.testing.assert_close(effects.cie, result.effects[ranking].cie, rtol=0, atol=0)
+        heads = [Head(layer, head) for layer, head, *_ in ranked(effects, 10)]
         vector = sum(means.z[layer, head] @ model.W_O[layer, head].detach() for layer, head in heads)
-        torch.testing.assert_close(result.vectors[ranking].vector, vector, rtol=1e-4, atol=1e-5)
+        scale = best(result.sweeps[ranking])[1]
+        torch.testing.assert_close(result.vectors[ranking].vector, scale * vector, rtol=1e-4, atol=1e-5)
         assert result.vectors[ranking].seed == 0
     assert result.vector is result.vectors["permuted"]
 
 
-def test_one_ranking_alone_is_the_first_part_of_both(model):
-    """`fvlens heads` and the other relations ask for one ranking; it must be the one that a run finds."""
-    one, both = (torch.Generator().manual_seed(3) for _ in range(2))
-    relation = fvlens.load_relation("plural")
-    _, alone = find_heads(
-        model, relation.split(one), SMALL, "plural", one, rankings=("permuted",), progress=False
-    )  # fmt: skip
-    _, pair = find_heads(model, relation.split(both), SMALL, "plural", both, progress=False)
-    assert list(alone) == ["permuted"]
-    assert torch.equal(alone["permuted"].cie, pair["permuted"].cie)
+def test_only_the_labels_asked_for_are_ranked_and_a_comparison_moves_no_number(tiny):
+    relation = fvlens.load_relation("antonym")
+    found = {
+        (labels, both): run_relation(
+            tiny, relation, options=dataclasses.replace(TINY, labels=labels, both_labels=both), progress=False
+        )
+        for labels, both in itertools.product(("permuted", "random"), (False, True))
+    }
+    for labels, other in (("permuted", "random"), ("random", "permuted")):
+        alone, both = found[labels, False], found[labels, True]
+        assert list(alone.effects) == list(alone.vectors) == [labels]
+        assert list(both.effects) == list(both.vectors) == [labels, other]
+        assert alone.effects[labels].labels == labels and both.effects[other].labels == other
+        a, b = results_json(alone), results_json(both)
+        assert list(a["rankings"]) == [labels] and list(b["rankings"]) == [labels, other]
+        changed = {"rankings", "options", "seconds", "platform", "cautions", "fv_random_labels_top1", "intervals"}
+        assert {name for name in a if a[name] != b[name]} <= changed | {"ffv_seconds"}
+        assert a["rankings"][labels] == b["rankings"][labels]
+        # and each ranking is, where it can be compared, the one that a run of its own finds
+        assert torch.equal(alone.effects[labels].cie, found[labels, True].effects[labels].cie)
+
+
+def test_a_given_scale_and_layer_are_taken(tiny):
+    options = dataclasses.replace(TINY, layer=1, scale=2.0)
+    found = run_relation(tiny, fvlens.load_relation("antonym"), options=options, progress=False)
+    assert (found.vector.layer, found.scale, found.at_scale_one) == (1, 2.0, None)
+    plain = run_relation(
+        tiny, fvlens.load_relation("antonym"), options=dataclasses.replace(options, scale=1.0), progress=False
+    )
+    assert torch.equal(found.vector.vector, 2 * plain.vector.vector)
+    assert plain.at_scale_one is plain.steered["permuted"]
+    numbers = results_json(found)
+    assert numbers["fv_scale_one_top1"] is numbers["choice"]["scale_one"] is None
+    assert not any("the same at scale 1" in name for name, *_ in [*found.summary(), *plain.summary()])
+
+
+def test_a_scale_is_a_finite_number(unchecked):
+    assert repr(RunOptions(scale=2).scale) == "2.0"  # as it comes back from results.json
+    with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
+        RunOptions(scale=float("nan"))
+
+
+def test_controls_are_scaled_as_the_vector_is(model, result):
+    """Random vectors have the norm of what is injected; every row of one vector says its scale."""
+    scale = result.scale
+    assert scale != 1  # else nothing is tested here
+    rows = {row.kind: row for row in result.controls.rows}
+    assert {one.scale for kind in ("vector", "random_vector", "random_heads", "other_relation")
+            for one in rows[kind].evaluations} == {scale}  # fmt: skip
+    again = fvlens.evaluate(model, result.split.test, vector=result.vector, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.probabilities, result.steered["permuted"].probabilities)
 
 
 def test_without_other_relations_the_number_is_null(tiny_result):
@@ -456,17 +519,18 @@ def test_without_other_relations_the_number_is_null(tiny_result):
 
 def test_a_run_says_that_it_took_heads_that_do_not_help(tiny, tmp_path, monkeypatch):
     """In the result, its file, its page and on the command line; nothing is said where all heads help."""
-    from fvlens import universal
-
-    original = universal.indirect_effects
+    original = find.indirect_effects
 
     def shifted(*args, **given):  # two heads help
         found = original(*args, **given)
         return dataclasses.replace(found, cie=found.cie - found.aie.flatten().sort(descending=True).values[1:3].mean())
 
-    relation, options = fvlens.load_relation("antonym"), dataclasses.replace(TINY, n_others=1, epochs=0)
+    relation, options = (
+        fvlens.load_relation("antonym"),
+        dataclasses.replace(TINY, n_others=1, epochs=0, both_labels=True),
+    )
     assert run_relation(tiny, relation, options=options, progress=False).cautions == ()
-    monkeypatch.setattr(universal, "indirect_effects", shifted)
+    monkeypatch.setattr(find, "indirect_effects", shifted)
     found = run_relation(tiny, relation, options=options, progress=False)
     wheres = ["permuted labels", "random labels", f"vector of {found.others[0]}"]
     assert [caution.split(": ")[0] for caution in found.cautions] == wheres
@@ -492,10 +556,10 @@ def test_layer_and_labels_can_be_chosen(tiny):
     assert results_json(found)["options"]["labels"] == "random"
 
 
-@pytest.mark.parametrize("part", ["indirect_effects", "layer_sweep", "controls", "finetune"])
+@pytest.mark.parametrize("part", ["indirect_effects", "layer_scale_sweep", "controls", "finetune"])
 def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
     """Its partial result would pass for the whole."""
-    room = universal if part == "indirect_effects" else report
+    room = find if part in ("indirect_effects", "layer_scale_sweep") else report
     original = getattr(room, part)
 
     def interrupted(*args, **kwargs):
@@ -528,11 +592,13 @@ def test_other_relations_share_no_output_and_no_family(name):
 
 
 def test_with_random_labels_the_numbers_are_those_of_the_saved_vector(tiny):
-    options = dataclasses.replace(TINY, labels="random", n_heads=5)
+    options = dataclasses.replace(TINY, labels="random", n_heads=5, both_labels=True)
     found = run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False)
     read = results_json(found)
     ours = {"fv_top1": read["fv_top1"], "interval": read["intervals"]["fv_top1"]}
-    assert read["rankings"]["random"] == {**ours, "layer": read["layer"], "heads": read["heads"]}
+    assert read["rankings"]["random"] == {
+        **ours, "layer": read["layer"], "scale": read["scale"], "heads": read["heads"]
+    }  # fmt: skip
     assert same(read["heads"], ranked(found.effects["random"], 5))
     assert same(read["rankings"]["permuted"]["heads"], ranked(found.effects["permuted"], 5))
     assert [entry[:2] for entry in read["heads"]] == [list(head) for head in found.vector.heads]
@@ -737,9 +803,9 @@ def test_given_heads_make_the_vector_and_none_is_ranked(tiny, given, heads_file,
     )
     means = fvlens.mean_head_activations(tiny, clean, progress=False)
     expected = fvlens.function_vector(tiny, means, heads=[(2, 3), (0, 1), (1, 1)], layer=0)
-    assert torch.equal(given.vector.vector, expected.vector)
+    assert torch.equal(given.vector.vector, given.scale * expected.vector)
     assert given.vector.heads == expected.heads
-    assert given.vector.layer == best(given.sweeps["file"])
+    assert (given.vector.layer, given.scale) == best(given.sweeps["file"])
     assert (list(given.vectors), list(given.sweeps), list(given.steered), given.effects) == (["file"],) * 3 + ({},)
     assert len(given.others) == 1
     read = json.loads(json.dumps(results_json(given), allow_nan=False))
@@ -751,13 +817,14 @@ def test_given_heads_make_the_vector_and_none_is_ranked(tiny, given, heads_file,
     assert read["fv_top1"] == right(given.steered["file"]).mean()
     assert read["fv_random_labels_top1"] is read["intervals"]["fv_random_labels_top1"] is None
     names = [name for name, *_ in given.summary()]
-    assert f"function vector, 3 heads from heads.json, layer {given.vector.layer}" in names
+    text = f"function vector, 3 heads from heads.json, layer {given.vector.layer}, scale {given.scale:g}"
+    assert text in names
     assert not any("labels, layer" in name for name in names)
 
     def never(*args, **kwargs):
         raise AssertionError("heads were ranked")
 
-    monkeypatch.setattr(universal, "indirect_effects", never)
+    monkeypatch.setattr(find, "indirect_effects", never)
     heads = read_heads(heads_file, tiny)
     run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, heads=heads, progress=False)
 
@@ -916,8 +983,8 @@ def test_a_run_repeated_from_its_files_is_the_same(first, folder):
 def test_the_second_run_uses_the_settings_of_the_first(tiny, tmp_path):
     """Every option differs from its default, and the model is the one that is given."""
     options = RunOptions(
-        seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", layer=1, template="arrow",
-        n_random=1, n_others=1, n_train=4, epochs=2,
+        seed=3, n_shots=2, n_prompts=5, n_corrupted=2, n_heads=2, labels="random", both_labels=True, layer=1,
+        scale=1.5, template="arrow", n_random=1, n_others=1, n_train=4, epochs=2,
     )  # fmt: skip
     write_run(run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False), tmp_path / "a")
     done = rerun(tmp_path / "a", out=tmp_path / "b", model=tiny, command=["again"], progress=False)
@@ -1062,10 +1129,14 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": edit}, "schema: expected 3, got None; the file is of another version of fvlens"),
-        ({"schema": 99}, "schema: expected 3, got 99; the file is of another version of fvlens"),
-        ({"schema": "3"}, "schema: expected 3, got '3'; the file is of another version of fvlens"),
-        ({"schema": 2}, "schema: expected 3, got 2; the file is of another version of fvlens, so make the run again"),
+        ({"schema": edit}, "schema: expected 4, got None; the file is of another version of fvlens"),
+        ({"schema": 99}, "schema: expected 4, got 99; the file is of another version of fvlens"),
+        ({"schema": "3"}, "schema: expected 4, got '3'; the file is of another version of fvlens"),
+        ({"schema": 2}, "schema: expected 4, got 2; the file is of another version of fvlens, whose runs draw and"),
+        ({"schema": 3, "command": ["fvlens", "run", "antonym", "--out", "a b"]},
+         "so make the run again with `fvlens run antonym --out 'a b'`."),
+        ({"schema": 3, "command": None}, "so make the run again with `fvlens run`."),
+        ({"schema": 3, "command": "x"}, "so make the run again with `fvlens run`."),
         ({"relation": 3}, "relation: expected str, got 3."),
         ({"relation": "plurall"}, "relation: no relation named 'plurall'"),
         ({"relation": edit}, "relation: the field is missing."),
@@ -1382,7 +1453,7 @@ def test_page_shows_the_numbers(page, result, numbers):
     assert text["attribution path"] == numbers["path"]
     assert f"torch {torch.__version__.split('+')[0]}" in text["versions"]
     lead = page.texts["p"][0]
-    assert f"layer\n{numbers['layer']};" in lead
+    assert f"10 heads, scale\n{numbers['scale']:g}, added after layer {numbers['layer']};" in lead
     assert f"{numbers['n_test']} test pairs" in lead
 
 

@@ -116,11 +116,12 @@ def test_layers(model, split, start):
     )
     g = seeded()
     pairs = drawn(split, 2, g)
+    apart = torch.Generator().set_state(g.get_state())  # intervals are drawn as if there had been no training
     for layer in (0, 2):
         there = start.at_layer(layer)
         vectors = [trained(model, own[:5], there, split.valid, FAST, g).vector for own in pairs]
-        agrees(at(study, "fine-tuned", layer), [hits(model, split.test, v) for v in vectors], vectors, g)
-        agrees(at(study, "untuned", layer), [hits(model, split.test, there)], [start], g)
+        agrees(at(study, "fine-tuned", layer), [hits(model, split.test, v) for v in vectors], vectors, apart)
+        agrees(at(study, "untuned", layer), [hits(model, split.test, there)], [start], apart)
     assert study.references == {"no vector": lacking(model, split, start)["no vector"]}
     assert study.lines == ("fine-tuned", "untuned") and study.n_train == 5 and not study.log_x
     everywhere = layer_study(

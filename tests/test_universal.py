@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import fvlens
-from fvlens import Relation, universal, universal_heads
+from fvlens import Relation, find, universal, universal_heads
+from fvlens.find import relation_effects
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import TEMPLATES, Template
 from fvlens.relations import Pair
 from fvlens.suffix import choose_route
 from fvlens.types import Head
-from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read_heads, relation_effects
+from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read_heads
 
 NAMES = ("antonym", "capitalised", "plural")
 SMALL = dict(n_shots=4, n_prompts=6, n_corrupted=3, progress=False)
@@ -208,20 +209,18 @@ def test_repr_is_one_line(found):
 
 def test_how_effects_are_computed_is_passed_on(tiny, monkeypatch):
     seen = []
-    original = universal.indirect_effects
+    original = find.indirect_effects
 
     def spy(*args, **given):
         seen.append(given)
         return original(*args, **given)
 
-    monkeypatch.setattr(universal, "indirect_effects", spy)
+    monkeypatch.setattr(find, "indirect_effects", spy)
     g = torch.Generator().manual_seed(0)
     split = fvlens.load_relation("plural").split(g)
-    _, effects = relation_effects(
-        tiny, split, relation="plural", rankings=("random",), path="naive", generator=g, **SMALL
-    )
+    _, effects = relation_effects(tiny, split, relation="plural", labels="random", path="naive", generator=g, **SMALL)
     assert seen == [{"progress": False, "path": "naive"}]
-    assert (effects["random"].path, len(effects["random"].cie)) == ("naive", 3)
+    assert (effects.path, effects.labels, len(effects.cie)) == ("naive", "random", 3)
 
 
 # --- the order of rows and the figure ---
@@ -306,9 +305,9 @@ def test_an_interruption_keeps_what_is_finished(model, found, monkeypatch):
 
 
 def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, monkeypatch):
-    original = universal.indirect_effects
+    original = find.indirect_effects
     monkeypatch.setattr(
-        universal, "indirect_effects", lambda *a, **k: dataclasses.replace(original(*a, **k), complete=False)
+        find, "indirect_effects", lambda *a, **k: dataclasses.replace(original(*a, **k), complete=False)
     )
     with pytest.raises(KeyboardInterrupt):
         universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)

@@ -17,12 +17,14 @@ from fvlens.evaluation._controls import KINDS, Control, Controls, Kind, controls
 from fvlens.evaluation._evaluate import Evaluation, evaluate, evaluations
 from fvlens.evaluation._filter import filter_correct
 from fvlens.evaluation._generate import GeneratedAnswers, generate_answers
-from fvlens.evaluation._prompting import SETTINGS, Asked, Pairs, Prompting, Setting, asked_prompts, setting_of
+from fvlens.evaluation._layer_scale import SCALES, LayerScaleSweep, layer_scale_sweep
+from fvlens.evaluation._prompting import SETTINGS, Asked, Pairs, Prompting, Setting, asked_prompts, copied, setting_of
 from fvlens.evaluation._sweeps import COUNTS, HeadCountSweep, LayerSweep, best_of, head_count_sweep, layer_sweep
 
 __all__ = [
     "COUNTS",
     "KINDS",
+    "SCALES",
     "SETTINGS",
     "Asked",
     "Control",
@@ -31,6 +33,7 @@ __all__ = [
     "GeneratedAnswers",
     "HeadCountSweep",
     "Kind",
+    "LayerScaleSweep",
     "LayerSweep",
     "Pairs",
     "Prompting",
@@ -38,11 +41,13 @@ __all__ = [
     "asked_prompts",
     "best_of",
     "controls",
+    "copied",
     "evaluate",
     "evaluations",
     "filter_correct",
     "generate_answers",
     "head_count_sweep",
+    "layer_scale_sweep",
     "layer_sweep",
     "setting_of",
 ]

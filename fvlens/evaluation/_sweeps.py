@@ -26,12 +26,12 @@ COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 50)
 """Head counts that :func:`head_count_sweep` visits by default, as far as the ranking goes."""
 
 
-def _sweep(
+def run_sweep(
     model: Any,
     prompts: Prompts,
     vectors: Sequence[Steering],
     what: str,
-    scale: float | int,
+    scales: Sequence[float | int] | float | int,
     generator: torch.Generator,
     *,
     compute: torch.dtype | None,
@@ -39,8 +39,9 @@ def _sweep(
 ) -> tuple[tuple[Evaluation, ...], Evaluation, bool]:
     """Each vector's evaluation, that without a vector, and whether all queries are finished."""
     changes = [*vectors, None]
-    scores = score(model, prompts, changes, scales=scale, compute=compute, interruptible=True, what=what, **options)
-    *found, baseline = evaluations(model, prompts, changes, [scale] * len(changes), scores, generator, compute)
+    each = [*scales, 1.0] if isinstance(scales, Sequence) else [scales] * len(changes)
+    scores = score(model, prompts, changes, scales=each, compute=compute, interruptible=True, what=what, **options)
+    *found, baseline = evaluations(model, prompts, changes, each, scores, generator, compute)
     return tuple(found), baseline, scores.complete
 
 
@@ -49,7 +50,8 @@ def best_of(evaluations: Sequence[Evaluation]) -> int:
     return max(range(len(evaluations)), key=lambda i: (evaluations[i].top1, evaluations[i].probability, -i))
 
 
-def _sweep_dataframe(name: str, coordinates: Sequence[int], evaluations: Sequence[Evaluation]) -> "pd.DataFrame":
+def sweep_dataframe(name: str, coordinates: Sequence[int | float], evaluations: Sequence[Evaluation]) -> "pd.DataFrame":
+    """One row a coordinate, named ``name``, with its scores."""
     import pandas as pd
 
     rows = [
@@ -131,7 +133,7 @@ class LayerSweep:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return _sweep_dataframe("layer", self.layers, self.evaluations)
+        return sweep_dataframe("layer", self.layers, self.evaluations)
 
     def plot(self) -> "go.Figure":
         """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
@@ -192,30 +194,39 @@ def layer_sweep(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (accuracy by layer of injection).
     """
+    by_layer = steering_by_layer("layer_sweep", model, vector, layers)
+    vectors = list(by_layer.values())
+    prompts = asked_prompts("layer_sweep", model, pairs, prompting, generator, vectors[0])
+    found, baseline, complete = run_sweep(
+        model, prompts, vectors, "layer sweep", scale, generator, batch_size=batch_size, path=path,
+        max_memory=max_memory, compute=compute, progress=progress,
+    )  # fmt: skip
+    return LayerSweep(layers=tuple(by_layer), evaluations=found, baseline=baseline, complete=complete)
+
+
+def steering_by_layer(
+    function: str, model: Any, vector: FunctionVector | Mapping[int, Steering], layers: Sequence[int] | None
+) -> dict[int, Steering]:
+    """The steering of each layer that a sweep visits, in increasing order of layers."""
     if isinstance(vector, Mapping):
-        by_layer = {int(layer): steering for layer, steering in vector.items()}
+        every = {int(layer): steering for layer, steering in vector.items()}
     elif hasattr(vector, "at_layer"):
-        by_layer = {layer: vector.at_layer(layer) for layer in range(model.cfg.n_layers)}
+        every = {layer: vector.at_layer(layer) for layer in range(model.cfg.n_layers)}
     else:
         raise ValueError(
-            "layer_sweep: expected a vector with at_layer(), or a map from layer to vector, got "
+            f"{function}: expected a vector with at_layer(), or a map from layer to vector, got "
             f"{type(vector).__name__}."
         )
-    chosen = sorted(by_layer if layers is None else set(layers))
+    chosen = sorted(every if layers is None else set(layers))
     if not chosen:
-        raise ValueError("layer_sweep: expected at least one layer, got none.")
-    outside = [layer for layer in chosen if layer not in by_layer or not 0 <= layer < model.cfg.n_layers]
+        raise ValueError(f"{function}: expected at least one layer, got none.")
+    outside = [layer for layer in chosen if layer not in every or not 0 <= layer < model.cfg.n_layers]
     if outside:
         raise ValueError(
-            f"layer_sweep: no vector for layer {outside[0]}; the model has layers 0..{model.cfg.n_layers - 1}, and "
-            f"there are vectors for {sorted(by_layer)}."
+            f"{function}: no vector for layer {outside[0]}; the model has layers 0..{model.cfg.n_layers - 1}, and "
+            f"there are vectors for {sorted(every)}."
         )
-    prompts = asked_prompts("layer_sweep", model, pairs, prompting, generator, by_layer[chosen[0]])
-    found, baseline, complete = _sweep(
-        model, prompts, [by_layer[layer] for layer in chosen], "layer sweep", scale, generator, batch_size=batch_size,
-        path=path, max_memory=max_memory, compute=compute, progress=progress,
-    )  # fmt: skip
-    return LayerSweep(layers=tuple(chosen), evaluations=found, baseline=baseline, complete=complete)
+    return {layer: every[layer] for layer in chosen}
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +271,7 @@ class HeadCountSweep:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return _sweep_dataframe("n_heads", self.counts, self.evaluations)
+        return sweep_dataframe("n_heads", self.counts, self.evaluations)
 
     def plot(self) -> "go.Figure":
         """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""
@@ -333,7 +344,7 @@ def head_count_sweep(
         )
     vectors = [function_vector(model, means, heads=heads[:count], layer=layer) for count in chosen]
     prompts = asked_prompts("head_count_sweep", model, pairs, prompting, generator, means)
-    found, baseline, complete = _sweep(
+    found, baseline, complete = run_sweep(
         model, prompts, vectors, "head-count sweep", scale, generator, batch_size=batch_size, path=path,
         max_memory=max_memory, compute=compute, progress=progress,
     )  # fmt: skip

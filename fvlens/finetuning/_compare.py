@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.evaluation import Evaluation, evaluations, layer_sweep
+from fvlens.evaluation import Evaluation, evaluations
+from fvlens.find import Ranking, find_vector, finished
 from fvlens.finetuning._baselines import Adapted, Baseline, act_add, as_change, few_shot, lora, soft_prompt
 from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.finetuning._finetune import finetune
@@ -24,8 +25,7 @@ from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, tem
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.scoring import Scores, score
 from fvlens.types import Steering
-from fvlens.universal import Ranking, finished, relation_effects
-from fvlens.vectors import FunctionVector, function_vector
+from fvlens.vectors import FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -291,6 +291,7 @@ class Comparison:
         model_name: the model's name in its configuration.
         rows: the methods.
         layer: the vectors, but for activation addition, are added after this layer.
+        scale: factor on the function vector, chosen with the layer on the validation pairs; the vector has it in it.
         n_train, n_valid: pairs that every method was made and chosen on.
         n_unrelated: prompts behind the collateral change.
         seed: of everything drawn.
@@ -304,6 +305,7 @@ class Comparison:
     model_name: str
     rows: tuple[Row, ...]
     layer: int
+    scale: float
     n_train: int
     n_valid: int
     n_unrelated: int
@@ -379,9 +381,9 @@ class Comparison:
         return (
             f"{self.relation} on {self.model_name}: {self.n_train} training and {self.n_valid} validation pairs, "
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
-            f"layer {self.layer}, seed {self.seed}. Trained: numbers that were trained. KL: collateral change of the "
-            f"next token after {self.n_unrelated} prompts of other relations, in nats. Intervals: 95% bootstrap."
-            + (f" Heads: {self.caution}" if self.caution else "")
+            f"layer {self.layer}, the function vector times {self.scale:g}, seed {self.seed}. Trained: numbers that "
+            f"were trained. KL: collateral change of the next token after {self.n_unrelated} prompts of other "
+            "relations, in nats. Intervals: 95% bootstrap." + (f" Heads: {self.caution}" if self.caution else "")
         )
 
     def to_markdown(self) -> str:
@@ -466,8 +468,8 @@ def compare(
         n_train: training pairs, the first of the train part.
         n_heads: heads in the function vector.
         labels: corruption that they are ranked on.
-        layer: of all vectors; by default that where the untuned vector is best on the validation pairs, and for
-            activation addition its own best.
+        layer: of all vectors; by default that where the untuned vector, with its best scale, is best on the validation
+            pairs (see :func:`fvlens.find_vector`), and for activation addition its own best.
         n_shots: demonstrations in a prompt.
         n_prompts: clean prompts behind the function vector.
         n_soft: numbers of soft tokens, a row each.
@@ -491,15 +493,15 @@ def compare(
     """
     if n_train < 1:
         raise ValueError(f"compare: expected n_train of at least 1, got {n_train}.")
-    found = load_relation(relation) if isinstance(relation, str) else relation
+    whole = load_relation(relation) if isinstance(relation, str) else relation
 
     def fresh() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    split = found.split(fresh())
+    split = whole.split(fresh())
     split = replaced(split, train=split.train[:n_train])
-    named: dict[str, Any] = {"template": template, "relation": found.name}
-    unrelated = unrelated_prompts(model, found, n=n_unrelated, template=template, generator=fresh())
+    named: dict[str, Any] = {"template": template, "relation": whole.name}
+    unrelated = unrelated_prompts(model, whole, n=n_unrelated, template=template, generator=fresh())
 
     def row(name: str, adapted: Adapted | None, seconds: float) -> Row:
         return Row(
@@ -512,17 +514,14 @@ def compare(
         )
 
     began = time.monotonic()
-    means, effects = relation_effects(
-        model, split, n_shots=n_shots, n_prompts=n_prompts, rankings=(labels,), generator=fresh(), progress=progress,
-        **named,
+    found = find_vector(
+        model, split, labels=labels, n_heads=n_heads, n_shots=n_shots, n_prompts=n_prompts,
+        layers=None if layer is None else [layer], seed=seed, generator=fresh(), progress=progress, **named,
     )  # fmt: skip
-    untuned = function_vector(model, means, heads=effects[labels].ranking[:n_heads], layer=layer or 0, seed=seed)
-    if layer is None:
-        sweep = finished(layer_sweep(model, split.valid, untuned, generator=fresh(), progress=progress, **named))
-        untuned = untuned.at_layer(sweep.best_layer)
+    untuned = found.vector
     start = Baseline(
         method=f"function vector, {n_heads} heads",
-        relation=found.name,
+        relation=whole.name,
         change=Steered(untuned),
         n_trainable=0,
         seconds=time.monotonic() - began,
@@ -531,7 +530,7 @@ def compare(
 
     def rows() -> Iterator[Row]:
         yield row("bare query", None, 0.0)
-        shown = few_shot(split.train, n_shots=n_shots, relation=found.name, generator=fresh())
+        shown = few_shot(split.train, n_shots=n_shots, relation=whole.name, generator=fresh())
         yield row(shown.method, shown, shown.seconds)
         yield row(start.method, start, start.seconds)
         added = act_add(model, split.train, layer=layer, valid=split.valid, n_shots=n_shots, generator=fresh(), **named)
@@ -563,16 +562,17 @@ def compare(
             raise
         warnings.warn(f"compare was interrupted: {len(done)} of {total} methods are finished.", stacklevel=2)
     return Comparison(
-        relation=found.name,
+        relation=whole.name,
         model_name=str(model.cfg.model_name),
         rows=tuple(done),
         layer=untuned.layer,
+        scale=found.scale,
         n_train=len(split.train),
         n_valid=len(split.valid),
         n_unrelated=n_unrelated,
         seed=seed,
         fingerprint=fingerprint(model),
-        data_hash=found.data_hash,
+        data_hash=whole.data_hash,
         complete=len(done) == total,
-        caution=effects[labels].caution(n_heads),
+        caution=" ".join(found.cautions),
     )

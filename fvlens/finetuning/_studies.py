@@ -9,17 +9,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.evaluation import evaluate
+from fvlens.evaluation import copied
+from fvlens.find import finished
 from fvlens.finetuning._finetune import FineTunedSet, finetune_many
 from fvlens.finetuning._training import Anchor, Settings
 from fvlens.metrics import Interval, bootstrap_interval
+from fvlens.prompts import build_prompts
 from fvlens.relations import Pair, Relation, Split
-from fvlens.universal import finished
+from fvlens.scoring import score
 from fvlens.vectors import FunctionVector, random_vector_like
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ SCALES = tuple(i / 4 for i in range(17))
 WEIGHTS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 VALIDATION = ", validation"
 """Behind the name of a line that is measured on validation pairs."""
+_Made = TypeVar("_Made")
 _WORDS = "95% bootstrap over test words, each word's mean over seeds"
 
 
@@ -214,7 +219,7 @@ def training_size_study(
         found = []
         for start, behind in ((init, ""), (lab.zero, ", from zero")):
             vectors = lab.train([start] * n_seeds, n_train=size, settings=longer).vectors
-            seen = [lab.ask(pairs[:size], vector).mean() for pairs, vector in zip(lab.drawn, vectors, strict=True)]
+            seen = [lab.ask(pairs[:size], [vector]).mean() for pairs, vector in zip(lab.drawn, vectors, strict=True)]
             unseen = lab.point(f"test pairs{behind}", size, vectors)
             top1 = torch.stack(seen)
             interval = bootstrap_interval(top1, generator=generator)
@@ -260,12 +265,13 @@ def layer_study(
     lab = _Lab(model, pairs, init, n_train, n_seeds, settings, relation, generator)
     chosen = _axis("layer_study", "layers", range(model.cfg.n_layers) if layers is None else layers)
 
-    def measure(layer: int) -> list[Point]:
+    def measure(layer: int) -> list[_Asked]:
         there = init.at_layer(layer)
-        runs = lab.train([there] * n_seeds)
-        return [lab.point("fine-tuned", layer, runs.vectors), lab.point("untuned", layer, [there])]
+        vectors = tuple(lab.train([there] * n_seeds).vectors)
+        return [_Asked("fine-tuned", layer, vectors), _Asked("untuned", layer, (there,))]
 
-    points, complete = _each(measure, chosen, "layers", progress)
+    asked, complete = _each(measure, chosen, "layers", progress)
+    points = lab.points(asked, generator=lab.apart)
     references = {"no vector": lab.references()["no vector"]}
     return lab.study("layer", "Layer of the vector", "Added after layer", points, complete, references=references)
 
@@ -297,17 +303,16 @@ def scale_study(
     """
     lab = _Lab(model, pairs, init, n_train, n_seeds, settings, relation, generator)
     chosen = _axis("scale_study", "scales", scales)
-    runs = lab.train([init] * n_seeds, progress=progress)
-
-    def measure(scale: float | int) -> list[Point]:
-        return [
-            lab.point("fine-tuned", scale, [scale * vector for vector in runs.vectors]),
-            lab.point("untuned", scale, [scale * init]),
-        ]
-
-    points, complete = _each(measure, chosen, "scales", progress)
+    trained = lab.train([init] * n_seeds, progress=progress).vectors
+    lines = {"fine-tuned": tuple(trained), "untuned": (init,)}
+    asked = [
+        _Asked(line, scale, tuple(scale * vector for vector in vectors))
+        for scale in chosen
+        for line, vectors in lines.items()
+    ]
+    points = lab.points(asked, progress=progress)
     references = {"no vector": lab.references()["no vector"]}
-    return lab.study("scale", "Scale of the vector", "Factor on the vector", points, complete, references=references)
+    return lab.study("scale", "Scale of the vector", "Factor on the vector", points, True, references=references)
 
 
 def l2_study(
@@ -419,6 +424,15 @@ STUDIES: dict[str, Callable[..., Study]] = {
 """Name on the command line -> study."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What becomes a :class:`Point`: one vector a seed, or one for all."""
+
+    line: str
+    x: float | int
+    vectors: tuple[FunctionVector, ...]
+
+
 class _Lab:
     """What the studies share: the split, the training pairs of each seed, training and asking."""
 
@@ -449,6 +463,8 @@ class _Lab:
         for _ in range(n_seeds):
             order = torch.randperm(len(self.split.train), generator=generator).tolist()
             self.drawn.append(tuple(self.split.train[i] for i in order))
+        # for intervals that are drawn when all trainings are done, or as many as there were before an interruption
+        self.apart = copied(generator)
 
     def train(
         self,
@@ -479,25 +495,36 @@ class _Lab:
                 )
             )  # fmt: skip
 
-    def ask(self, pairs: Sequence[Pair], vector: FunctionVector | None) -> torch.Tensor:
-        """Whether each pair's answer is the most likely one, as 0 and 1."""
-        found = evaluate(self.model, pairs, vector=vector, template=self.settings.template, generator=torch.Generator())
-        return found.correct.float()
+    def ask(
+        self, pairs: Sequence[Pair], vectors: Sequence[FunctionVector | None], *, progress: bool = False
+    ) -> Float[Tensor, "vector pair"]:
+        """Whether each pair's answer is the most likely one under each vector, as 0 and 1."""
+        bare = build_prompts(self.model, pairs, n_shots=0, template=self.settings.template, generator=torch.Generator())
+        return (score(self.model, bare, vectors, progress=progress, what="study").ranks == 0).float()
+
+    def points(
+        self, asked: Sequence[_Asked], *, generator: torch.Generator | None = None, progress: bool = False
+    ) -> list[Point]:
+        """Measurements on the test pairs, all vectors together."""
+        vectors = [vector for one in asked for vector in one.vectors]
+        parts = self.ask(self.split.test, vectors, progress=progress).split([len(one.vectors) for one in asked])
+        found = []
+        for one, right in zip(asked, parts, strict=True):
+            words = right.mean(dim=0)
+            norm = sum(vector.norm() for vector in one.vectors) / len(one.vectors)
+            interval = bootstrap_interval(words, generator=generator or self.generator)
+            found.append(Point(one.line, one.x, float(words.mean()), interval, norm))
+        return found
 
     def point(self, line: str, x: float | int, vectors: Iterable[FunctionVector]) -> Point:
         """A measurement on the test pairs, of one vector a seed or of one for all."""
-        vectors = list(vectors)
-        words = torch.stack([self.ask(self.split.test, vector) for vector in vectors]).mean(dim=0)
-        norm = sum(vector.norm() for vector in vectors) / len(vectors)
-        interval = bootstrap_interval(words, generator=self.generator)
-        return Point(line, x, float(words.mean()), interval, norm)
+        (found,) = self.points([_Asked(line, x, tuple(vectors))])
+        return found
 
     def references(self) -> dict[str, float]:
         """Top-1 on the test pairs with the untuned vector and with none."""
-        return {
-            "untuned vector": float(self.ask(self.split.test, self.init).mean()),
-            "no vector": float(self.ask(self.split.test, None).mean()),
-        }
+        untuned, bare = self.ask(self.split.test, [self.init, None]).mean(dim=1).tolist()
+        return {"untuned vector": untuned, "no vector": bare}
 
     def study(
         self,
@@ -540,10 +567,10 @@ def _axis(function: str, name: str, values: Iterable[Any]) -> list[Any]:
 
 
 def _each(
-    measure: Callable[[Any], list[Point]], values: Sequence[Any], what: str, progress: bool
-) -> tuple[list[Point], bool]:
+    measure: Callable[[Any], list[_Made]], values: Sequence[Any], what: str, progress: bool
+) -> tuple[list[_Made], bool]:
     """The measurements at each value, as far as it went without an interruption."""
-    points: list[Point] = []
+    points: list[_Made] = []
     n_done = 0
     try:
         for value in tqdm(values, desc=what, disable=not progress, leave=False):

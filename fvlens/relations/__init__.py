@@ -33,6 +33,7 @@ from fvlens.relations._library import (
     load_relation,
     read_relation,
 )
+from fvlens.relations._pairs import read_pairs
 
 __all__ = [
     "CATEGORIES",
@@ -54,6 +55,7 @@ __all__ = [
     "read_analogies",
     "read_bats",
     "read_google",
+    "read_pairs",
     "read_relation",
     "read_sat",
     "read_scan",

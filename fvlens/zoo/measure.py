@@ -1,11 +1,11 @@
 """Measure the table of the model card: ``python -m fvlens.zoo.measure [--model DIR] [--seeds 0 1 2] [--out FILE]``.
 
 For every library relation and seed: split, task means over 100 clean prompts, indirect effects over 25 prompts with
-permuted and 25 with random labels, function vectors of the top heads with the layer chosen on the validation pairs, and
-scores on the test pairs, whose words are never among the demonstrations. Then all function vectors with heads by
-permuted labels are fine-tuned on the first 20 training pairs, each after its own layer, and scored on the same test
-pairs. Values are averaged over seeds within a relation and then over relations; intervals are 95% bootstrap intervals
-over relations.
+permuted and 25 with random labels, function vectors of the top heads with layer and scale chosen on the validation
+pairs, and scores on the test pairs, whose words are never among the demonstrations. Then all function vectors with
+heads by permuted labels are fine-tuned on the first 20 training pairs, each after its own layer, and scored on the same
+test pairs. Values are averaged over seeds within a relation and then over relations; intervals are 95% bootstrap
+intervals over relations.
 """
 
 import argparse
@@ -21,17 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.activations import mean_head_activations
-from fvlens.attribution import indirect_effects
-from fvlens.evaluation import evaluate, layer_sweep
+from fvlens.evaluation import evaluate
+from fvlens.find import RANKINGS, find_vector
 from fvlens.finetuning import FineTuned, finetune_many
 from fvlens.metrics import bootstrap_interval, paired_difference
 from fvlens.models import load_model
-from fvlens.prompts import build_prompts
 from fvlens.relations import Split, disjoint_relations, list_relations, load_relation
-from fvlens.vectors import FunctionVector, function_vector, random_vector_like
+from fvlens.vectors import FunctionVector, random_vector_like
 
-RANKINGS = ("permuted", "random")
 N_TRAIN = 20
 """Training pairs of a fine-tuned vector."""
 
@@ -43,22 +40,21 @@ def measure_relation(
     generator = torch.Generator().manual_seed(seed)
     relation = load_relation(name)
     split = relation.split(generator)
-    shared: dict[str, Any] = {"queries": split.valid, "relation": name, "generator": generator}
-    clean = build_prompts(model, split.train, n_prompts=100, **shared)
-    means = mean_head_activations(model, clean, progress=False)
+    means = None
     scores: dict[str, float] = {}
     maps: dict[str, Tensor] = {}
     vectors: dict[str, FunctionVector] = {}
     for ranking in RANKINGS:
-        corrupted = build_prompts(model, split.train, n_prompts=25, labels=ranking, **shared)
-        effects = indirect_effects(model, corrupted, means, progress=False)
-        maps[ranking] = effects.aie
-        vector = function_vector(model, means, heads=effects.ranking[:n_heads], layer=0, seed=seed)
-        sweep = layer_sweep(model, split.valid, vector, generator=generator, progress=False)
-        vectors[ranking] = vector.at_layer(sweep.best_layer)
-        scored = evaluate(model, split.test, vector=vectors[ranking], generator=generator)
-        scores[f"fv_{ranking}"] = scored.top1
-        scores[f"layer_{ranking}"] = float(sweep.best_layer)
+        found = find_vector(
+            model, split, labels=ranking, n_heads=n_heads, relation=name, means=means, seed=seed, generator=generator,
+            progress=False,
+        )  # fmt: skip
+        assert found.effects is not None
+        means, maps[ranking], vectors[ranking] = found.means, found.effects.aie, found.vector
+        scores[f"fv_{ranking}"] = evaluate(model, split.test, vector=found.vector, generator=generator).top1
+        one = found.vector_at_scale_one
+        scores[f"fv_{ranking}_scale_1"] = evaluate(model, split.test, vector=one, generator=generator).top1
+        scores[f"layer_{ranking}"], scores[f"scale_{ranking}"] = float(found.layer), found.scale
     for shots in (10, 2):
         found = evaluate(
             model, split.test, setting="icl", demonstrations=split.train, n_shots=shots, generator=generator

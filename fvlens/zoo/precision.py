@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
-from fvlens.evaluation import evaluate, layer_sweep
+from fvlens.evaluation import evaluate
+from fvlens.find import RANKINGS, best_place
 from fvlens.metrics import spearman, top_k_overlap
 from fvlens.models import load_model
 from fvlens.prompts import Prompts, build_prompts
@@ -25,7 +26,6 @@ from fvlens.relations import Pair, list_relations, load_relation
 from fvlens.vectors import FunctionVector, function_vector
 from fvlens.zoo._table import markdown, mean_with_interval
 
-RANKINGS = ("permuted", "random")
 N_HEADS = 10
 N_CLEAN, N_CORRUPTED = 100, 25
 OTHER_PROMPTS = "other prompts"
@@ -100,10 +100,10 @@ def measure_relation(models: dict[str, Any], name: str, seed: int) -> dict[tuple
 
     found: dict[tuple[str, str], dict[str, float]] = {}
     means = mean_head_activations(reference, clean, progress=False)
-    exact, vectors = {}, {}
+    exact, vectors, scales = {}, {}, {}
     for labels in RANKINGS:
         exact[labels] = indirect_effects(reference, corrupted[labels], means, progress=False)
-        vectors[labels] = _vector(reference, split.valid, means, exact[labels], seed)
+        vectors[labels], scales[labels] = _vector(reference, split.valid, means, exact[labels], seed)
     best = {labels: top1(reference, vectors[labels]) for labels in RANKINGS}
     for precision, model in models.items():
         same = model is reference
@@ -113,6 +113,7 @@ def measure_relation(models: dict[str, Any], name: str, seed: int) -> dict[tuple
             effects = indirect_effects(model, asked, own_means, progress=False)
             layer = vectors[labels].layer
             vector = function_vector(model, own_means, heads=effects.ranking[:N_HEADS], layer=layer, seed=seed)
+            vector = vector * scales[labels]
             found[OTHER_PROMPTS if same else precision, labels] = {
                 **compare(effects, exact[labels]),
                 "cosine": vector.cosine(vectors[labels]),
@@ -122,11 +123,15 @@ def measure_relation(models: dict[str, Any], name: str, seed: int) -> dict[tuple
     return found
 
 
-def _vector(model: Any, valid: Sequence[Pair], means: HeadMeans, effects: IndirectEffects, seed: int) -> FunctionVector:
-    """The vector of the best heads, at the layer that is best on the validation pairs."""
-    vector = function_vector(model, means, heads=effects.ranking[:N_HEADS], layer=0, seed=seed)
-    sweep = layer_sweep(model, valid, vector, generator=torch.Generator().manual_seed(seed), progress=False)
-    return vector.at_layer(sweep.best_layer)
+def _vector(
+    model: Any, valid: Sequence[Pair], means: HeadMeans, effects: IndirectEffects, seed: int
+) -> tuple[FunctionVector, float]:
+    """The vector of the best heads at the layer that is best on the validation pairs, and its scale there."""
+    vector, sweep = best_place(
+        model, means, effects.ranking[:N_HEADS], valid, seed=seed, generator=torch.Generator().manual_seed(seed),
+        progress=False,
+    )  # fmt: skip
+    return vector * sweep.best_scale, sweep.best_scale
 
 
 def measure(

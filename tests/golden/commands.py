@@ -9,7 +9,7 @@ from golden.values import Values, curves, embedded, flat, heads, scores
 
 # --- fvlens run antonym ---
 
-RUN = dict(seed=0, n_random=3, n_others=2, epochs=4)
+RUN = dict(seed=0, both_labels=True, n_random=3, n_others=2, epochs=4)
 
 
 @functools.cache
@@ -41,7 +41,8 @@ def run_heads() -> Values:
 
 def run_sweep() -> Values:
     values: Values = {}
-    for labels, sweep in antonym_run().sweeps.items():
+    for labels, both in antonym_run().sweeps.items():
+        sweep = both.at_scale(1)
         for layer, found in zip(sweep.layers, sweep.evaluations, strict=True):
             values |= scores(f"{labels}, layer {layer}", found)
         values |= {f"{labels} top-1": flat(sweep.top1)}
@@ -50,7 +51,15 @@ def run_sweep() -> Values:
 
 
 def run_choice() -> Values:
-    return {f"{labels} layer": [vector.layer] for labels, vector in antonym_run().vectors.items()}
+    values: Values = {}
+    for labels, vector in antonym_run().vectors.items():
+        sweep = antonym_run().sweeps[labels]
+        values |= {f"{labels} layer": [vector.layer], f"{labels} scale": [sweep.best_scale]}
+        for layer in sweep.layers:
+            for scale in sweep.scales:
+                cell = sweep.at(layer, scale)
+                values[f"{labels}, layer {layer}, scale {scale:g}"] = [cell.top1, cell.probability]
+    return values
 
 
 def run_vector() -> Values:
@@ -111,22 +120,23 @@ SCREENS = dict(n_steps=4, recheck=6)
 
 
 @functools.cache
-def antonym_heads(method: str):
-    from fvlens.report import RunOptions, find_heads
+def antonym_heads(method: str, labels: str):
+    from fvlens.find import relation_effects
 
-    generator = seeded()
+    generator = seeded(HEADS["seed"])
     relation = fvlens.load_relation("antonym")
     split = relation.split(generator)
     how = {} if method == "exact" else {"recheck": SCREENS["recheck"]}
     if method == "ig":
         how["n_steps"] = SCREENS["n_steps"]
-    return find_heads(
-        embedded(), split, RunOptions(**HEADS), relation.name, generator, method=method, progress=False, **how
-    )[1]
+    return relation_effects(
+        embedded(), split, relation=relation.name, labels=labels, generator=generator, method=method, progress=False,
+        **how,
+    )[1]  # fmt: skip
 
 
 def ranked_heads(method: str, labels: str) -> Values:
-    found = antonym_heads(method)[labels]
+    found = antonym_heads(method, labels)
     values: Values = {
         "score": flat(found.aie),
         "standard error": flat(found.stderr),
@@ -156,7 +166,12 @@ def antonym_compared():
 
 def compared_choice() -> Values:
     found = antonym_compared()
-    return {"layer": [found.layer], "pairs": [found.n_train, found.n_valid, found.n_test], "rows": [len(found.rows)]}
+    return {
+        "layer": [found.layer],
+        "scale": [found.scale],
+        "pairs": [found.n_train, found.n_valid, found.n_test],
+        "rows": [len(found.rows)],
+    }
 
 
 def compared_row(place: int) -> Values:
