@@ -23,7 +23,7 @@ TransformerBridge, whose lower blocks then hand on what they are given. Where ne
 
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
 from fvlens.suffix._kept import SteeredPrompts
-from fvlens.suffix._layout import laid_out, refresh, wide_logits
+from fvlens.suffix._layout import laid_out, wide_logits
 from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._reader import Reader, open_reader
@@ -63,7 +63,6 @@ __all__ = [
     "open_reader",
     "plan_batch",
     "plan_slices",
-    "refresh",
     "rows_of",
     "run_prefix",
     "steered_resid",
