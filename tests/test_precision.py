@@ -182,12 +182,12 @@ def test_ranks_have_no_ties_of_rounding(backend):
 
 @pytest.mark.parametrize("precision", HALF)
 def test_wide_logits_in_slices(precision, monkeypatch):
-    from fvlens.suffix import _run
+    from fvlens.suffix import _layout
 
     generator = torch.Generator().manual_seed(0)
     rows, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (8, 21), (21,)))
     rows, weight, bias = (x.to(HALF[precision]) for x in (rows, weight, bias))
-    monkeypatch.setattr(_run, "_WEIGHT_SLICE", 8 * 5)
+    monkeypatch.setattr(_layout, "WEIGHT_SLICE", 8 * 5)
     expected = rows.double() @ weight.double() + bias.double()
     torch.testing.assert_close(wide_logits(rows, weight, bias).double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(wide_logits(rows, weight).double(), expected - bias.double(), rtol=1e-6, atol=1e-6)

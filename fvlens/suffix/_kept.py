@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens.suffix._memory import Estimate, plan_slices
+from fvlens.suffix._memory import Estimate, Weights, plan_slices, power_above
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
@@ -33,6 +33,10 @@ class SteeredPrompts:
         layer: vectors are added after this layer.
         path: ``"weights"`` or ``"kv"``.
         max_memory: bytes for activations and what is kept; by default 1 GiB for each of the two.
+
+    Attributes:
+        rows_at_once: prompts that go through together at most.
+        weights: on the path ``"weights"``, how they are held; None on the other.
     """
 
     def __init__(
@@ -55,10 +59,11 @@ class SteeredPrompts:
         half = None if max_memory is None else max_memory // 2
         plan = plan_slices(
             model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, max_memory=half,
-            gradients=True, **self._kept_part(),
+            gradients=True, n_prompts=power_above(len(tokens)), **self._kept_part(),
         )  # fmt: skip
         self.rows_at_once = min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
         self.is_copied = plan.copied
+        self.weights: Weights | None = plan.weights if path == "weights" else None
         self._room = _KEPT if half is None else half
         self._slices: list[tuple[Tensor, Tensor, int]] = []
         self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
@@ -166,7 +171,7 @@ class SteeredPrompts:
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
 
 
-def _firsts(order: Sequence[tuple[Int[Tensor, " row"], int]]) -> Int[Tensor, " row"]:
+def _firsts(order: Sequence[tuple[Int[Tensor, " _"], int]]) -> Int[Tensor, " row"]:
     """Where the first token of each row lies among the tokens of all parts."""
     starts, at = [], 0
     for own, n_answer in order:

@@ -170,7 +170,7 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-_WEIGHT_SLICE = 4 * 1024 * 1024
+WEIGHT_SLICE = 4 * 1024 * 1024
 """Numbers of an unembedding that are copied to single precision at once."""
 
 
@@ -186,7 +186,7 @@ def wide_logits(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     resid = resid.to(weight.device, dtype)
-    columns = max(1, _WEIGHT_SLICE // weight.shape[0])
+    columns = max(1, WEIGHT_SLICE // weight.shape[0])
     logits = torch.cat([resid @ some.to(dtype) for some in weight.split(columns, dim=1)], dim=-1)
     return logits if bias is None else logits + bias.to(dtype)
 

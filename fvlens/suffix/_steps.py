@@ -144,5 +144,5 @@ def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tens
     return resid
 
 
-def _flat(parts: Sequence[Float[Tensor, "row suffix *axes"]]) -> Float[Tensor, " token *axes"]:
+def _flat(parts: Sequence[Float[Tensor, "_ _ *axes"]]) -> Float[Tensor, " token *axes"]:
     return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
