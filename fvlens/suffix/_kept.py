@@ -79,6 +79,7 @@ class SteeredPrompts:
                 self._place_in[index[part]] = torch.arange(len(part))
                 self._slices.append((whole[part], seen[part], n_answer))
         self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
+        self._all_fit = sum(map(self._size, range(len(self._slices)))) <= self._room
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -88,18 +89,23 @@ class SteeredPrompts:
         """What is kept of a run: what a suffix above the layer needs."""
         return dict(from_layer=self.layer + 1, keep_z=False) if self.path == "weights" else {}
 
+    def _size(self, i: int) -> int:
+        """Bytes that are kept of a slice."""
+        whole, _, n_answer = self._slices[i]
+        return len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+
     def _steps_of(self, i: int) -> SteeredSuffix:
         """The steps of a slice, kept or run again."""
         if i in self._steps:
             self._steps.move_to_end(i)
             return self._steps[i][0]
         whole, seen, n_answer = self._slices[i]
+        size = self._size(i)
+        while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
+            self._steps.popitem(last=False)  # before the new ones are made
         options: dict[str, Any] = dict(copied=self.is_copied) if self.path == "weights" else {}
         run = run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path, **self._kept_part(), **options)
         steps = run.steps(self.layer)
-        size = len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
-        while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
-            self._steps.popitem(last=False)
         self._steps[i] = steps, size
         return steps
 
@@ -110,7 +116,10 @@ class SteeredPrompts:
         found = []
         for i in sorted(set(slices.tolist())):
             where = (slices == i).nonzero().flatten()
-            found.append((self._steps_of(i), self._place_in[rows[where]], where))
+            steps, place = self._steps_of(i), self._place_in[rows[where]]
+            if not self._all_fit:  # the slice may go while others are fetched: hold on to these rows alone
+                steps, place = steps.run.select(place).steps(self.layer), torch.arange(len(place))
+            found.append((steps, place, where))
         return found
 
     def after(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
