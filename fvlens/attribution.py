@@ -29,6 +29,8 @@ from fvlens.prompts import Prompts, Template, TokenClass, get_template
 from fvlens.screens import Screening, attribution_patching, integrated_gradients, relevance
 from fvlens.suffix import (
     Route,
+    Weights,
+    check_compute,
     choose_route,
     halving,
     in_batches,
@@ -122,6 +124,10 @@ class IndirectEffects:
         n_steps: points of ``ig``; None for the other methods.
         note: what a reader of the scores must know, such as the rules behind ``lrp``; empty for exact effects.
         recheck: exact effects of the best heads of a screen; None if there was none.
+        batch_size: prompts that ran together at most; None where that is not known.
+        weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
+            second copy does not fit the memory; None on other paths.
+        compute: precision of the products, where it is not the model's own.
     """
 
     cie: Float[Tensor, "prompt layer head"]
@@ -141,6 +147,9 @@ class IndirectEffects:
     n_steps: int | None = None
     note: str = ""
     recheck: Recheck | None = None
+    batch_size: int | None = None
+    weights: Weights | None = None
+    compute: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template", get_template(self.template))
@@ -441,6 +450,7 @@ def indirect_effects(
     answer: Literal["first", "whole"] = "first",
     path: Route | None = None,
     max_memory: int | None = None,
+    compute: torch.dtype | None = None,
     progress: bool = True,
 ) -> IndirectEffects:
     """Causal indirect effect of every head on corrupted prompts, exactly or screened by gradients.
@@ -483,10 +493,14 @@ def indirect_effects(
             ``"lrp"`` takes ``"first"`` only.
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact for the model. A
             screen runs suffixes by ``"kv"`` or whole prompts by ``"naive"``.
-        max_memory: bytes for activations; by default chosen from what is free. On a CPU the process may hold up to
+        max_memory: bytes for activations; by default 1 GiB on a CPU and 8 GiB on a GPU, or a quarter of what is free
+            where that is less and fewer prompts must run together, with a warning. On a CPU the process may hold up to
             2.5 times as much, as the C library keeps what is given back (at most a tenth above the bound with
             ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment). Where memory runs out all the same, fewer prompts
             (then fewer copies of each) go through together, with a warning.
+        compute: precision of products, such as ``torch.bfloat16`` for a float32 model, whose residual stream and sums
+            stay in float32 (exact effects by ``"weights"`` only): about twice as fast on some machines, and less exact;
+            None for the model's own.
         progress: show a progress bar. Interrupting returns the prompts that are finished, with a warning.
 
     Returns:
@@ -497,7 +511,7 @@ def indirect_effects(
         ValueError: unknown method, positions, answer or path; a screen by ``path="weights"``; a recheck of exact
             effects or of more heads than there are; fewer than 1 step; ``lrp`` with other positions or answers, or on
             prompts without demonstrations; means of another model or of other positions; a memory bound too small for
-            one prompt.
+            one prompt; ``compute`` with a screen, on another path, or for a model that is not float32.
         RuntimeError: a screen found that a layer's hook never ran, or that what it changes has no effect.
         MemoryError: out of memory with a single prompt.
 
@@ -538,19 +552,22 @@ def indirect_effects(
         raise ValueError(f"indirect_effects: the means come from another model ({'; '.join(differences)}).")
     keys = _label_tokens(prompts) if method == "lrp" else None
     chosen, reason = choose_route(model, path)
+    check_compute("indirect_effects", model, chosen, compute)
+    if compute is not None and method != "exact":
+        raise ValueError(f"indirect_effects: compute={compute} is for method='exact', but this is {method!r}.")
     if chosen == "naive" and path is None and (method == "exact" or recheck):
         warnings.warn(f"indirect_effects takes the naive path, one forward pass a head ({reason}).", stacklevel=2)
 
-    work = _Work.of(prompts, means, positions, answer, max_memory, progress)
+    work = _Work.of(prompts, means, positions, answer, max_memory, compute, progress)
     cells = [Head(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
     screen_path, note = chosen, ""
     if method == "exact":
-        effects, baseline = _gathered(work.exact(model, cells, chosen), len(prompts))
+        effects, baseline, most = _gathered(work.exact(model, cells, chosen), len(prompts))
         effects = effects.unflatten(1, (model.cfg.n_layers, model.cfg.n_heads))
     else:
         screen_path = _gradient_path(model, path)
         notes: list[str] = []
-        effects, baseline = _gathered(work.screen(model, method, screen_path, n_steps, keys, notes), len(prompts))
+        effects, baseline, most = _gathered(work.screen(model, method, screen_path, n_steps, keys, notes), len(prompts))
         note = notes[0] if notes else ""
     complete = len(effects) == len(prompts)
     found = IndirectEffects(
@@ -570,12 +587,15 @@ def indirect_effects(
         means_hash=means.data_hash,
         n_steps=n_steps if method == "ig" else None,
         note=note,
+        batch_size=most,
+        weights=work.weights[0] if work.weights else None,
+        compute=None if compute is None else str(compute).removeprefix("torch."),
     )
     if not (recheck and complete):
         return found
     best = found.ranking[:recheck]
     in_order = sorted(best)
-    exact, _ = _gathered(work.exact(model, in_order, chosen), len(prompts))
+    exact, _, _ = _gathered(work.exact(model, in_order, chosen), len(prompts))
     if len(exact) < len(prompts):  # interrupted: a part of the recheck would not fit the screen
         return dataclasses.replace(found, complete=False)
     columns = [in_order.index(head) for head in best]
@@ -629,8 +649,8 @@ def _gradient_path(model: Any, path: Route | None) -> Route:
     return "kv" if why_not_kv(model) is None else "naive"
 
 
-def _gathered(batches: Iterable[tuple[Tensor, Tensor]], n_prompts: int) -> tuple[Tensor, Tensor]:
-    """All batches; if interrupted, those that are finished."""
+def _gathered(batches: Iterable[tuple[Tensor, Tensor]], n_prompts: int) -> tuple[Tensor, Tensor, int]:
+    """All batches, and the size of the largest; if interrupted, those that are finished."""
     found: list[tuple[Tensor, Tensor]] = []
     try:
         found.extend(batches)
@@ -640,7 +660,7 @@ def _gathered(batches: Iterable[tuple[Tensor, Tensor]], n_prompts: int) -> tuple
         done = sum(len(baseline) for _, baseline in found)
         warnings.warn(f"indirect_effects was interrupted: {done} of {n_prompts} prompts are finished.", stacklevel=3)
     effects, baselines = zip(*found, strict=True)
-    return torch.cat(effects), torch.cat(baselines)
+    return torch.cat(effects), torch.cat(baselines), max(map(len, baselines))
 
 
 def _with_answers(prompts: Prompts, answer: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -665,7 +685,9 @@ class _Work:
     patched: Tensor
     means: HeadMeans
     max_memory: int | None
+    compute: torch.dtype | None
     progress: bool
+    weights: list[Weights] = dataclasses.field(default_factory=list)  # as the weights were held, once that is known
 
     @classmethod
     def of(
@@ -675,12 +697,13 @@ class _Work:
         positions: Positions,
         answer: str,
         max_memory: int | None,
+        compute: torch.dtype | None,
         progress: bool,
     ) -> "_Work":
         tokens, mask, targets = _with_answers(prompts, answer)
         n_extra = tokens.shape[1] - prompts.tokens.shape[1]
         patched = torch.nn.functional.pad(position_mask(prompts, positions), (0, n_extra))
-        return cls(tokens, mask, targets, patched, means, max_memory, progress)
+        return cls(tokens, mask, targets, patched, means, max_memory, compute, progress)
 
     def exact(self, model: Any, cells: Sequence[Head], path: Route) -> Iterator[tuple[Tensor, Tensor]]:
         """Effects ``[prompt cell]`` of these heads, sorted by layer, and baselines."""
@@ -725,13 +748,17 @@ def _fast(work: _Work, model: Any, cells: Sequence[Head], path: Route, bar: Any)
     values = torch.stack([work.means.z[cell] for cell in cells]).to(device, model.cfg.dtype)
     targets, patched = work.targets[:, -n_suffix:].to(device), work.patched[:, -n_suffix:].to(device)
     plan = plan_slices(
-        model, n_pos=n_pos, n_suffix=n_suffix, n_variants=len(cells), path=path, max_memory=work.max_memory
-    )
+        model, n_pos=n_pos, n_suffix=n_suffix, n_variants=len(cells), path=path, max_memory=work.max_memory,
+        compute=work.compute, n_prompts=len(work.tokens),
+    )  # fmt: skip
+    if path == "weights":
+        work.weights.append(plan.weights)
+    options: dict[str, Any] = dict(n_suffix=n_suffix, path=path, copied=plan.copied, compute=work.compute)
 
     def run(rows: slice, at_once: int) -> tuple[Tensor, Tensor]:
         bar.n = rows.start * len(cells)  # a slice that did not fit begins anew
         with torch.inference_mode():
-            kept = run_prefix(model, work.tokens[rows], work.mask[rows], n_suffix=n_suffix, path=path)
+            kept = run_prefix(model, work.tokens[rows], work.mask[rows], **options)
 
             def probability(resid: Tensor) -> Tensor:
                 return kept.log_probs(resid, targets[rows], at_once=plan.logits).sum(dim=-1).exp()
@@ -752,7 +779,7 @@ def _naive(work: _Work, model: Any, cells: Sequence[Head], path: Route, bar: Any
     device = model_device(model)
     n_pos = work.tokens.shape[1]
     n_read = n_pos - int((work.targets >= 0).any(dim=0).nonzero()[0])
-    size = plan_batch(model, n_pos=n_pos, n_read=n_read, max_memory=work.max_memory)
+    size = plan_batch(model, n_pos=n_pos, n_read=n_read, max_memory=work.max_memory, n_prompts=len(work.tokens))
     values = work.means.z.to(device, model.cfg.dtype)
 
     def probability(rows: slice, cell: Head | None) -> Tensor:

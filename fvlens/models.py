@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -41,6 +40,7 @@ from fvlens._checkpoints import (
     read_model,
     read_tokenizer,
 )
+from fvlens._looks import of_weights, refresh
 from fvlens.types import HookedModel
 
 Backend = Literal["hooked", "bridge"]
@@ -180,7 +180,7 @@ def load_model(
     _give_tokenizer(model, tokenizer)
     own = _weights_hash(model.named_parameters())
     vars(model)[_ORIGIN] = _Origin(weights, own, "local" if checkpoint.local else checkpoint.revision or "main")
-    _fingerprints[model] = (_state(model), _describe(model, own))
+    of_weights(model, "fingerprint", lambda: _describe(model, own))  # not hashed again
     return model
 
 
@@ -457,9 +457,6 @@ class _Origin:
 
 
 _ORIGIN = "_fvlens_origin"
-_fingerprints: "weakref.WeakKeyDictionary[Any, tuple[tuple[tuple[int, int], ...], Fingerprint]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def fingerprint(model: Any) -> Fingerprint:
@@ -476,18 +473,10 @@ def fingerprint(model: Any) -> Fingerprint:
         >>> fingerprint(fvlens.load_model("rel-small")).bos
         'one'
     """
-    state = _state(model)
-    known = _fingerprints.get(model)
-    if known is not None and known[0] == state:
-        return known[1]
-    result = _describe(model, _weights_hash(model.named_parameters()))
-    _fingerprints[model] = (state, result)
-    return result
-
-
-def _state(model: Any) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a parameter is changed in place, replaced or moved."""
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    made: Fingerprint = of_weights(
+        model, "fingerprint", lambda: _describe(model, _weights_hash(model.named_parameters()))
+    )
+    return made
 
 
 def _describe(model: Any, own: str) -> Fingerprint:
@@ -544,4 +533,5 @@ __all__ = [
     "model_device",
     "official_names",
     "quiet_deprecation",
+    "refresh",
 ]

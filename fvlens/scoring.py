@@ -43,6 +43,8 @@ from fvlens.suffix import (
     Site,
     Slices,
     Variant,
+    Weights,
+    check_compute,
     choose_route,
     halving,
     open_reader,
@@ -69,6 +71,8 @@ class Scores:
         prompts: the prompts that these columns belong to; all of them unless interrupted.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
         batch_size: prompts that ran together at most.
+        weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
+            second copy does not fit the memory; None on other paths.
         complete: False if interrupted; ``prompts`` are those that were finished under every change.
     """
 
@@ -79,6 +83,7 @@ class Scores:
     prompts: Int[Tensor, " prompt"]
     path: Route
     batch_size: int
+    weights: Weights | None = None
     complete: bool = True
 
     @property
@@ -115,7 +120,8 @@ def score(
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact for the model and
             the changes.
         batch_size: prompts that run together at most; by default from the memory plan.
-        max_memory: bytes for activations; by default 1 GiB on a CPU.
+        max_memory: bytes for activations; by default 1 GiB on a CPU and 8 GiB on a GPU, or a quarter of what is free
+            where that is less and fewer prompts must run together, with a warning.
         compute: precision of the engine's products, such as ``torch.bfloat16`` for a float32 model, whose residual
             stream and sums stay in float32 (path ``"weights"`` only); None for the model's own.
         check: ask steerings whether they were made on this model.
@@ -129,7 +135,7 @@ def score(
     Raises:
         ValueError: no changes or no scale for each; a change that does not fit the model or the prompts, or was made on
             another model; unknown ``path``, or one that is not exact here; ``batch_size`` below 1; ``compute`` on
-            another path.
+            another path or for a model that is not float32.
         MemoryError: out of memory with a single prompt.
 
     Example:
@@ -168,8 +174,7 @@ def score(
                     f"{what}: path={path!r} has no site for a hook that a change steers; use path=None or 'naive'."
                 )
             chosen, variants = "naive", None
-    if compute is not None and chosen != "weights":
-        raise ValueError(f"{what}: compute={compute} is for path='weights', but this takes {chosen!r}.")
+    check_compute(what, model, chosen, compute)
     with tqdm(total=len(prompts) * len(changes), desc=what, disable=not progress, leave=False) as bar:
         if variants is None:
             work = _by_whole_passes(model, prompts, changes, each, batch_size, max_memory, check, what)
@@ -182,6 +187,7 @@ def score(
 class _Part:
     """Outcomes of some prompts under every change: ``[change prompt]`` each, in the order of the fields above."""
 
+    weights: Weights | None
     prompts: Int[Tensor, " prompt"]
     ranks: Int[Tensor, "change prompt"]
     first: Float[Tensor, "change prompt"]
@@ -213,7 +219,8 @@ def _gathered(
         for name in ("ranks", "first", "rest", "best")
     )
     largest = max(len(part.prompts) for part in done)
-    return Scores(ranks, first, rest, best, places[order], path, largest, complete)
+    held: list[Weights | None] = sorted({part.weights for part in done}, key=str)  # "copied" first
+    return Scores(ranks, first, rest, best, places[order], path, largest, held[-1], complete)
 
 
 def as_edits(model: Any, change: Change, scale: float, n_prompts: int, *, check: bool = True) -> Variant | None:
@@ -281,19 +288,21 @@ def _by_suffix(
     kept: dict[str, Any] = dict(
         from_layer=min(starts, default=n_layers), keep_z=any(edit.site == "z" for own in variants for edit in own)
     )
+    warn = True
     for n_answer, index in by_answer_length(prompts).items():
         group = prompts if len(index) == len(prompts) else prompts.select(index.tolist())
         asked = _Group.of(group, n_answer, [rows_of([variant], index)[0] for variant in variants])
         planned: dict[str, Any] = kept if path == "weights" else {}
         plan = plan_slices(
             model, n_pos=asked.tokens.shape[1], n_suffix=n_answer, n_variants=len(variants), path=path,
-            max_memory=max_memory, **planned,
+            max_memory=max_memory, compute=compute, n_prompts=len(index), warn=warn and batch_size is None, **planned,
         )  # fmt: skip
+        warn = False  # once is enough
         plan = dataclasses.replace(plan, prompts=min(plan.prompts, batch_size or plan.prompts))
         options = dict(path=path, copied=plan.copied, compute=compute, **kept)
         work = functools.partial(asked.outcomes, model, plan, options)
         for rows, part in halving(work, plan.over_prompts(len(group)), variants=plan.variants, what=what):
-            yield _Part(index[rows], *part)
+            yield _Part(plan.weights if path == "weights" else None, index[rows], *part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +373,9 @@ def _by_whole_passes(
 
     def run(rows: slice, _: int) -> _Part:
         found = [under(change, scale, rows) for change, scale in zip(changes, scales, strict=True)]
-        return _Part(torch.arange(rows.start, rows.stop), *(torch.stack(kind) for kind in zip(*found, strict=True)))
+        return _Part(
+            None, torch.arange(rows.start, rows.stop), *(torch.stack(kind) for kind in zip(*found, strict=True))
+        )
 
     yield from halving(run, context_batches(model, prompts, lengths - 1, batch_size, max_memory), what=what)
 
@@ -386,7 +397,9 @@ def context_batches(
     most = int(extra.max())
     if batch_size is None:
         n_pos = int(lengths.max()) + most
-        batch_size = plan_batch(model, n_pos=n_pos, n_read=max(1, most), keep=most > 0, max_memory=max_memory)
+        batch_size = plan_batch(
+            model, n_pos=n_pos, n_read=max(1, most), keep=most > 0, max_memory=max_memory, n_prompts=len(prompts)
+        )
     waiting = [slice(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)][::-1]
     found: list[slice] = []
     while waiting:

@@ -79,6 +79,7 @@ class Screening:
             path=self.path,
             max_memory=max_memory,
             gradients=True,
+            n_prompts=len(self.tokens),
         )
 
 

@@ -25,7 +25,7 @@ import fvlens
 from fvlens.activations import HeadMeans
 from fvlens.interventions import resid_hook
 from fvlens.prompts import PAD_ANSWER, Prompts, TokenClass
-from fvlens.suffix import run_prefix, steered_resid
+from fvlens.suffix import Edit, run_prefix, steered_resid
 
 TOLERANCE = 1e-4
 """Largest difference from the oracle, relative to the largest number of the oracle's tensor."""
@@ -383,6 +383,25 @@ def fast_path(name: str, backend: str) -> str:
     return taken.pop()
 
 
+def batched_variants(name: str, backend: str) -> str:
+    """A vector after each layer, and each head replaced by its mean, all in one batch that they join on the way."""
+    model, made, oracle = loaded(name, backend), prompts(name).shuffled, reference(name)
+    n_layers, n_heads = oracle.means.shape[:2]
+    variants = [(Edit(layer, "resid_post", oracle.vector),) for layer in range(n_layers)]
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            variants.append((Edit(layer, "z", oracle.means[layer, head], head=head, op="replace"),))
+    first = made.first_answer_token[:, None, None]
+    for path in fast_paths(name, backend):
+        run = run_prefix(model, made.tokens, made.attention_mask, path=path)
+        with torch.no_grad():
+            logits = run.logits(run.under(variants))[:, :, 0]
+        agree(logits[:, :n_layers].transpose(0, 1), oracle.steered)
+        chances = logits[:, n_layers:].softmax(dim=-1).gather(-1, first.expand(-1, n_layers * n_heads, 1))[..., 0]
+        agree(chances.unflatten(1, (n_layers, n_heads)) - oracle.baseline[:, None, None], oracle.cie)
+    return ", ".join(fast_paths(name, backend)) or "none"
+
+
 def gradients(name: str, backend: str) -> str:
     """One vector for all prompts, and one a prompt; through whole passes and through every fast path."""
     oracle = reference(name)
@@ -459,6 +478,7 @@ FEATURES = {
     "loads": loads,
     "CIE": cie,
     "fast path": fast_path,
+    "batched variants": batched_variants,
     "gradient through an injected vector": gradients,
     "generation under injection": generation,
     "grouped heads": grouped_heads,

@@ -38,6 +38,8 @@ def expected(feature: str, name: str, backend: str) -> str:
     """The cell that a supported feature must have."""
     if feature == "fast path":
         return (*matrix.fast_paths(name, backend), "naive")[0]
+    if feature == "batched variants":
+        return ", ".join(matrix.fast_paths(name, backend)) or "none"
     if feature == "grouped heads":
         return f"yes (4 on {GROUPS[name]})" if name in GROUPS else "none in it"
     return "yes"

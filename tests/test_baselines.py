@@ -604,7 +604,7 @@ def test_what_is_wrong_is_said(model, split, every, unchecked):
         (lambda: evaluate_adapted(model, pairs, None, batch_size=0, generator=g), "evaluate_adapted: .*batch_size"),
         (
             lambda: evaluate_adapted(model, pairs, TrainableVector(torch.zeros(2, 128), 1), generator=g),
-            r"the tensor for blocks.1.hook_resid_post has a batch axis: shape \[2, 128\]",
+            r"the tensor for blocks.1.hook_resid_post has a batch axis of 2, but there are 12 pairs",
         ),
         (lambda: every["lora"].vector, "vector: LoRA, rank 2 adds no vector"),
         (lambda: every["few"].to_dataframe(), "3-shot prompting: nothing was trained"),

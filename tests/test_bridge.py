@@ -176,6 +176,27 @@ def test_a_model_that_its_cache_does_not_serve_takes_the_naive_path(bridges, mon
     assert not any("forward" in block.__dict__ for block in model.blocks)
 
 
+@pytest.mark.parametrize("site", ["z", "resid_post"])
+def test_a_model_whose_variants_part_from_whole_passes_takes_the_naive_path(bridges, monkeypatch, site):
+    """What runs alone would be exact: only edits on the way, in the middle of the model, go wrong."""
+    from fvlens.suffix import _bridge
+    from fvlens.suffix._edits import SiteEdits
+
+    model = bridges("gpt2")
+    monkeypatch.setattr(_bridge, "_verdicts", {})
+    assert choose_route(model)[0] == "kv"
+    original = SiteEdits.of
+
+    def lost(variants, layer, where):
+        return SiteEdits() if (layer, where) == (model.cfg.n_layers // 2, site) else original(variants, layer, where)
+
+    monkeypatch.setattr(SiteEdits, "of", lost)
+    monkeypatch.setattr(_bridge, "_verdicts", {})
+    path, reason = choose_route(model)
+    assert path == "naive"
+    assert "a suffix over its cache differs from a whole pass by" in reason
+
+
 def test_hooks_of_others_mean_the_naive_path(bridges):
     model = bridges("gpt2")
     with hooked(model, {z_hook(0): lambda z: None}):

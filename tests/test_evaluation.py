@@ -587,7 +587,7 @@ def scored(ranks, probability):
         ranks=torch.tensor(ranks), probabilities=torch.full((n,), probability), log_probabilities=torch.zeros(n),
         interval=Interval(0.1, 0.9, 0.95), template=TEMPLATES["qa"], n_shots=0, labels="true", scale=1.0,
         vector_kind=None, vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="",
-        path="naive", batch_size=1, compute=None,
+        path="naive", batch_size=1, weights=None, compute=None,
     )  # fmt: skip
 
 

@@ -719,20 +719,20 @@ def test_many_resume_with_relations_that_have_stopped(small, monkeypatch):
 def test_interruption_between_layers_gives_the_best_of_those_done(small, monkeypatch):
     settings = dict(init="zero", valid=VALID, lr=0.3, epochs=2, progress=False)
     first = finetune(small, TRAIN, layer=0, generator=seeded(), **settings)
-    own = training_module.run_prefix
+    own = training_module.SteeredPrompts
     calls = itertools.count()
 
-    def prefix(*args, **kwargs):
+    def kept(*args, **kwargs):
         if next(calls) == 1:
             raise KeyboardInterrupt
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(training_module, "run_prefix", prefix)
+    monkeypatch.setattr(training_module, "SteeredPrompts", kept)
     with pytest.warns(UserWarning, match="finetune was interrupted: 1 of 3 layers are done"):
         part = finetune(small, TRAIN, layer=range(3), generator=seeded(), **settings)
     assert not part.complete and len(part.layer_scores) == 1
     assert torch.equal(part.vector.vector, first.vector.vector)
-    monkeypatch.setattr(training_module, "run_prefix", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training_module, "SteeredPrompts", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # nothing is done yet
         finetune(small, TRAIN, layer=range(3), generator=seeded(), **settings)
 
@@ -1348,7 +1348,7 @@ def test_an_own_template_goes_from_prompts_to_the_tuned_vectors_scores(small, tm
 
     asked = tuple(f"Pairs:\n {pair.input} is to" for pair in VALID)
     texts = []
-    for module in ("fvlens.evaluation", "fvlens.finetuning._compare", "fvlens.finetuning._training"):
+    for module in ("fvlens.evaluation._prompting", "fvlens.finetuning._compare", "fvlens.finetuning._training"):
         original = __import__(module, fromlist=["build_prompts"]).build_prompts
 
         def watched(*args, original=original, **given):

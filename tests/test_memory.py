@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,15 +21,20 @@ from peak_memory import bridged
 
 import fvlens
 from fvlens import _checkpoints
+from fvlens.models import refresh
 from fvlens.suffix import (
+    _hooked,
     _memory,
+    _prefix,
     halving,
     has_hooks,
     in_batches,
     open_reader,
     plan_batch,
+    plan_slices,
     run_prefix,
 )
+from fvlens.suffix._layout import is_laid_out, laid_out
 from fvlens.suffix._memory import Estimate, is_out_of_memory
 from fvlens.types import Head
 
@@ -41,25 +47,42 @@ def seeded(seed=0):
 
 @contextlib.contextmanager
 def starving(model, most):
-    """Memory for ``most`` rows in the first block's MLP; more raise. Gives the rows that went in."""
+    """Memory for ``most`` rows at once; more raise. Gives the rows that went in: prompts, or edited copies of them.
+
+    Counted where the first block's MLP runs, where the engine runs prompts, and where it runs copies through a block.
+    """
     seen = []
 
-    def look(module, args, kwargs):
-        seen.append((*args, *kwargs.values())[0].shape[0])
-        if seen[-1] > most:
+    def count(rows):
+        seen.append(rows)
+        if rows > most:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
 
-    handle = model.blocks[0].mlp.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-        assert not has_hooks(model)
+    def run_weights(model, layout, tokens, *others):
+        count(len(tokens))
+        return plain_prefix(model, layout, tokens, *others)
+
+    def block(run, layer, active, n_fresh, edits):
+        count(run.n_prompts * (n_fresh + (0 if active is None else active.shape[1])))
+        return plain_block(run, layer, active, n_fresh, edits)
+
+    plain_prefix, plain_block = _prefix.run_weights, _hooked.WeightsRun._block
+    handle = model.blocks[0].mlp.register_forward_pre_hook(
+        lambda module, args, kwargs: count((*args, *kwargs.values())[0].shape[0]), with_kwargs=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_prefix, "run_weights", run_weights)
+        patch.setattr(_hooked.WeightsRun, "_block", block)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+            assert not has_hooks(model)
 
 
 def halvings(caught, what):
     """The sizes named by warnings, all of which must be about halving: prompts, then copies."""
-    pattern = rf"{what}: out of memory with (\d+) (prompts|patched copies of a prompt) together; going on with (\d+)\."
+    pattern = rf"{what}: out of memory with (\d+) (prompts|edited copies of a prompt) together; going on with (\d+)\."
     found = [re.fullmatch(pattern, str(one.message)) for one in caught]
     assert all(found), [str(one.message) for one in caught]
     assert all(issubclass(one.category, UserWarning) for one in caught)
@@ -104,7 +127,7 @@ def test_variants_are_halved_when_a_single_prompt_is_too_much():
 
     _, caught = quiet(lambda: list(halving(work, [slice(0, 2), slice(2, 4)], variants=12, what="it")))
     assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
-    assert halvings(caught, "it") == [("prompts", 2, 1), ("patched", 12, 6), ("patched", 6, 3)]
+    assert halvings(caught, "it") == [("prompts", 2, 1), ("edited", 12, 6), ("edited", 6, 3)]
 
 
 def test_a_single_prompt_that_does_not_fit_is_an_error():
@@ -190,9 +213,13 @@ def test_scores(tiny, setting):
         return fvlens.evaluate(tiny, PAIRS, vector=OwnRows(), generator=seeded(), **kwargs, **size)
 
     expected = run()
-    with starving(tiny, 2):
+    with starving(tiny, 1) as seen:
         found, caught = quiet(run)
-    assert halvings(caught, "evaluate") == [("prompts", 6, 3), ("prompts", 3, 1)]
+    named = halvings(caught, "evaluate")
+    assert named
+    assert all(kind == "prompts" and new == old // 2 for kind, old, new in named)
+    assert sum(rows > 1 for rows in seen) == len(named)
+    assert (expected.batch_size, found.batch_size) == (max(old for _, old, _ in named), 1)
     for name in ("probabilities", "log_probabilities"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
     assert torch.equal(found.ranks, expected.ranks)
@@ -225,7 +252,7 @@ def test_filter_set(model):
     assert 3 < len(expected) < len(pairs) - 3
     with starving(model, 6):
         found, caught = quiet(run)
-    assert halvings(caught, "filter_correct") == [("prompts", 13, 6)]
+    assert [(kind, new) for kind, old, new in halvings(caught, "filter_correct")][:1] == [("prompts", 6)]
     assert found == expected
     with starving(model, 0), message_at_one("filter_correct"):
         run(batch_size=1)
@@ -298,7 +325,10 @@ def test_a_batch_fits_what_is_free(tiny, monkeypatch):
     for n_rows, expected in ((0.5, 1), (1, 1), (2, 2), (3.9, 2), (4, 4), (127, 64), (128, 128), (10**6, 128)):
         free = 4 * (fixed + int(n_rows * row)) + 4
         monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
-        assert plan_batch(tiny, n_pos=50) == expected
+        size, caught = quiet(lambda: plan_batch(tiny, n_pos=50))
+        assert size == expected
+        assert len(caught) == (expected < 128)
+        assert all(f"so {expected} prompts run together instead of 128" in str(one.message) for one in caught)
     assert plan_batch(tiny, n_pos=50, max_memory=fixed + 9 * row) == 8
     least = fixed + row
     message = f"max_memory={least - 1} bytes is too small: one prompt of 50 tokens needs about {least} bytes; give more"
@@ -306,33 +336,116 @@ def test_a_batch_fits_what_is_free(tiny, monkeypatch):
         plan_batch(tiny, n_pos=50, max_memory=least - 1)
 
 
-def test_everything_asks_for_the_batch_that_fits(tiny, monkeypatch):
+def needed(tiny, path="weights", **shape):
+    """Bytes for one prompt with one edited copy, without a copy of the weights."""
+    with pytest.raises(ValueError, match="max_memory=1 bytes is too small") as error:
+        plan_slices(tiny, **shape, path=path, max_memory=1)
+    return int(re.search(r"needs about (\d+) bytes", str(error.value))[1])
+
+
+@pytest.mark.parametrize("path", ["weights", "kv", "naive"])
+def test_the_plan_is_the_same_whatever_is_free_as_long_as_it_is_much(path, monkeypatch):
+    tiny = random_model()
+    shape = dict(n_pos=50, n_suffix=2, n_variants=12, path=path)
+    found = set()
+    for free in (None, 6 * 1024**3, 7 * 1024**3 + 12345, 10**12):
+        monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
+        found.add(((plan_slices(tiny, **shape, max_memory=None)), plan_batch(tiny, n_pos=50)))
+    assert len(found) == 1
+    wide = found.pop()[0]
+    free = 4 * 9 * needed(tiny, **shape)
+    monkeypatch.setattr(_memory, "free_memory", lambda device: free)
+    plan, caught = quiet(lambda: plan_slices(tiny, **shape, max_memory=None))
+    assert 1 <= plan.prompts < wide.prompts
+    (warning,) = caught
+    assert f"so {plan.prompts} prompts run together instead of {wide.prompts}" in str(warning.message)
+    _, caught = quiet(lambda: plan_slices(tiny, **shape, max_memory=None, n_prompts=1))
+    assert not caught  # one prompt fits as before
+    _, caught = quiet(lambda: plan_slices(tiny, **shape, max_memory=None, warn=False))
+    assert not caught
+
+
+def test_everything_asks_for_the_batch_that_fits_says_so_once_and_records_it(monkeypatch):
     """With little memory free, no call runs all rows together; given a batch size, each runs exactly that many."""
+    tiny = random_model()
     prompts = word_prompts(tiny, seeded(), n_shots=0, n_prompts=9)
-    pairs = [*PAIRS, ("a", "b"), ("c", "d"), ("e", "f")]
+    pairs = [(word, "cold") for word in ("hot", "big", "up", "wet", "in", "dry", "low", "old", "sad")]
+    assert len(tiny.tokenizer(" cold", add_special_tokens=False)["input_ids"]) == 1
     means = fvlens.mean_head_activations(tiny, prompts, progress=False)
     estimate = Estimate.of(tiny)
-    fixed = max(estimate.weights, estimate.unembedding)
-    few = 4 * (fixed + 4 * estimate.forward(5, n_read=1, keep=False))
+    whole = max(estimate.weights, estimate.unembedding) + 4 * estimate.forward(5, n_read=1, keep=False)
+    engine = needed(tiny, n_pos=5, n_suffix=1, n_variants=1)
+    effects = functools.partial(fvlens.indirect_effects, tiny, prompts, means, progress=False)
+    tune = functools.partial(fvlens.finetune, tiny, pairs, init="zero", layer=1, epochs=1, batch_size=1, progress=False)
+    asked = functools.partial(fvlens.generate_answers, tiny, pairs, max_new_tokens=1)
+    short = dict(n_pos=5, n_suffix=1)
     calls = dict(
-        means=lambda **size: fvlens.mean_head_activations(tiny, prompts, progress=False, **size),
-        scores=lambda **size: fvlens.evaluate(tiny, pairs, generator=seeded(), **size),
-        answers=lambda **size: fvlens.generate_answers(tiny, pairs, max_new_tokens=1, generator=seeded(), **size),
-        filtered=lambda **size: fvlens.filter_correct(tiny, pairs, n_shots=1, generator=seeded(), **size),
-        naive=lambda: fvlens.indirect_effects(tiny, prompts, means, path="naive", progress=False),
+        means=(whole, lambda **size: fvlens.mean_head_activations(tiny, prompts, progress=False, **size)),
+        scores=(engine, lambda **size: fvlens.evaluate(tiny, pairs, generator=seeded(), **size)),
+        whole_scores=(whole, lambda **size: fvlens.evaluate(tiny, pairs, generator=seeded(), path="naive", **size)),
+        answers=(whole, lambda **size: asked(generator=seeded(), **size)),
+        filtered=(engine, lambda **size: fvlens.filter_correct(tiny, pairs, n_shots=1, generator=seeded(), **size)),
+        effects=(2 * needed(tiny, n_variants=12, **short), lambda: effects(path="weights")),
+        naive=(whole, lambda: effects(path="naive")),
+        screen=(2 * needed(tiny, path="kv", gradients=True, n_variants=1, **short), lambda: effects(method="atp")),
+        training=(4 * needed(tiny, gradients=True, n_variants=1, **short), lambda: tune(generator=seeded())),
     )
-    for name, call in calls.items():
-        for free, most in ((few, 4), (10**12, 9)):
+    for name, (few, call) in calls.items():
+        sizes = {}
+        for free in (4 * few + 4, 10**12):
+            refresh(tiny)
             monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
             with starving(tiny, 10**9) as seen:
-                quiet(call)
-            assert (max(seen) == most) if most == 9 else (1 <= max(seen) <= most), name
-        if name != "naive":
+                result, caught = quiet(call)
+            texts = [str(one.message) for one in caught if "is free: activations may take" in str(one.message)]
+            assert len(texts) == (free < 10**12), (name, texts)
+            sizes[free] = getattr(result, "batch_size", None)
+            if sizes[free] is not None and name not in ("training", "effects"):
+                assert sizes[free] == max(seen), name
+            if getattr(result, "path", None) == "weights":
+                assert result.weights == ("laid out at each call" if free < 10**12 else "copied"), name
+        small, large = sizes.values()
+        assert (small is None and name in ("answers", "filtered")) or 1 <= small < large <= 9, (name, sizes)
+        if name in ("means", "scores", "whole_scores", "answers", "filtered"):
             with starving(tiny, 10**9) as seen:
-                quiet(lambda call=call: call(batch_size=5))
-            assert set(seen) == {5, 4}, name
+                quiet(lambda call=call: call(batch_size=2))
+            assert max(seen) == 2, name
             with pytest.raises(ValueError, match="expected batch_size"):
                 call(batch_size=0)
+
+
+def test_a_copy_that_does_not_fit_is_not_made(monkeypatch):
+    model = random_model()
+    size = Estimate.of(model).copy
+    prompts = word_prompts(model, seeded(), n_shots=0)
+    means = fvlens.mean_head_activations(model, prompts, progress=False)
+    vector = fvlens.function_vector(model, means, heads=[(1, 2)], layer=1)
+
+    def results(**options):
+        training = dict(init="zero", layer=1, epochs=1, batch_size=1, generator=seeded(), progress=False)
+        tuned = fvlens.finetune(model, PAIRS[:4], **training, **options)
+        return (
+            fvlens.indirect_effects(model, prompts, means, progress=False, **options),
+            fvlens.evaluate(model, PAIRS, vector=vector, generator=seeded(), **options),
+            tuned,
+        )
+
+    copied = results()
+    assert {result.weights for result in copied} == {"copied"}
+    assert {result.weights for result in results(max_memory=size)} == {"copied"}  # it is there already
+    refresh(model)
+    bare = results(max_memory=2 * size - 1)
+    assert {result.weights for result in bare} == {"laid out at each call"}
+    assert not is_laid_out(model)
+    torch.testing.assert_close(bare[0].cie, copied[0].cie, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bare[1].log_probabilities, copied[1].log_probabilities, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bare[2].vector.vector, copied[2].vector.vector, rtol=1e-4, atol=1e-5)
+    assert {result.weights for result in results(path="kv")} == {None}
+    assert {result.weights for result in results(max_memory=4 * size)} == {"copied"}
+    refresh(model)
+    for free, held in ((size + 1024**3 - 1, "laid out at each call"), (size + 1024**3, "copied")):
+        monkeypatch.setattr(_memory, "free_memory", lambda device, free=free: free)
+        assert fvlens.evaluate(model, PAIRS, generator=seeded()).weights == held
 
 
 def test_a_split_model_is_bounded_by_its_fullest_device(monkeypatch):
@@ -440,6 +553,10 @@ def test_the_estimate_holds_what_is_allocated(name):
     fixed, unembedding = estimate.weights, estimate.unembedding
     heads = [Head(layer, head) for layer in range(4) for head in range(8)]
     values = torch.zeros(32, 32)
+    ways = [(path, copied) for path in paths for copied in ((True, False) if path == "weights" else (False,))]
+    if "weights" in paths:
+        taken, layout = allocated(lambda: laid_out(model))
+        assert layout.n_bytes == estimate.copy <= taken <= 1.02 * estimate.copy
     for n_pos, n_suffix in ((24, 1), (160, 1), (160, 12)):
         tokens = torch.randint(2000, (3, n_pos), generator=seeded())
         mask, targets = torch.ones_like(tokens), torch.ones(3, n_suffix, dtype=torch.long)
@@ -452,20 +569,32 @@ def test_the_estimate_holds_what_is_allocated(name):
             for keep in (False, True):
                 taken, _ = allocated(lambda keep=keep: read(keep))
                 check(taken, max(fixed, unembedding), 3 * estimate.forward(n_pos, n_read=2, keep=keep), 2.5)
-            for path in paths:
-                shape = dict(n_suffix=n_suffix, path=path)
+            for path, copied in ways:
+                own = 0 if copied else estimate.one_weight if path == "weights" else fixed
+                shape = dict(n_suffix=n_suffix, path=path, **({"copied": copied} if path == "weights" else {}))
                 taken, run = allocated(lambda s=shape, t=tokens, m=mask: run_prefix(model, t, m, **s))
-                check(taken, fixed, 3 * estimate.prefix(n_pos, n_suffix), 2.5)
-                kept = [*run.keys, *run.values, run.resid_pre, run.z, run.resid_final]
+                check(taken, own, 3 * estimate.prefix(n_pos, n_suffix, path), 2.5)
+                kept = [run.kept] if path == "weights" else [*run.keys, *run.values]
+                kept += [run.resid_pre, run.z, run.resid_final]
                 size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
                 check(size, 0, 3 * estimate.kept(n_pos, n_suffix), 1.2)
                 taken, resid = allocated(lambda run=run, t=targets: run.patched(heads, values, t.bool()))
-                together = 32 if path == "weights" else 8
-                planned = together * estimate.variant(n_pos, n_suffix, path) + 32 * estimate.result(n_suffix)
-                check(taken, fixed, 3 * planned, 2.5)
+                planned = 3 * 32 * (estimate.variant(n_pos, n_suffix, path) + estimate.result(n_suffix))
+                check(taken, own, planned, 2.5)
                 taken, _ = allocated(lambda run=run, r=resid, t=targets: run.log_probs(r, t, at_once=20))
                 planned = 96 * estimate.result(n_suffix) + 20 * estimate.logits
                 check(taken, unembedding, planned, 4)
+
+
+@pytest.mark.parametrize("from_layer, keep_z", [(0, False), (2, True), (3, False), (4, False)])
+def test_less_is_kept_from_a_higher_layer(from_layer, keep_z):
+    model = hooked_model(**GROUPED)
+    tokens = torch.randint(2000, (3, 40), generator=seeded())
+    run = run_prefix(model, tokens, torch.ones_like(tokens), n_suffix=2, from_layer=from_layer, keep_z=keep_z)
+    kept = [run.kept, run.resid_pre, *([run.z] if run.z is not None else [])]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    planned = 3 * Estimate.of(model).kept(40, 2, from_layer=from_layer, keep_z=keep_z)
+    assert size <= planned <= 1.2 * size + 3
 
 
 # --- the memory of a process against the bound ---

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
-from fvlens import _checkpoints, _hf_configs, models
+from fvlens import _checkpoints, _hf_configs, _looks, models
 from fvlens.models import (
     EMBEDDED_MODELS,
     Fingerprint,
@@ -32,6 +32,7 @@ from fvlens.models import (
     model_device,
     official_names,
     quiet_deprecation,
+    refresh,
 )
 from fvlens.types import Head, is_bridge
 
@@ -926,7 +927,7 @@ def test_a_copy_of_a_loaded_model_is_that_model_until_it_is_changed(copy):
 def test_a_model_of_ones_own_is_hashed_by_its_parameters(copy):
     weights = fingerprint(copy).weights
     del vars(copy)[models._ORIGIN]
-    models._fingerprints.pop(copy)
+    refresh(copy)
     own = fingerprint(copy).weights
     assert own != weights
     with torch.no_grad():
@@ -985,12 +986,12 @@ def test_weights_are_hashed_once_until_they_change(copy, monkeypatch):
 
 
 def test_remembered_fingerprints_do_not_keep_models_alive(monkeypatch):
-    held = len(models._fingerprints)
+    held = len(_looks._kept)
     temporary = load_model("rel-small", device="cpu")
-    assert len(models._fingerprints) == held + 1
+    assert len(_looks._kept) == held + 1
     del temporary
     gc.collect()
-    assert len(models._fingerprints) <= held
+    assert len(_looks._kept) <= held
 
 
 def test_folding_the_norms_shows(copy, model):

@@ -5,6 +5,7 @@ and paths, stands behind them in brackets. ``python -m fvlens.zoo.precision`` me
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import math
 import checkpoints
 import pytest
 import torch
+from conftest import needs_hooked
 from matrix import BACKENDS
 
 import fvlens
@@ -20,6 +22,8 @@ from fvlens.metrics import spearman, top_k_overlap
 from fvlens.models import fingerprint
 from fvlens.prompts import TokenClass
 from fvlens.suffix import open_reader, run_prefix, steered_resid, wide_logits
+from fvlens.suffix._layout import is_laid_out, laid_out
+from fvlens.suffix._memory import Estimate
 from fvlens.zoo import precision as zoo_precision
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,7 +165,12 @@ def test_logits_and_probabilities_are_not_rounded(backend, precision):
     for path in ROUTES[backend]:
         effects, _ = effects_of(backend, precision, path)
         eps = torch.finfo(HALF[precision]).eps
-        torch.testing.assert_close(effects.baseline.double().log(), expected_logs, rtol=0, atol=eps)
+        wanted = expected_logs
+        if path == "weights":  # its own residual streams, which are rounded otherwise than the class's
+            final = run_prefix(model, prompts.tokens, prompts.attention_mask).resid_final[:, 0]
+            own_logits = exact_logits(model, laid_out(model).final(final))
+            wanted = own_logits.log_softmax(dim=-1).gather(-1, answers[:, None])[:, 0]
+        torch.testing.assert_close(effects.baseline.double().log(), wanted, rtol=0, atol=eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,12 +191,12 @@ def test_ranks_have_no_ties_of_rounding(backend):
 
 @pytest.mark.parametrize("precision", HALF)
 def test_wide_logits_in_slices(precision, monkeypatch):
-    from fvlens.suffix import _run
+    from fvlens.suffix import _layout
 
     generator = torch.Generator().manual_seed(0)
     rows, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (8, 21), (21,)))
     rows, weight, bias = (x.to(HALF[precision]) for x in (rows, weight, bias))
-    monkeypatch.setattr(_run, "_WEIGHT_SLICE", 8 * 5)
+    monkeypatch.setattr(_layout, "WEIGHT_SLICE", 8 * 5)
     expected = rows.double() @ weight.double() + bias.double()
     torch.testing.assert_close(wide_logits(rows, weight, bias).double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(wide_logits(rows, weight).double(), expected - bias.double(), rtol=1e-6, atol=1e-6)
@@ -411,3 +420,80 @@ def test_the_yardsticks_vector_is_that_of_the_recipe(model):
     vector, scale = zoo_precision._vector(model, split.valid, found.means, found.effects, 0)
     assert torch.equal(vector.vector, found.vector.vector)
     assert (vector.layer, scale) == (found.layer, found.scale)
+
+
+# --- products in bfloat16 of a float32 model ---
+
+
+@needs_hooked
+@pytest.mark.parametrize("name", ["antonym", "plural"])
+def test_products_in_bfloat16_come_near_and_are_recorded(name):
+    """The residual stream and sums stay in float32: nearer than a model in bfloat16, and never unasked."""
+    model = loaded("hooked", "float32")
+    split = fvlens.load_relation(name).split(torch.Generator().manual_seed(0))
+    build = functools.partial(fvlens.build_prompts, model, split.train, generator=torch.Generator().manual_seed(0))
+    means = fvlens.mean_head_activations(model, build(n_prompts=20), progress=False)
+    shuffled = build(n_prompts=25, labels="permuted")
+    exact = fvlens.indirect_effects(model, shuffled, means, progress=False)
+    near = fvlens.indirect_effects(model, shuffled, means, progress=False, compute=torch.bfloat16)
+    assert (exact.compute, near.compute) == (None, "bfloat16")
+    assert (exact.path, near.path, near.weights) == ("weights", "weights", "copied")
+    assert near.cie.dtype == torch.float32
+    assert 1e-5 < (near.cie - exact.cie).abs().max() < 0.1  # [0.033], of effects up to 0.9
+    assert (near.aie - exact.aie).abs().max() < 0.01  # [0.0031], of averages up to 0.52
+    assert spearman(near.aie.flatten(), exact.aie.flatten()) > 0.97
+
+    vector = fvlens.function_vector(model, means, heads=exact.top(10), layer=2)
+    sweeps = [
+        fvlens.layer_sweep(
+            model, split.test, vector, generator=torch.Generator().manual_seed(1), progress=False, compute=compute
+        )
+        for compute in (None, torch.bfloat16)
+    ]
+    assert [one.compute for sweep in sweeps for one in sweep.evaluations[:1]] == [None, "bfloat16"]
+    ranks, chances = (
+        [torch.cat([getattr(one, field) for one in sweep.evaluations]) for sweep in sweeps]
+        for field in ("ranks", "probabilities")
+    )
+    assert 0 < (chances[0] - chances[1]).abs().max() < 0.08  # [0.027]
+    assert (ranks[0] != ranks[1]).sum() <= 10  # [3 of 272, 3 of 192]
+    assert ((ranks[0] == 0) != (ranks[1] == 0)).sum() <= 3  # [1 and 1]
+
+
+@needs_hooked
+@pytest.mark.parametrize("of", ["effects", "scores"])
+def test_products_in_another_precision_are_refused_where_there_are_none(of):
+    pairs = fvlens.load_relation("antonym").pairs[:6]
+
+    def run(backend, precision, **options):
+        model = loaded(backend, precision)
+        if of == "scores":
+            return fvlens.evaluate(model, pairs, generator=torch.Generator().manual_seed(0), **options)
+        prompts = built(model, 4)
+        means = fvlens.mean_head_activations(model, prompts, progress=False)
+        return fvlens.indirect_effects(model, prompts, means, progress=False, **options)
+
+    what = "evaluate" if of == "scores" else "indirect_effects"
+    for backend, path, taken in (("hooked", "kv", "kv"), ("hooked", "naive", "naive"), ("bridge", None, "kv")):
+        text = f"{what}: compute=torch.bfloat16 is for path='weights', but this takes '{taken}'"
+        with pytest.raises(ValueError, match=text):
+            run(backend, "float32", path=path, compute=torch.bfloat16)
+    for precision, compute in (("bfloat16", torch.bfloat16), ("float16", torch.bfloat16), ("float32", torch.int8)):
+        text = f"{what}: compute={compute} of a model in torch.{precision}; expected a float32 model and a precision"
+        with pytest.raises(ValueError, match=text):
+            run("hooked", precision, compute=compute)
+    if of == "effects":
+        with pytest.raises(ValueError, match=r"compute=torch\.bfloat16 is for method='exact', but this is 'atp'"):
+            run("hooked", "float32", compute=torch.bfloat16, method="atp")
+
+
+@needs_hooked
+def test_products_in_another_precision_have_a_copy_of_their_own():
+    model = copy.deepcopy(loaded("hooked", "float32"))
+    for compute, size in ((None, 4), (torch.bfloat16, 2)):
+        layout = laid_out(model, compute=compute)
+        assert layout.blocks[0].qkv.weight.dtype == (compute or torch.float32)
+        assert layout.n_bytes == Estimate.of(model).copied(compute)
+        assert layout.n_bytes * 4 == Estimate.of(model).copy * size
+    assert is_laid_out(model)
+    assert is_laid_out(model, torch.bfloat16)

@@ -108,7 +108,7 @@ def activation_cache(
         )
     part = min(n, bound // 2 // one)
     for_running = None if max_memory is None else bound - part * one
-    size = batch_size or plan_batch(model, n_pos=n_pos, max_memory=for_running)
+    size = batch_size or plan_batch(model, n_pos=n_pos, max_memory=for_running, n_prompts=n)
 
     def cache_of(store: Store, rows: Sequence[int], bound: int) -> ActivationCache:
         index = list(rows)

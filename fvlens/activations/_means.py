@@ -26,6 +26,7 @@ class HeadMeans:
         n_prompts: number of prompts averaged.
         fingerprint: the model.
         relation, template, n_shots, labels, data_hash: the prompts. A template's name gives the built-in one.
+        batch_size: prompts that ran together at most; None where that is not known.
     """
 
     z: Float[Tensor, "layer head d_head"]
@@ -37,6 +38,7 @@ class HeadMeans:
     n_shots: int
     labels: str
     data_hash: str
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "template", get_template(self.template))
@@ -90,7 +92,7 @@ def mean_head_activations(
     def summed(z: Tensor, rows: slice) -> Tensor:
         return z[mask[rows].to(z.device)].float().sum(dim=0)  # of [token head d_head]
 
-    total = _totals(
+    total, most = _totals(
         model,
         prompts,
         {z_hook(layer): summed for layer in range(cfg.n_layers)},
@@ -109,6 +111,7 @@ def mean_head_activations(
         n_shots=prompts.n_shots,
         labels=prompts.labels,
         data_hash=prompts.data_hash,
+        batch_size=most,
     )
 
 
@@ -142,7 +145,7 @@ def mean_residuals(
         True
     """
     different = list(dict.fromkeys(layers))
-    total = _totals(
+    total, _ = _totals(
         model,
         prompts,
         {resid_hook(layer): lambda resid, rows: resid[:, -1].double().sum(dim=0) for layer in different},
@@ -163,8 +166,8 @@ def _totals(
     batch_size: int | None,
     what: str,
     progress: bool,
-) -> Float[Tensor, "*axes"]:
-    """Sums over all prompts of what the functions, one a hook name, give for a batch."""
+) -> tuple[Float[Tensor, "*axes"], int]:
+    """Sums over all prompts of what the functions, one a hook name, give for a batch; and the largest batch."""
     own = torch.zeros_like(total)  # of one batch; counts only when the batch is finished
 
     def kept(index: int, function: Callable[[Tensor, slice], Tensor]) -> See:
@@ -173,11 +176,15 @@ def _totals(
 
         return see
 
-    def done(rows: slice) -> None:
-        total.add_(own)
+    most = 0
 
-    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1])
+    def done(rows: slice) -> None:
+        nonlocal most
+        total.add_(own)
+        most = max(most, rows.stop - rows.start)
+
+    size = batch_size or plan_batch(model, n_pos=prompts.tokens.shape[1], n_prompts=len(prompts))
     seers = {name: kept(i, function) for i, (name, function) in enumerate(summed.items())}
     n = len(prompts)
     watch(model, prompts, seers, batches_within(n, size, n), done, what=what, progress=progress)
-    return total
+    return total, most

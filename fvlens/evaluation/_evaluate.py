@@ -14,7 +14,7 @@ from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pair
 from fvlens.scoring import Scores, score
-from fvlens.suffix import Route
+from fvlens.suffix import Route, Weights
 from fvlens.types import Steering
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Evaluation:
         data_hash: hash of the prompts and their answers.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
         batch_size: prompts that ran together at most.
+        weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
+            second copy does not fit the memory; None on other paths.
         compute: precision of the products, where it is not the model's own.
     """
 
@@ -72,6 +74,7 @@ class Evaluation:
     data_hash: str
     path: Route
     batch_size: int
+    weights: Weights | None
     compute: str | None
 
     @property
@@ -259,6 +262,7 @@ def evaluations(
         "data_hash": prompts.data_hash,
         "path": scores.path,
         "batch_size": scores.batch_size,
+        "weights": scores.weights,
         "compute": None if compute is None else str(compute).removeprefix("torch."),
     }
     texts = _texts(model, scores.best)

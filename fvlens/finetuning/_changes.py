@@ -297,7 +297,7 @@ def read_prompts(
     device = next(model.parameters()).device
     tokens, mask, _ = with_answers(prompts, n_answer)
     n_soft = len(change.tokens) if isinstance(change, SoftPrompt) else 0
-    size = batch_size or plan_batch(model, n_pos=tokens.shape[1] + n_soft, n_read=n_answer)
+    size = batch_size or plan_batch(model, n_pos=tokens.shape[1] + n_soft, n_read=n_answer, n_prompts=len(prompts))
 
     def run(rows: slice) -> tuple[slice, Tensor]:
         width = int(mask[rows].sum(dim=1).max())  # without needless padding

@@ -14,6 +14,7 @@ from fvlens.finetuning._changes import Steered
 from fvlens.finetuning._set import VectorSet
 from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.finetuning._training import (
+    Adapter,
     Anchor,
     DistributedAdapter,
     History,
@@ -31,7 +32,7 @@ from fvlens.finetuning._training import (
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import Template, template_or
 from fvlens.relations import Pair, Relation, Split, load_relation
-from fvlens.suffix import Route, choose_route
+from fvlens.suffix import Route, Weights, choose_route
 from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class FineTuned:
         seconds: time of the whole training, of all relations trained together and all layers tried; after a resume,
             from there on.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how the gradients were computed.
+        batch_size: pairs that went through the model together at most; a step of more adds up the gradients of parts.
+        weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
+            second copy does not fit the memory; None on other paths.
         complete: False if the training was interrupted.
         state: to go on from, ``finetune(..., resume=state)``; of all relations trained together.
     """
@@ -71,6 +75,8 @@ class FineTuned:
     seed: int
     seconds: float
     path: Route
+    batch_size: int
+    weights: Weights | None
     complete: bool
     state: TrainingState
 
@@ -494,7 +500,7 @@ def _finetune_at(
             seed=task.seed,
         )
         at += n_pairs
-        runs.append(_fine_tuned(vector, task, outcome, settings, state, complete, seconds, path))
+        runs.append(_fine_tuned(vector, task, outcome, settings, state, complete, seconds, training.adapter))
     return FineTunedSet(tuple(runs), seconds)
 
 
@@ -519,7 +525,7 @@ def _finetune_distributed(
     with torch.no_grad():
         trainable.values.copy_(outcome.values.view_as(trainable.values))
     vector = dataclasses.replace(trainable.to_vector(model, relation=task.name), template=settings.template)
-    return _fine_tuned(vector, task, outcome, settings, state, complete, seconds, "naive")
+    return _fine_tuned(vector, task, outcome, settings, state, complete, seconds, adapter)
 
 
 def _run(training: Training, options: _Options, what: str) -> tuple[TrainingState, bool, float]:
@@ -538,7 +544,7 @@ def _fine_tuned(
     state: TrainingState,
     complete: bool,
     seconds: float,
-    path: Route,
+    adapter: Adapter,
 ) -> FineTuned:
     return FineTuned(
         vector=vector,
@@ -549,7 +555,9 @@ def _fine_tuned(
         lr=outcome.lr,
         seed=task.seed,
         seconds=seconds,
-        path=path,
+        path=adapter.path,
+        batch_size=min(adapter.rows_at_once, len(adapter.prompts)),
+        weights=adapter.weights,
         complete=complete,
         state=state,
     )

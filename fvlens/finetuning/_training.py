@@ -30,7 +30,7 @@ from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, TEMPLATES, Prompts, Template, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
-from fvlens.suffix import Route, SteeredPrompts, open_reader, plan_slices
+from fvlens.suffix import Route, SteeredPrompts, Weights, open_reader, plan_slices, power_above
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,6 +177,7 @@ class Adapter(abc.ABC):
     """
 
     path: Route = "naive"
+    weights: Weights | None = None
     relative_lr = RELATIVE_LR
     """Default learning rate, as a share of :meth:`scale`."""
 
@@ -187,16 +188,16 @@ class Adapter(abc.ABC):
         self.tokens, self.mask = tokens.to(device), mask.to(device)
         self.targets = prompts.answer_tokens.to(device)
         self.n_suffix = self.targets.shape[1]
+        self.rows_at_once = self._most_rows(max_memory)
+
+    def _most_rows(self, max_memory: int | None) -> int:
+        """Prompts that go through whole together at most."""
+        n_pos = self.tokens.shape[1]
         plan = plan_slices(
-            model,
-            n_pos=tokens.shape[1],
-            n_suffix=self.n_suffix if self.path != "naive" else tokens.shape[1],
-            n_variants=1,
-            path=self.path,
-            max_memory=max_memory,
-            gradients=True,
-        )
-        self.rows_at_once = min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
+            self.model, n_pos=n_pos, n_suffix=n_pos, n_variants=1, path="naive", max_memory=max_memory, gradients=True,
+            n_prompts=power_above(len(self.tokens)),
+        )  # fmt: skip
+        return min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
 
     @abc.abstractmethod
     def parameters(self) -> list[list[nn.Parameter]]:
@@ -267,14 +268,17 @@ class VectorAdapter(Adapter):
         self, model: Any, prompts: Prompts, trainable: TrainableVector, path: Route, max_memory: int | None = None
     ) -> None:
         self.path, self.trainable = path, trainable
-        super().__init__(model, prompts, max_memory)
         self.kept: SteeredPrompts | None = None
         if path != "naive":
             self.kept = SteeredPrompts(
                 model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, trainable.layer, path=path,
-                max_memory=max_memory,
+                max_memory=max_memory, most=_MOST_ROWS,
             )  # fmt: skip
-            self.rows_at_once = self.kept.rows_at_once
+            self.weights = self.kept.weights
+        super().__init__(model, prompts, max_memory)
+
+    def _most_rows(self, max_memory: int | None) -> int:
+        return super()._most_rows(max_memory) if self.kept is None else self.kept.rows_at_once
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[row] for row in self.trainable.rows]

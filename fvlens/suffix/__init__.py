@@ -23,13 +23,14 @@ TransformerBridge, whose lower blocks then hand on what they are given. Where ne
 
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
 from fvlens.suffix._kept import SteeredPrompts
-from fvlens.suffix._layout import laid_out, refresh, wide_logits
-from fvlens.suffix._memory import Slices, halving, in_batches, plan_batch, plan_slices
+from fvlens.suffix._layout import laid_out, wide_logits
+from fvlens.suffix._memory import Slices, Weights, halving, in_batches, plan_batch, plan_slices, power_above
 from fvlens.suffix._prefix import run_prefix, watch_prompts
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._routes import (
     ROUTES,
     Route,
+    check_compute,
     choose_route,
     counted_gain,
     has_hooks,
@@ -53,6 +54,8 @@ __all__ = [
     "SteeredSuffix",
     "SuffixRun",
     "Variant",
+    "Weights",
+    "check_compute",
     "choose_route",
     "counted_gain",
     "halving",
@@ -63,7 +66,7 @@ __all__ = [
     "open_reader",
     "plan_batch",
     "plan_slices",
-    "refresh",
+    "power_above",
     "rows_of",
     "run_prefix",
     "steered_resid",

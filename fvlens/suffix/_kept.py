@@ -9,13 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens.suffix._memory import Estimate, plan_slices
+from fvlens.suffix._memory import Estimate, Weights, plan_slices, power_above
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
 
-_MOST_ROWS = 512
-"""Prompts that go through together at most: more is no faster, and what is free must not decide the rounding."""
 _KEPT = 1024**3
 """Bytes that are kept of prompts where no bound is given."""
 
@@ -33,6 +31,11 @@ class SteeredPrompts:
         layer: vectors are added after this layer.
         path: ``"weights"`` or ``"kv"``.
         max_memory: bytes for activations and what is kept; by default 1 GiB for each of the two.
+        most: prompts that go through together at most.
+
+    Attributes:
+        rows_at_once: prompts that go through together at most.
+        weights: on the path ``"weights"``, how they are held; None on the other.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class SteeredPrompts:
         *,
         path: Route,
         max_memory: int | None = None,
+        most: int = 512,
     ) -> None:
         self.model, self.layer = model, layer
         self.path: Route = path
@@ -55,10 +59,11 @@ class SteeredPrompts:
         half = None if max_memory is None else max_memory // 2
         plan = plan_slices(
             model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, max_memory=half,
-            gradients=True, **self._kept_part(),
+            gradients=True, n_prompts=power_above(len(tokens)), **self._kept_part(),
         )  # fmt: skip
-        self.rows_at_once = min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
+        self.rows_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
         self.is_copied = plan.copied
+        self.weights: Weights | None = plan.weights if path == "weights" else None
         self._room = _KEPT if half is None else half
         self._slices: list[tuple[Tensor, Tensor, int]] = []
         self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
@@ -74,6 +79,7 @@ class SteeredPrompts:
                 self._place_in[index[part]] = torch.arange(len(part))
                 self._slices.append((whole[part], seen[part], n_answer))
         self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
+        self._all_fit = sum(map(self._size, range(len(self._slices)))) <= self._room
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -83,18 +89,23 @@ class SteeredPrompts:
         """What is kept of a run: what a suffix above the layer needs."""
         return dict(from_layer=self.layer + 1, keep_z=False) if self.path == "weights" else {}
 
+    def _size(self, i: int) -> int:
+        """Bytes that are kept of a slice."""
+        whole, _, n_answer = self._slices[i]
+        return len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+
     def _steps_of(self, i: int) -> SteeredSuffix:
         """The steps of a slice, kept or run again."""
         if i in self._steps:
             self._steps.move_to_end(i)
             return self._steps[i][0]
         whole, seen, n_answer = self._slices[i]
+        size = self._size(i)
+        while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
+            self._steps.popitem(last=False)  # before the new ones are made
         options: dict[str, Any] = dict(copied=self.is_copied) if self.path == "weights" else {}
         run = run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path, **self._kept_part(), **options)
         steps = run.steps(self.layer)
-        size = len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
-        while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
-            self._steps.popitem(last=False)
         self._steps[i] = steps, size
         return steps
 
@@ -105,7 +116,10 @@ class SteeredPrompts:
         found = []
         for i in sorted(set(slices.tolist())):
             where = (slices == i).nonzero().flatten()
-            found.append((self._steps_of(i), self._place_in[rows[where]], where))
+            steps, place = self._steps_of(i), self._place_in[rows[where]]
+            if not self._all_fit:  # the slice may go while others are fetched: hold on to these rows alone
+                steps, place = steps.run.select(place).steps(self.layer), torch.arange(len(place))
+            found.append((steps, place, where))
         return found
 
     def after(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
@@ -152,21 +166,20 @@ class SteeredPrompts:
         logits = steps.run.logits(final)
         device = logits.device
         targets = [self.answers[rows[own].to(self.answers.device), :n].flatten() for own, n in order]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logs = -F.cross_entropy(logits.to(wide), torch.cat(targets).to(device), reduction="none")
+        logs = -F.cross_entropy(logits.float(), torch.cat(targets).to(device), reduction="none")
         width = self.answers.shape[1]
         if len(order) == 1 and order[0][1] == width:  # in order, and of the full length
             found = logs.view(len(rows), width)
         else:
             places = torch.cat([(own[:, None] * width + torch.arange(n)).flatten() for own, n in order]).to(device)
-            found = torch.zeros(len(rows) * width, dtype=wide, device=device).index_put((places,), logs)
+            found = torch.zeros(len(rows) * width, device=device).index_put((places,), logs)
             found = found.view(len(rows), width)
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
 
 
-def _firsts(order: Sequence[tuple[Int[Tensor, " _"], int]]) -> Int[Tensor, " row"]:
+def _firsts(order: Sequence[tuple[Int[Tensor, " _row"], int]]) -> Int[Tensor, " total"]:
     """Where the first token of each row lies among the tokens of all parts."""
     starts, at = [], 0
     for own, n_answer in order:

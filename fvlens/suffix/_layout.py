@@ -4,13 +4,11 @@ The class keeps every head's projection apart and its gated MLP lays its weights
 keys and values are one product, gate and input of a gated MLP another, each weight a contiguous ``[out in]`` copy,
 which a product of few rows reads two to three times as fast. The copies are made once a model, lazily, and go with it.
 
-A stale copy would be wrong in silence. So at each run the parameters are looked at again: the object, its storage, its
-``_version`` and 64 of its entries, spread evenly. What this cannot see (an assignment through ``.data`` to other
-entries) needs :func:`refresh`. Where a second copy does not fit the memory, each product lays its weight out when it
-comes to it, as the class itself does, and the run says so.
+A stale copy would be wrong in silence. So at each run the parameters are looked at again (see :mod:`fvlens._looks`);
+what this cannot see needs :func:`fvlens.models.refresh`. Where a second copy does not fit the memory, each product lays
+its weight out when it comes to it, as the class itself does, and the result says so.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-FEW_ROWS = 16
-"""Up to so many rows a product runs as ``(weight @ x.T).T``: two to three times as fast, the weight is read once."""
+from fvlens._looks import is_kept, of_weights
 
-_N_SEEN = 64
-"""Entries of every parameter that are compared at each run."""
+FEW_ROWS, WIDE = 16, 256
+"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: two to three
+times as fast, since its time goes into reading the weight. In narrower models it would only change the rounding."""
 
 Function = Callable[[Tensor], Tensor]
 
@@ -74,7 +72,7 @@ class Product:
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight()
         if self.compute is not None:
             product = F.linear(x.to(self.compute), weight).to(x.dtype)
-        elif 1 < len(x) <= FEW_ROWS and weight.is_contiguous():
+        elif 1 < len(x) <= FEW_ROWS and weight.shape[1] >= WIDE and weight.is_contiguous():
             product = _FewRows.apply(x, weight, self.parts) if x.requires_grad else (weight @ x.T).T
             assert isinstance(product, Tensor)
         else:
@@ -173,7 +171,7 @@ def is_half(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-_WEIGHT_SLICE = 4 * 1024 * 1024
+WEIGHT_SLICE = 4 * 1024 * 1024
 """Numbers of an unembedding that are copied to single precision at once."""
 
 
@@ -189,59 +187,9 @@ def wide_logits(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     resid = resid.to(weight.device, dtype)
-    columns = max(1, _WEIGHT_SLICE // weight.shape[0])
+    columns = max(1, WEIGHT_SLICE // weight.shape[0])
     logits = torch.cat([resid @ some.to(dtype) for some in weight.split(columns, dim=1)], dim=-1)
     return logits if bias is None else logits + bias.to(dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A layout and how the parameters looked when it was made."""
-
-    layout: Layout
-    looks: "_Looks"
-
-
-class _Looks:
-    """How a model's parameters look: which objects, where their numbers lie, their versions, 64 entries of each."""
-
-    def __init__(self, model: Any) -> None:
-        parameters = list(model.parameters())
-        self.places = [_place(parameter) for parameter in parameters]
-        # views, not copies: they show what the storage holds whenever they are read
-        self.views = [_spread(parameter.detach()) for parameter in parameters]
-        self.entries = self._read()
-
-    def _read(self) -> list[Tensor]:
-        return [view.to("cpu", copy=True) for view in self._joined()]
-
-    def _joined(self) -> list[Tensor]:
-        kinds: dict[Any, list[Tensor]] = {}
-        for view in self.views:
-            kinds.setdefault((view.dtype, view.device), []).append(view)
-        return [torch.cat(views) for views in kinds.values()]
-
-    def still(self, model: Any) -> bool:
-        """Whether the model's parameters look the same."""
-        if [_place(parameter) for parameter in model.parameters()] != self.places:
-            return False
-        return all(torch.equal(now.cpu(), then) for now, then in zip(self._joined(), self.entries, strict=True))
-
-
-def _place(parameter: Tensor) -> tuple[Any, ...]:
-    version = None if parameter.is_inference() else parameter._version
-    return id(parameter), parameter.data_ptr(), version, parameter.dtype, parameter.device, parameter.shape
-
-
-def _spread(numbers: Tensor) -> Tensor:
-    """At most 64 of a tensor's entries, evenly spread, as a view where its memory allows."""
-    flat = (
-        numbers.view(-1) if numbers.is_contiguous() else numbers.diagonal() if numbers.ndim == 2 else numbers.flatten()
-    )
-    return flat[:: max(1, len(flat) // _N_SEEN)][:_N_SEEN]
-
-
-_kept: "weakref.WeakKeyDictionary[Any, dict[Any, _Kept]]" = weakref.WeakKeyDictionary()
 
 
 def laid_out(model: Any, *, compute: torch.dtype | None = None, copied: bool = True) -> Layout:
@@ -252,38 +200,17 @@ def laid_out(model: Any, *, compute: torch.dtype | None = None, copied: bool = T
         compute: precision of the products; None for the model's own.
         copied: keep a second copy of the weights; without, products lay their weights out at each call.
     """
-    layouts = _kept.setdefault(model, {})
-    kept = layouts.get((compute, copied))
-    if kept is None or not kept.looks.still(model):
-        layouts.pop((compute, copied), None)  # the old copy goes before the new one is made
-        kept = None
-        with torch.inference_mode(False), torch.no_grad():
-            looks = _Looks(model)
-            kept = layouts[compute, copied] = _Kept(_lay_out(model, compute, copied), looks)
-    return kept.layout
+    name = _name(compute, copied)
+    return of_weights(model, name, lambda: _lay_out(model, compute, copied), hold=True)
+
+
+def _name(compute: torch.dtype | None, copied: bool) -> str:
+    return f"layout, {'copied' if copied else 'not copied'}, {compute}"
 
 
 def is_laid_out(model: Any, compute: torch.dtype | None = None) -> bool:
     """Whether a second copy of the model's weights is there already."""
-    return (compute, True) in _kept.get(model, {})
-
-
-def refresh(model: Any) -> None:
-    """Forget what was kept of a model's weights, so that the next run lays them out anew.
-
-    Needed only after changes that no check sees: numbers assigned through ``.data``, or through memory shared with
-    something else, that leave the 64 entries of the parameter that are compared as they were.
-
-    Args:
-        model: the model, of either class.
-
-    Example:
-        >>> import fvlens
-        >>> model = fvlens.load_model("rel-small", device="cpu")
-        >>> model.W_U.data[3, 4] += 1.0
-        >>> refresh(model)
-    """
-    _kept.pop(model, None)
+    return is_kept(model, _name(compute, True))
 
 
 def _lay_out(model: Any, compute: torch.dtype | None, copied: bool) -> Layout:

@@ -10,16 +10,19 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from fvlens.models import free_memory
-from fvlens.suffix._layout import is_laid_out
+from fvlens.suffix._layout import WEIGHT_SLICE, is_laid_out
 from fvlens.suffix._routes import Route
 from fvlens.types import is_bridge
 
 _T = TypeVar("_T")
+
+Weights = Literal["copied", "laid out at each call"]
+"""How the engine holds a model's weights: in a second copy, or where that does not fit the memory, without one."""
 
 _MOST_ROWS = 128
 """Rows of an automatic batch at most: more is no faster (see tests/benchmarks/test_cost.py)."""
@@ -90,9 +93,17 @@ class Estimate:
         return copies * self.size * self.d_model * self.n_heads * self.d_head
 
     @property
+    def one_weight(self) -> int:
+        """The largest weight that the engine lays out when it comes to it, where no copy is kept: queries, keys and
+        values together, or gate and input of a gated MLP. Others are multiplied with as they are.
+        """
+        together = self.d_head * (self.n_heads + 2 * self.n_kv_heads)
+        return self.size * self.d_model * max(together, 2 * self.d_mlp if self.gated else 0)
+
+    @property
     def unembedding(self) -> int:
-        """The copy that HookedTransformer makes of its unembedding whenever it unembeds."""
-        return 0 if self.bridge else self.size * self.d_model * self.d_vocab
+        """What unembedding takes besides its logits: the slice in single precision of a model in half precision."""
+        return 0 if self.size >= 4 else 4 * min(WEIGHT_SLICE, self.d_model * self.d_vocab)
 
     @property
     def copy(self) -> int:
@@ -102,16 +113,27 @@ class Estimate:
         unembedding = self.d_model * self.d_vocab if self.size >= 4 else 0
         return self.size * (self.n_layers * block + unembedding)
 
+    def copied(self, compute: torch.dtype | None) -> int:
+        """The same with products in another precision."""
+        return self.copy if compute is None else self.copy * compute.itemsize // self.size
+
     @property
     def logits(self) -> int:
         """One row of logits, in single precision too, and what its normalisation takes."""
         return (self.size + 8) * self.d_vocab
 
-    def activations(self, n_tokens: int, n_keys: int, *, gradients: bool = False) -> int:
-        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks."""
+    def activations(self, n_tokens: int, n_keys: int, *, path: Route = "kv", gradients: bool = False) -> int:
+        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks.
+
+        The engine over the weights still holds its heads while it runs the MLP.
+        """
         scores = 17 * self.n_heads * n_keys  # four copies in single precision, one mask
         attention = self.size * 8 * max(self.d_model, self.n_heads * self.d_head) + scores
-        mlp = self.size * (4 * self.d_mlp + 6 * self.d_model)
+        if path == "weights":
+            width = max(self.d_model, self.n_heads * self.d_head)
+            mlp = self.size * ((4 if self.gated else 3) * self.d_mlp + 10 * width)
+        else:
+            mlp = self.size * (4 * self.d_mlp + 6 * self.d_model)
         held = self.n_layers * self.size * self.n_heads * n_keys if self.holds_patterns else 0
         block = self.n_layers * (attention + mlp) if gradients else max(attention, mlp)
         return n_tokens * (block + held)
@@ -131,15 +153,17 @@ class Estimate:
         share = (self.n_layers - from_layer) / self.n_layers
         return int(share * (self.cache(n_pos) + n_suffix * self.size * self.n_layers * width)) + 1
 
-    def prefix(self, n_pos: int, n_suffix: int) -> int:
-        """A prompt's run, with what is kept of it, which is copied out of the run's cache."""
+    def prefix(self, n_pos: int, n_suffix: int, path: Route, *, from_layer: int = 0, keep_z: bool = True) -> int:
+        """A prompt's run, with what is kept of it; on the kv path that is copied out of the run's cache."""
+        kept = self.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)
+        if path == "weights":
+            return self.activations(n_pos, n_pos, path=path) + kept
         running = self.forward(n_pos, n_read=1 if self.bridge else 0, keep=True)
-        kept = self.kept(n_pos, n_suffix)
         return max(running + kept - self.cache(n_pos), self.cache(n_pos) + kept)
 
     def variant(self, n_pos: int, n_suffix: int, path: Route, *, gradients: bool = False) -> int:
         """A patched copy on its way through a block, and on the kv path its copies of the prefix."""
-        needed = self.activations(n_suffix, n_pos, gradients=gradients) + (self.logits if gradients else 0)
+        needed = self.activations(n_suffix, n_pos, path=path, gradients=gradients) + (self.logits if gradients else 0)
         if path == "kv":
             width = (3 * self.n_heads + 2 * self.n_kv_heads) * (self.n_layers if gradients else 1)
             needed += self.size * n_pos * width * self.d_head
@@ -159,40 +183,61 @@ def bound(model: Any, max_memory: int | None = None) -> int:
     """Bytes that activations may take.
 
     By default 1 GiB on a CPU and 8 GiB on a GPU, so that the size of a batch, and with it the rounding, follows from
-    the model and the prompts alone. Where that is more than a quarter of what is free (of a model that is split, on the
-    fullest of its devices), it is less, with a warning.
+    the model and the prompts alone; a quarter of what is free where that is less (of a model that is split, on the
+    fullest of its devices).
     """
     if max_memory is not None:
         return max_memory
-    least = None
-    for device in {parameter.device for parameter in model.parameters()}:
+    found = []
+    for device in _devices(model):
         free = free_memory(device)
-        usual = _CEILING.get(device.type, _USUAL_CEILING)
-        room = usual if free is None else min(free // 4, usual)
-        if room < usual:
+        found.append(_usual(device) if free is None else min(free // 4, _usual(device)))
+    return min(found)
+
+
+def _usual(device: torch.device) -> int:
+    return _CEILING.get(device.type, _USUAL_CEILING)
+
+
+def _devices(model: Any) -> set[torch.device]:
+    devices = {parameter.device for parameter in model.parameters()}
+    assert devices, "a model without parameters"
+    return devices
+
+
+def _planned(model: Any, max_memory: int | None, plan: Callable[[int], tuple[int, ...]], warn: bool) -> tuple[int, ...]:
+    """What a plan gives under the bound; with a warning, if that is less than with enough memory free."""
+    available = bound(model, max_memory)
+    found = plan(available)
+    usual = min(map(_usual, _devices(model)))
+    if max_memory is not None or available >= usual or not warn:
+        return found
+    wide = plan(usual)
+    for own, more, what in zip(found, wide, ("prompts", "edited copies of a prompt"), strict=False):
+        if own != more:
             warnings.warn(
-                f"only {(free or 0) / 2**20:.0f} MiB are free on {device}: activations may take {room / 2**20:.0f} "
-                f"MiB instead of {usual / 2**20:.0f}, so fewer prompts may run together, which moves the rounding.",
-                stacklevel=3,
+                f"little memory is free: activations may take {available / 2**20:.0f} MiB instead of "
+                f"{usual / 2**20:.0f}, so {own} {what} run together instead of {more}, which can move the rounding; "
+                "the result records it.",
+                stacklevel=4,
             )
-        least = room if least is None else min(least, room)
-    assert least is not None, "a model without parameters"
-    return least
+            break
+    return found
 
 
-def copy_fits(model: Any, max_memory: int | None = None) -> bool:
+def copy_fits(model: Any, max_memory: int | None = None, *, compute: torch.dtype | None = None) -> bool:
     """Whether the weights may be laid out in a second copy: it is there already, or there is room for it.
 
     Within a bound that was given, it may take half; otherwise it must fit what is free beside the activations.
     """
-    if is_laid_out(model):
+    if is_laid_out(model, compute):
         return True
-    size = Estimate.of(model).copy
+    size = Estimate.of(model).copied(compute)
     if max_memory is not None:
         return size <= max_memory // 2
     device = next(iter(model.parameters())).device
     free = free_memory(device)
-    return free is None or size + _CEILING.get(device.type, _USUAL_CEILING) <= free
+    return free is None or size + _usual(device) <= free
 
 
 # --- slices ---
@@ -213,6 +258,11 @@ class Slices:
     variants: int
     logits: int = 1
     copied: bool = True
+
+    @property
+    def weights(self) -> Weights:
+        """How the weights are held, as results of the ``"weights"`` path say it."""
+        return "copied" if self.copied else "laid out at each call"
 
     def over_prompts(self, n: int) -> Iterator[slice]:
         """Slices that cover ``n`` prompts."""
@@ -238,8 +288,14 @@ def plan_slices(
     gradients: bool = False,
     from_layer: int = 0,
     keep_z: bool = True,
+    compute: torch.dtype | None = None,
+    n_prompts: int | None = None,
+    warn: bool = True,
 ) -> Slices:
     """How many prompts and variants go through together.
+
+    By default this follows from the model and the prompts; where so little memory is free that it must be less, a
+    warning says so.
 
     Args:
         model: the model.
@@ -249,21 +305,22 @@ def plan_slices(
         max_memory: bytes for activations, and for the second copy of the weights where this call would make it; by
             default 1 GiB for activations on a CPU and 8 GiB on a GPU, or a quarter of what is free if that is less.
         gradients: the variants run with gradients, all of them through the same blocks.
-        from_layer, keep_z: what is kept of a prompt, as :func:`run_prefix` takes them.
+        from_layer, keep_z, compute: what is kept of a prompt, and the precision of products, as of
+            :func:`run_prefix`.
+        n_prompts: prompts that there are; by default any number.
+        warn: say where free memory makes slices smaller.
 
     Raises:
         ValueError: ``max_memory`` is too small for a single prompt with a single variant.
     """
     estimate = Estimate.of(model)
-    available = bound(model, max_memory)
-    copied = path == "weights" and copy_fits(model, max_memory)
-    if copied and max_memory is not None and not is_laid_out(model):
-        available -= estimate.copy
-    # what lays out its weights once copies none on the way, and the other paths copy those of one block at a time
-    weights = 0 if copied else estimate.weights
-    unembedding = 0 if path == "weights" else estimate.unembedding
+    copied = path == "weights" and copy_fits(model, max_memory, compute=compute)
+    taken = estimate.copied(compute) if copied and max_memory is not None and not is_laid_out(model, compute) else 0
+    # what lays out its weights once copies none on the way, the other paths copy those of one block at a time
+    weights = 0 if copied else estimate.one_weight if path == "weights" else estimate.weights
+    unembedding = estimate.unembedding
     kept = estimate.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)
-    prefix = estimate.prefix(n_pos, n_suffix)
+    prefix = estimate.prefix(n_pos, n_suffix, path, from_layer=from_layer, keep_z=keep_z)
     variant = estimate.variant(n_pos, n_suffix, path, gradients=gradients)
     result = estimate.result(n_suffix)
 
@@ -275,16 +332,22 @@ def plan_slices(
             unembedding + alive + estimate.logits,
         )
 
-    least = need(1, 1)
-    if least > available:
-        raise ValueError(_too_small(available, n_pos, " with one edited copy", least))
-    variants = _largest(n_variants, lambda n: need(1, n) <= available)
-    prompts = 1
-    if variants == n_variants:
-        prompts = _largest(available // kept, lambda n: need(n, variants) <= available)
-    rest = available - unembedding - prompts * (kept + variants * result)
-    logits = min(rest // estimate.logits, _MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
-    return Slices(prompts=prompts, variants=variants, logits=max(1, logits), copied=copied)
+    def plan(available: int) -> tuple[int, int, int]:
+        available -= taken
+        least = need(1, 1)
+        if least > available:
+            raise ValueError(_too_small(available, n_pos, " with one edited copy", least))
+        variants = _largest(n_variants, lambda n: need(1, n) <= available)
+        prompts = 1
+        if variants == n_variants:
+            most = available // kept if n_prompts is None else min(n_prompts, available // kept)
+            prompts = _largest(most, lambda n: need(n, variants) <= available)
+        rest = available - unembedding - prompts * (kept + variants * result)
+        logits = min(rest // estimate.logits, _MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
+        return prompts, variants, max(1, logits)
+
+    prompts, variants, logits = _planned(model, max_memory, plan, warn)
+    return Slices(prompts=prompts, variants=variants, logits=logits, copied=copied)
 
 
 def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
@@ -292,6 +355,11 @@ def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
         f"max_memory={available} bytes is too small: one prompt of {n_pos} tokens{what} needs about {least} bytes; "
         "give more memory or shorter prompts."
     )
+
+
+def power_above(n: int) -> int:
+    """The smallest power of 2 that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -310,9 +378,9 @@ def plan_batch(
     n_read: int = 1,
     keep: bool = False,
     max_memory: int | None = None,
-    most: int = _MOST_ROWS,
+    n_prompts: int | None = None,
 ) -> int:
-    """How many prompts run together in plain forward passes: a power of 2, so that free memory seldom changes it.
+    """How many prompts run together in plain forward passes: a power of 2; as by :func:`plan_slices`.
 
     Args:
         model: the model.
@@ -320,18 +388,24 @@ def plan_batch(
         n_read: positions whose logits are read.
         keep: keys and values are kept.
         max_memory: bytes for activations; by default as by :func:`plan_slices`.
+        n_prompts: prompts that there are; by default any number.
 
     Raises:
         ValueError: ``max_memory`` was given and is too small for a single prompt.
     """
     estimate = Estimate.of(model)
-    available = bound(model, max_memory)
     fixed = max(estimate.weights, estimate.unembedding)
     row = estimate.forward(n_pos, n_read=n_read, keep=keep)
-    if max_memory is not None and fixed + row > available:
-        raise ValueError(_too_small(available, n_pos, "", fixed + row))
-    rows = min(_MOST_ROWS, max(1, (available - fixed) // row))
-    return 1 << (rows.bit_length() - 1)
+    if max_memory is not None and fixed + row > max_memory:
+        raise ValueError(_too_small(max_memory, n_pos, "", fixed + row))
+
+    def plan(available: int) -> tuple[int]:
+        rows = min(_MOST_ROWS, max(1, (available - fixed) // row))
+        power = 1 << (rows.bit_length() - 1)
+        return (power if n_prompts is None else min(power, n_prompts),)
+
+    (rows,) = _planned(model, max_memory, plan, warn=True)
+    return rows
 
 
 # --- when memory runs out all the same ---
@@ -397,7 +471,7 @@ def halving(work: Callable[[slice, int], _T], slices: Iterable[slice], *, varian
             most = n // 2
             text = f"{n} prompts together; going on with {most}"
         else:
-            text = f"{variants} patched copies of a prompt together; going on with {variants // 2}"
+            text = f"{variants} edited copies of a prompt together; going on with {variants // 2}"
             variants //= 2
         warnings.warn(f"{what}: out of memory with {text}.", stacklevel=2)
 

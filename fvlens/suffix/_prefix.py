@@ -57,7 +57,8 @@ def run_prefix(
     if path == "kv":
         return run_cached(model, tokens, attention_mask, n_suffix)
     with torch.no_grad():
-        layout = laid_out(model, compute=compute, copied=copy_fits(model) if copied is None else copied)
+        copied = copy_fits(model, compute=compute) if copied is None else copied
+        layout = laid_out(model, compute=compute, copied=copied)
         return run_weights(model, layout, tokens, attention_mask, n_suffix, from_layer, keep_z)
 
 

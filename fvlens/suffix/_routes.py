@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+import torch
+
 from fvlens.interventions import acts_on
 from fvlens.types import is_bridge
 
@@ -103,3 +105,20 @@ def choose_route(model: Any, wanted: Route | None = None) -> tuple[Route, str]:
     if wanted == "kv":
         raise ValueError(f"path='kv' is not exact for this model ({no_kv}); use path=None or 'naive'.")
     return "naive", no_kv
+
+
+def check_compute(what: str, model: Any, path: Route, compute: torch.dtype | None) -> None:
+    """Refuse another precision of products where there is none.
+
+    Raises:
+        ValueError: the path is not ``"weights"``, the model is not float32, or ``compute`` is no precision of floats.
+    """
+    if compute is None:
+        return
+    if path != "weights":
+        raise ValueError(f"{what}: compute={compute} is for path='weights', but this takes {path!r}.")
+    if model.cfg.dtype != torch.float32 or not compute.is_floating_point:
+        raise ValueError(
+            f"{what}: compute={compute} of a model in {model.cfg.dtype}; expected a float32 model and a precision such "
+            "as torch.bfloat16; leave compute out for the model's own."
+        )

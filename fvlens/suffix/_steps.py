@@ -141,5 +141,5 @@ def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tens
     return resid
 
 
-def _flat(parts: Sequence[Float[Tensor, "_ _ ..."]]) -> Float[Tensor, "token ..."]:
+def _flat(parts: Sequence[Float[Tensor, "_row _suffix ..."]]) -> Float[Tensor, "token ..."]:
     return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
