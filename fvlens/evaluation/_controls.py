@@ -256,7 +256,9 @@ def controls(
     )
     scores = score(model, prompts, changes, scales=scale, interruptible=True, what="controls", **engine)
     scored = iter(evaluations(model, prompts, changes, [scale] * len(changes), scores, copied(bootstrap), compute))
-    groups = [(name, kind, [next(scored) for _ in own]) for name, kind, own in steered]
+    groups: list[tuple[str, Kind, list[Evaluation]]] = [
+        (name, kind, [next(scored) for _ in own]) for name, kind, own in steered
+    ]
     reference = next(found[0] for _, kind, found in groups if kind == "vector")
 
     def row(name: str, kind: Kind, found: Sequence[Evaluation]) -> Control:

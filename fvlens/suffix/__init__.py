@@ -1,24 +1,25 @@
-"""The exact fast path: run a prompt once, then run again only what a patch can change.
+"""The exact engine: run a prompt once, then run again only what edits can change.
 
-A patch at position p changes nothing at earlier positions (causal mask) and nothing below the patched layer. The
+An edit at position p changes nothing at earlier positions (causal mask) and nothing below the edited layer. The
 algorithm has three phases:
 
 1. *Prefix.* Each prompt runs once. Kept are the keys and values of the prefix (every position before the suffix) and,
    at the suffix, the residual stream before each layer and every head's output z. The suffix is the last token, or more
-   when positions further left are patched or an answer of several tokens is scored.
-2. *Patch.* At layer l the patched copies ("variants") of a prompt differ from the kept run by one head's z, so that the
-   attention of layer l needs no second run: its output changes by ``(new z - z) @ W_O``.
-3. *Suffix.* From layer l upward all variants of all prompts go through the blocks together; they share the prefix's
-   keys and values. Variants of lower layers are already on their way and travel in the same batch.
+   when positions further left are edited or an answer of several tokens is scored.
+2. *Variants.* An :class:`Edit` adds to, replaces or scales a residual stream or a head's z at chosen suffix positions;
+   a variant is a tuple of edits. A causal indirect effect is a variant of one replaced z, an injected vector one of one
+   addition, a distributed vector and an ablation ones of several, a layer sweep one variant a layer.
+3. *Suffix.* All variants of all prompts go up together (:meth:`SuffixRun.under`): each joins the batch at its first
+   edited layer, and gets its later edits on the way; they share the prefix's keys and values.
 
-The result equals the naive loop over hooks up to float rounding. Counted gain at one suffix token: ``(1 + L H) T / (T +
-L H / 2)`` for L layers, H heads and T tokens (see :func:`counted_gain`).
+The result equals whole passes under hooks up to float rounding. Counted gain at one suffix token, one variant a head:
+``(1 + L H) T / (T + L H / 2)`` for L layers, H heads and T tokens (see :func:`counted_gain`).
 
-Two implementations share this plan. ``weights`` (HookedTransformer) runs the blocks' own norms, MLPs and projections,
-but its own attention, so that the prefix is not copied for each variant. ``kv`` goes through the model's own blocks and
-a frozen key/value cache, layer by layer: ``start_at_layer`` of a HookedTransformer, or the Hugging Face model inside a
-TransformerBridge, whose lower blocks then hand on what they are given. Where neither applies, callers fall back to
-``naive``, whole forward passes with hooks, and say so.
+Two routes share this plan. ``weights`` (HookedTransformer) multiplies with the model's weights, laid out once
+(:mod:`fvlens.suffix._layout`), so that the prefix is not copied for each variant. ``kv`` goes through the model's own
+blocks and a frozen key/value cache, one block after another: ``start_at_layer`` of a HookedTransformer, or the Hugging
+Face model inside a TransformerBridge, whose lower blocks then hand on what they are given. Where neither is exact,
+callers fall back to ``naive``, whole forward passes with hooks, and say so.
 """
 
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
