@@ -789,7 +789,7 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     lines = shown.splitlines()
     for line, name, top1 in zip(lines[1:], names, frame["top1"], strict=False):
         assert line.startswith(name) and f" {top1:.2f} " in line
-    assert f"wrote {folder / 'compare.md'}" in shown and "vectors after layer 1, seed 0" in shown
+    assert f"wrote {folder / 'compare.md'}" in shown and "vectors after layer 1, the function vector times" in shown
     assert (folder / "compare.md").read_text().count("\n| ") == len(names) + 1
     with pytest.raises(SystemExit) as end:
         main(["compare", "magic", "--out", str(folder)])

@@ -362,7 +362,7 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
     )
     means = fvlens.mean_head_activations(model, clean, progress=False)
     vector = fvlens.function_vector(model, means, heads=expected.heads, layer=read["layer"])
-    assert torch.equal(FunctionVector.load(folder / "vector.safetensors").vector, vector.vector)
+    assert torch.equal(FunctionVector.load(folder / "vector.safetensors").vector, (read["scale"] * vector).vector)
 
 
 def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path):

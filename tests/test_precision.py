@@ -412,6 +412,16 @@ def test_the_table_is_printed(tmp_path, capsys, monkeypatch):
         assert [r["overlap"] for r in by_relation] == [half["overlap"]["mean"]]
 
 
+def test_the_yardsticks_vector_is_that_of_the_recipe(model):
+    split = fvlens.load_relation("plural").split(torch.Generator().manual_seed(0))
+    found = fvlens.find_vector(
+        model, split, n_prompts=6, n_corrupted=4, seed=0, generator=torch.Generator().manual_seed(0), progress=False
+    )
+    vector, scale = zoo_precision._vector(model, split.valid, found.means, found.effects, 0)
+    assert torch.equal(vector.vector, found.vector.vector)
+    assert (vector.layer, scale) == (found.layer, found.scale)
+
+
 # --- products in bfloat16 of a float32 model ---
 
 
