@@ -2,7 +2,8 @@
 
 Prints JSON: for each path and bound, bytes of resident memory beyond what the process held before the call, at its
 highest. Linux only: the high-water mark is set back before each call. `python peak_memory.py cache make,mean,save,load
-67108864` does the same for an activation cache larger than the bound, one step after the other.
+67108864` does the same for an activation cache larger than the bound, one step after the other, and `python
+peak_memory.py steered weights 67108864` for training over kept prompts.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from conftest import random_model
 from transformers import AutoTokenizer
 
 import fvlens
+from fvlens.suffix import SteeredPrompts
 
 SHAPE = dict(n_layers=6, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=512)
 
@@ -86,8 +88,36 @@ def caches(steps, *bounds):
     print(json.dumps(found))
 
 
+def steered(paths, *bounds):
+    """Peaks of training over kept prompts that do not all fit the bound: every prompt once."""
+    model = random_model(**SHAPE)
+    model.requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    prompts = fvlens.build_prompts(model, fvlens.load_relation("antonym"), n_prompts=100, n_shots=14, generator=g)
+    found = {}
+
+    def run(path, some, max_memory):
+        given = some.tokens, some.attention_mask, some.answer_tokens
+        kept = SteeredPrompts(model, *given, 0, path=path, max_memory=max_memory)
+        vector = torch.zeros(model.cfg.d_model, requires_grad=True)
+        for rows in torch.arange(len(some)).split(min(20, kept.rows_at_once)):
+            kept.read(rows, vector)[0].sum().backward()
+
+    for path in paths.split(","):
+        run(path, prompts.select([0]), None)  # whatever is made once
+        found[path] = []
+        for bound in bounds:
+            before = settled()
+            run(path, prompts, int(bound))
+            found[path].append(resident("VmHWM") - before)
+    print(json.dumps(found))
+
+
 def main(kind, paths, *bounds):
     torch.set_num_threads(1)
+    if kind == "steered":
+        steered(paths, *bounds)
+        return
     if kind == "cache":
         caches(paths, *bounds)
         return

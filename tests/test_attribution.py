@@ -245,15 +245,15 @@ def test_heads_and_output_bias_add_up_to_the_attention_output(models, generator,
 
 
 @pytest.mark.parametrize("path", ["weights", "kv"])
-def test_memory_bound_changes_nothing(models, generator, path):
-    model = models("grouped-query")
+def test_memory_bound_changes_nothing(generator, path):
+    model = random_model(n_layers=3, n_heads=32, d_model=128, d_head=4, d_mlp=512)  # heads weigh more than tokens
     prompts = word_prompts(model, generator, n_prompts=7)
     means = means_of(model, prompts, stretch=2)
     whole = effects_of(model, prompts, means, path=path)
     with pytest.raises(ValueError, match="max_memory=1 bytes is too small: one prompt of") as error:
         effects_of(model, prompts, means, path=path, max_memory=1)
     least = int(re.search(r"needs about (\d+) bytes", str(error.value))[1])
-    shape = dict(n_pos=prompts.tokens.shape[1], n_suffix=1, n_variants=12, path=path)
+    shape = dict(n_pos=prompts.tokens.shape[1], n_suffix=1, n_variants=96, path=path)
     cuts = set()
     for factor in (1, 3, 9, 27):
         bound = int(factor * least)
@@ -262,7 +262,7 @@ def test_memory_bound_changes_nothing(models, generator, path):
         cut = effects_of(model, prompts, means, path=path, max_memory=bound)
         torch.testing.assert_close(cut.cie, whole.cie, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(cut.baseline, whole.baseline, rtol=1e-4, atol=2e-6)
-    assert (1, 1) in cuts
+    assert any(n_prompts == 1 and n_variants < 96 for n_prompts, n_variants in cuts)
     assert any(n_prompts > 1 for n_prompts, _ in cuts)
 
 
@@ -630,8 +630,8 @@ def test_result_says_where_it_comes_from(models, generator):
 
 @pytest.mark.parametrize(("name", "path"), [("gpt2", None), ("gpt2", "kv"), ("gpt2", "naive"), ("alibi", None)])
 @pytest.mark.parametrize("method", ["atp", "ig", "lrp"])
-def test_a_recheck_equals_the_exact_effects(models, generator, name, path, method):
-    model = models(name)
+def test_a_recheck_equals_the_exact_effects(generator, name, path, method):
+    model = build(name, dtype=torch.float64)  # so that fewer heads at once are no other rounding
     prompts = word_prompts(model, generator, n_shots=2, n_prompts=4)
     means = means_of(model, prompts, stretch=3)
     exact = effects_of(model, prompts, means, path=path)

@@ -5,6 +5,7 @@ import gc
 import inspect
 import weakref
 
+import matrix
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
@@ -174,7 +175,7 @@ def test_a_changed_model_is_what_runs(prompts, monkeypatch, change, copied):
             for name, parameter in model.named_parameters():
                 if ".b_" in name:
                     parameter.zero_()
-    monkeypatch.setattr("fvlens.suffix._prefix.copy_fits", lambda *_: copied)
+    monkeypatch.setattr("fvlens.suffix._prefix.copy_fits", lambda *_, **__: copied)
     assert off(model, prompts) < 1e-9
     before, mark = by_whole_passes(model, prompts, (), 1), fingerprint(model)
     change(model)
@@ -369,7 +370,7 @@ def test_models_do_not_share(prompts):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_suffix", [1, 3])
 def test_without_a_copy_variants_equal_whole_passes(generator, monkeypatch, name, n_suffix):
-    monkeypatch.setattr("fvlens.suffix._prefix.copy_fits", lambda *_: False)
+    monkeypatch.setattr("fvlens.suffix._prefix.copy_fits", lambda *_, **__: False)
     model = build(name, dtype=torch.float64)
     prompts = word_prompts(model, generator, n_shots=1)
     compare(model, prompts, "weights", n_suffix, generator, dtype=torch.float64, tolerance=1e-8)
@@ -378,6 +379,15 @@ def test_without_a_copy_variants_equal_whole_passes(generator, monkeypatch, name
     assert (layout.is_copied, layout.n_bytes) == (False, 0)
     products = [product for block in layout.blocks for product in (block.qkv, block.out)]
     assert not any(isinstance(product.weight, torch.Tensor) for product in products)
+
+
+@pytest.mark.parametrize("name", matrix.checkpoints.ARCHITECTURES)
+def test_without_a_copy_variants_equal_whole_passes_on_every_architecture_of_the_matrix(generator, monkeypatch, name):
+    monkeypatch.setattr("fvlens.suffix._prefix.copy_fits", lambda *_, **__: False)
+    model, prompts = matrix.loaded(name, "hooked"), matrix.prompts(name).shuffled
+    refresh(model)
+    compare(model, prompts, "weights", 2, generator, dtype=torch.float32, tolerance=matrix.TOLERANCE)
+    assert not is_laid_out(model)
 
 
 def test_without_a_copy_nothing_large_is_made(generator):

@@ -603,14 +603,19 @@ def test_less_is_kept_from_a_higher_layer(from_layer, keep_z):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux sets the high-water mark back")
 @pytest.mark.parametrize(
     "kind, paths, keeps",
-    [("hooked", "weights,kv", False), ("bridge", "kv", False), ("hooked", "weights", True)],
+    [
+        ("hooked", "weights,kv", False),
+        ("bridge", "kv", False),
+        ("hooked", "weights", True),
+        ("steered", "weights", False),
+    ],
 )
 def test_a_process_stays_inside_the_bound(kind, paths, keeps):
     """With every larger block given back to the system, as the bound counts, or as glibc does it by itself.
 
     What glibc keeps differs between equal runs: in 24 of them 1.4 to 2.1 times the lower bound.
     """
-    bounds = [48 * 2**20, 192 * 2**20]
+    bounds = [(64 if kind == "steered" else 48) * 2**20, 192 * 2**20]
     script = Path(__file__).with_name("peak_memory.py")
     command = [sys.executable, str(script), kind, paths, *map(str, bounds)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
