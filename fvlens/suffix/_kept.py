@@ -155,7 +155,7 @@ class SteeredPrompts:
     def read(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"], *, first: bool = False
     ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"] | None]:
-        """Log-probability of each answer token (nats, 0 behind the end), and logits at the prompts' last tokens.
+        """Log-probability of each answer token (nats, in float32, 0 behind the end), and logits at the last tokens.
 
         Args:
             rows: the prompts.
@@ -166,14 +166,13 @@ class SteeredPrompts:
         logits = steps.run.logits(final)
         device = logits.device
         targets = [self.answers[rows[own].to(self.answers.device), :n].flatten() for own, n in order]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logs = -F.cross_entropy(logits.to(wide), torch.cat(targets).to(device), reduction="none")
+        logs = -F.cross_entropy(logits.float(), torch.cat(targets).to(device), reduction="none")
         width = self.answers.shape[1]
         if len(order) == 1 and order[0][1] == width:  # in order, and of the full length
             found = logs.view(len(rows), width)
         else:
             places = torch.cat([(own[:, None] * width + torch.arange(n)).flatten() for own, n in order]).to(device)
-            found = torch.zeros(len(rows) * width, dtype=wide, device=device).index_put((places,), logs)
+            found = torch.zeros(len(rows) * width, device=device).index_put((places,), logs)
             found = found.view(len(rows), width)
         if not first:
             return found, None
