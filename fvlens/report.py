@@ -1306,6 +1306,10 @@ took no part in finding it.</p>
 {% else %}
 <h2>Sample predictions</h2>
 {% endif %}
+{% if result.fingerprint.dtype in ("bfloat16", "float16") %}
+<p id="precision" class="note">The model computes in {{ result.fingerprint.dtype }}: how many prompts run together (here
+up to {{ result.zero_shot.batch_size }} of the bare queries) moves its rounding, and with it some ranks.</p>
+{% endif %}
 <p class="note">Test queries in their split order. &#10003; marks an answer whose first token is right.</p>
 <table id="samples">
 <thead><tr><th>query</th><th>answer</th><th>bare</th><th>function vector</th>

@@ -73,7 +73,7 @@ def test_thousands_of_queries_go_in_slices_inside_the_bound(model, prompts, path
     assert not kept._all_fit
     found, most = read_all(kept, rows, vectors, 200)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert bound // 8 < most <= bound // 2
     assert max(runs) <= kept.rows_at_once
     assert len(runs) > len(kept._slices)  # some went and were run again
@@ -98,7 +98,7 @@ def test_rows_of_many_slices_are_held_without_them(model, prompts, path, monkeyp
     monkeypatch.setattr(SteeredPrompts, "_steps_of", watched)
     (parts, most) = read_all(kept, rows, vector, len(rows))
     for ours, theirs in zip(parts, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert max(alive) <= everything // 8
     assert most <= everything // 8
     for steps, place, where in kept._parts(rows):
@@ -123,5 +123,5 @@ def test_gradients_are_those_of_unbounded_prompts(model, prompts):
         logs, _ = kept.read(rows, vector)
         found.append(torch.autograd.grad(logs.sum(), vector)[0])
         assert kept._all_fit == (max_memory is None)
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     assert found[0].abs().max() > 1

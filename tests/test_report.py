@@ -543,6 +543,16 @@ def test_a_run_says_that_it_took_heads_that_do_not_help(tiny, tmp_path, monkeypa
     assert all(f"<li>{caution}</li>" in page for caution in found.cautions)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_page_says_what_half_precision_does_to_ranks(tiny, tmp_path, dtype):
+    options = dataclasses.replace(TINY, n_others=1, epochs=0)
+    found = run_relation(tiny, fvlens.load_relation("antonym"), options=options, progress=False)
+    found = dataclasses.replace(found, fingerprint=dataclasses.replace(found.fingerprint, dtype=dtype))
+    page = write_run(found, tmp_path)[-1].read_text()
+    said = f"The model computes in bfloat16: how many prompts run together (here\nup to {found.zero_shot.batch_size} of"
+    assert (said in page) == (dtype == "bfloat16")
+
+
 def test_layer_and_labels_can_be_chosen(tiny):
     options = dataclasses.replace(TINY, layer=1, labels="random", template="arrow", seed=5)
     found = run_relation(

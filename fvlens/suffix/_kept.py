@@ -58,8 +58,8 @@ class SteeredPrompts:
         longest = self.n_answers[-1]
         half = None if max_memory is None else max_memory // 2
         plan = plan_slices(
-            model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, max_memory=half,
-            gradients=True, n_prompts=power_above(len(tokens)), **self._kept_part(),
+            model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, gradients=True,
+            max_memory=max_memory, shares=2, n_prompts=power_above(len(tokens)), **self._kept_part(),
         )  # fmt: skip
         self.rows_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
         self.is_copied = plan.copied
@@ -155,7 +155,7 @@ class SteeredPrompts:
     def read(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"], *, first: bool = False
     ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"] | None]:
-        """Log-probability of each answer token (nats, 0 behind the end), and logits at the prompts' last tokens.
+        """Log-probability of each answer token (nats, in float32, 0 behind the end), and logits at the last tokens.
 
         Args:
             rows: the prompts.

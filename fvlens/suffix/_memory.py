@@ -290,6 +290,7 @@ def plan_slices(
     keep_z: bool = True,
     compute: torch.dtype | None = None,
     n_prompts: int | None = None,
+    shares: int = 1,
     warn: bool = True,
 ) -> Slices:
     """How many prompts and variants go through together.
@@ -308,12 +309,15 @@ def plan_slices(
         from_layer, keep_z, compute: what is kept of a prompt, and the precision of products, as of
             :func:`run_prefix`.
         n_prompts: prompts that there are; by default any number.
+        shares: into so many equal parts ``max_memory`` is divided, of which this is one.
         warn: say where free memory makes slices smaller.
 
     Raises:
         ValueError: ``max_memory`` is too small for a single prompt with a single variant.
     """
     estimate = Estimate.of(model)
+    whole = max_memory
+    max_memory = None if whole is None else whole // shares
     copied = path == "weights" and copy_fits(model, max_memory, compute=compute)
     taken = estimate.copied(compute) if copied and max_memory is not None and not is_laid_out(model, compute) else 0
     # what lays out its weights once copies none on the way, the other paths copy those of one block at a time
@@ -336,7 +340,14 @@ def plan_slices(
         available -= taken
         least = need(1, 1)
         if least > available:
-            raise ValueError(_too_small(available, n_pos, " with one edited copy", least))
+            raise ValueError(
+                _too_small(
+                    available if whole is None else whole - shares * taken,
+                    n_pos,
+                    " with one edited copy",
+                    shares * least,
+                )
+            )
         variants = _largest(n_variants, lambda n: need(1, n) <= available)
         prompts = 1
         if variants == n_variants:
