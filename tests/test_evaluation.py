@@ -94,6 +94,8 @@ def same(one, other):
         ours, theirs = getattr(one, field.name), getattr(other, field.name)
         if isinstance(ours, torch.Tensor) and ours.is_floating_point():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+        elif field.name == "ranks":  # far down, where logits lie close, neighbours may change places
+            assert bool(((ours - theirs).abs() <= theirs // 1000).all()), f"ranks: {ours} and {theirs}"
         else:
             equal = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
             assert equal, f"{field.name}: {ours} and {theirs}"

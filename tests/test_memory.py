@@ -49,7 +49,8 @@ def seeded(seed=0):
 def starving(model, most):
     """Memory for ``most`` rows at once; more raise. Gives the rows that went in: prompts, or edited copies of them.
 
-    Counted where the first block's MLP runs, where the engine runs prompts, and where it runs copies through a block.
+    Counted where the first block's MLP runs, where the engine runs prompts, kept or only looked at, and where it runs
+    copies through a block.
     """
     seen = []
 
@@ -62,16 +63,21 @@ def starving(model, most):
         count(len(tokens))
         return plain_prefix(model, layout, tokens, *others)
 
+    def passes(model, layout, tokens, *others):
+        count(len(tokens))
+        return plain_passes(model, layout, tokens, *others)
+
     def block(run, layer, active, n_fresh, edits):
         count(run.n_prompts * (n_fresh + (0 if active is None else active.shape[1])))
         return plain_block(run, layer, active, n_fresh, edits)
 
-    plain_prefix, plain_block = _prefix.run_weights, _hooked.WeightsRun._block
+    plain_prefix, plain_passes, plain_block = _prefix.run_weights, _prefix.passes, _hooked.WeightsRun._block
     handle = model.blocks[0].mlp.register_forward_pre_hook(
         lambda module, args, kwargs: count((*args, *kwargs.values())[0].shape[0]), with_kwargs=True
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_prefix, "run_weights", run_weights)
+        patch.setattr(_prefix, "passes", passes)
         patch.setattr(_hooked.WeightsRun, "_block", block)
         try:
             yield seen

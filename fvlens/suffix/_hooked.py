@@ -197,6 +197,7 @@ def passes(
         after = walk.finish(block, resid.reshape(-1, cfg.d_model), rows).view(resid.shape)
         yield Passed(layer, resid, k, v, z, after)
         resid = after
+        del q, k, v, z, rows, after  # not beside those of the next block
 
 
 def run_weights(
@@ -214,26 +215,26 @@ def run_weights(
     n_kv = cfg.n_key_value_heads or cfg.n_heads
     kept = torch.empty(0)
     pre, zs = [], []
-    passed = None
+    final = torch.empty(0)
     for passed in passes(model, layout, tokens, mask, n_suffix):
+        final = passed.after
         if passed.layer == 0:
             shape = n_prompts, cfg.n_layers - from_layer, 2 * n_kv, n_prefix, cfg.d_head
             kept = passed.k.new_empty(shape)
-        if passed.layer < from_layer:
-            continue
-        pre.append(passed.before[:, -n_suffix:].clone())
-        own = kept[:, passed.layer - from_layer]
-        own[:, :n_kv], own[:, n_kv:] = (x[:, :n_prefix].transpose(1, 2) for x in (passed.k, passed.v))
-        if keep_z:
-            zs.append(passed.z[:, -n_suffix:].clone())
-    assert passed is not None, "a model without blocks"
+        if passed.layer >= from_layer:
+            pre.append(passed.before[:, -n_suffix:].clone())
+            own = kept[:, passed.layer - from_layer]
+            own[:, :n_kv], own[:, n_kv:] = (x[:, :n_prefix].transpose(1, 2) for x in (passed.k, passed.v))
+            if keep_z:
+                zs.append(passed.z[:, -n_suffix:].clone())
+        del passed  # nothing of a block lies beside the next one but what is kept
     return WeightsRun(
         model=model,
         path="weights",
         from_layer=from_layer,
-        resid_pre=torch.stack(pre) if pre else passed.after.new_empty(0, n_prompts, n_suffix, cfg.d_model),
+        resid_pre=torch.stack(pre) if pre else final.new_empty(0, n_prompts, n_suffix, cfg.d_model),
         z=torch.stack(zs) if zs else None,
-        resid_final=passed.after.contiguous(),
+        resid_final=final.contiguous(),
         attention_mask=mask,
         suffix_tokens=tokens[:, n_prefix:],
         kept=kept,

@@ -15,7 +15,7 @@ def made_heads(name: str, backend: str) -> list[Head]:
     found = fvlens.indirect_effects(
         loaded(name, backend), prompts(name).shuffled, means_of(name, backend), progress=False
     )
-    return found.top(OPTIONS["n_heads"])
+    return list(found.ranking[: OPTIONS["n_heads"]])
 
 
 def effects_found(name: str, backend: str) -> Values:

@@ -140,7 +140,7 @@ def ranked_heads(method: str, labels: str) -> Values:
     values: Values = {
         "score": flat(found.aie),
         "standard error": flat(found.stderr),
-        "top 10": heads(found.top(10)),
+        "top 10": heads(found.ranking[:10]),
     }
     if found.recheck is not None:
         values |= {"rechecked": heads(list(found.recheck.heads)), "exact effects": flat(found.recheck.aie)}
