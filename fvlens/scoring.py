@@ -23,9 +23,9 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ from fvlens.suffix import (
     rows_of,
     run_prefix,
 )
-from fvlens.types import Steering
+from fvlens.types import HeadLike, Steering, as_heads
 
 Change = Steering | Variant | None
 """What is done to the model: a steering, such as a ``FunctionVector``; edits of the prompt's last token; or nothing."""
@@ -221,6 +221,47 @@ def _gathered(
     largest = max(len(part.prompts) for part in done)
     held: list[Weights | None] = sorted({part.weights for part in done}, key=str)  # "copied" first
     return Scores(ranks, first, rest, best, places[order], path, largest, held[-1], complete)
+
+
+def ablation(
+    model: Any, heads: Iterable[HeadLike], *, value: Literal["zero"] | Float[Tensor, "layer head d_head"] = "zero"
+) -> Variant:
+    """Heads overwritten at the prompt's last token, as a change that :func:`score` takes.
+
+    ``z[l, h] := 0`` or ``z[l, h] := value[l, h]``, as :func:`fvlens.ablate` does it by hooks.
+
+    Args:
+        model: the model.
+        heads: ``Head``s or ``(layer, head)`` pairs, at least one.
+        value: ``"zero"``, or one value per head of the whole model, such as the ``z`` of mean head activations.
+
+    Raises:
+        ValueError: no heads, or heads that the model has not; an unknown ``value`` or one of the wrong shape.
+
+    Example:
+        >>> import torch, fvlens
+        >>> model = fvlens.load_model("rel-small", device="cpu")
+        >>> pairs = fvlens.load_relation("antonym").pairs[:8]
+        >>> g = torch.Generator().manual_seed(0)
+        >>> prompts = fvlens.build_prompts(model, pairs, n_shots=3, generator=g)
+        >>> without = ablation(model, [(1, 0), (1, 3)])
+        >>> score(model, prompts, [None, without]).first.shape
+        torch.Size([2, 8])
+    """
+    cfg = model.cfg
+    chosen = as_heads(heads, cfg.n_layers, cfg.n_heads)
+    shape = (cfg.n_layers, cfg.n_heads, cfg.d_head)
+    if not chosen:
+        raise ValueError("ablation: expected at least one head, got none.")
+    if isinstance(value, Tensor):
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"ablation: value has shape {list(value.shape)}; expected [layer head d_head] = {list(shape)}."
+            )
+    elif value != "zero":
+        raise ValueError(f"ablation: value={value!r}; expected 'zero' or a tensor [layer head d_head].")
+    new = (value if isinstance(value, Tensor) else torch.zeros(shape)).to(model_device(model), cfg.dtype)
+    return tuple(Edit(layer, "z", new[layer, head], head=head, op="replace") for layer, head in chosen)
 
 
 def as_edits(model: Any, change: Change, scale: float, n_prompts: int, *, check: bool = True) -> Variant | None:

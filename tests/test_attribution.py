@@ -15,9 +15,8 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 import fvlens
-from fvlens import attribution
 from fvlens.activations import position_mask, position_names
-from fvlens.attribution import IndirectEffects, Recheck
+from fvlens.attribution import IndirectEffects, Recheck, _mediation
 from fvlens.interventions import z_hook
 from fvlens.models import embedded_folder, fingerprint
 from fvlens.prompts import TokenClass
@@ -380,7 +379,7 @@ def interrupt(monkeypatch, at_update):
     """Make the progress bar raise KeyboardInterrupt at its n-th update, as Ctrl-C there would."""
     n_updates = 0
 
-    class Bar(attribution.tqdm):
+    class Bar(_mediation.tqdm):
         def update(self, n=1):
             nonlocal n_updates
             n_updates += 1
@@ -388,7 +387,7 @@ def interrupt(monkeypatch, at_update):
                 raise KeyboardInterrupt
             return super().update(n)
 
-    monkeypatch.setattr(attribution, "tqdm", Bar)
+    monkeypatch.setattr(_mediation, "tqdm", Bar)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -474,7 +473,7 @@ def test_an_interrupted_recheck_leaves_the_screen(models, generator, monkeypatch
     prompts = word_prompts(model, generator, n_shots=1, n_prompts=3)
     means = means_of(model, prompts, stretch=2)
     whole = effects_of(model, prompts, means, method="atp")
-    monkeypatch.setattr(attribution, "_fast", lambda *args: interrupted_after(torch.zeros(1, 2), torch.zeros(1)))
+    monkeypatch.setattr(_mediation, "_fast", lambda *args: interrupted_after(torch.zeros(1, 2), torch.zeros(1)))
     with pytest.warns(UserWarning, match="indirect_effects was interrupted: 1 of 3 prompts are finished"):
         part = effects_of(model, prompts, means, method="atp", recheck=2)
     assert (part.complete, part.recheck) == (False, None)
@@ -494,12 +493,12 @@ def test_progress_bar_counts_prompts_and_heads(models, generator, monkeypatch, p
     means = means_of(model, prompts)
     bars = []
 
-    class Bar(attribution.tqdm):
+    class Bar(_mediation.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append((self, self.disable))
 
-    monkeypatch.setattr(attribution, "tqdm", Bar)
+    monkeypatch.setattr(_mediation, "tqdm", Bar)
     fvlens.indirect_effects(model, prompts, means, path=path, progress=True)
     assert [(bar.n, bar.total, off) for bar, off in bars] == [(12 * len(prompts), 12 * len(prompts), False)]
 

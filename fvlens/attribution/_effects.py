@@ -1,0 +1,414 @@
+"""Effects of every head: values, their order, what a screen is worth, tables and figures."""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fvlens.activations import Positions
+from fvlens.metrics import Interval, spearman, top_k_overlap
+from fvlens.models import Fingerprint
+from fvlens.prompts import Template, get_template
+from fvlens.suffix import (
+    Route,
+    Weights,
+)
+from fvlens.types import Head
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+Method = Literal["exact", "atp", "ig", "lrp"]
+METHODS: tuple[Method, ...] = ("exact", "atp", "ig", "lrp")
+_NAMES = {
+    "exact": ("Average indirect effect", "AIE"),
+    "atp": ("Attribution patching", "AtP"),
+    "ig": ("Integrated gradients", "IG"),
+    "lrp": ("Attention relevance (LRP, in logits)", "LRP relevance"),
+}
+"""Method -> name of its average, and the short name beside a colour scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recheck:
+    """Exact effects of the best heads of a screen.
+
+    Attributes:
+        heads: the heads, best of the screen first.
+        cie: their exact causal indirect effects, in the same order.
+        path: how these were computed.
+    """
+
+    heads: tuple[Head, ...]
+    cie: Float[Tensor, "prompt rechecked"]
+    path: Route
+
+    @property
+    def aie(self) -> Float[Tensor, " rechecked"]:
+        """Exact average indirect effect of each of :attr:`heads`."""
+        return self.cie.mean(dim=0)
+
+    @property
+    def stderr(self) -> Float[Tensor, " rechecked"]:
+        """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
+        return _standard_error(self.cie)
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenQuality:
+    """How well a screen's scores agree with exact effects.
+
+    Attributes:
+        spearman: rank correlation of the screen's average scores with the exact AIE; NaN if one of them is constant.
+        overlap: share of the k heads with the largest AIE that are among the screen's k best scores.
+        k: heads compared in ``overlap``.
+        n_heads: heads that were compared.
+        interval: bootstrap interval of ``spearman`` over prompts, if asked for.
+        overlap_rechecked: as ``overlap``, for the screen's ranking after its recheck; None if there was none.
+    """
+
+    spearman: float
+    overlap: float
+    k: int
+    n_heads: int
+    interval: Interval | None = None
+    overlap_rechecked: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndirectEffects:
+    """Causal indirect effects of every head on every prompt, or a screen's scores in their place.
+
+    Attributes:
+        cie: change of the answer's probability when the head's output is replaced; positive means that the replacement
+            helps. For ``atp`` and ``ig`` its estimate, for ``lrp`` a score in logits (see :attr:`unit`).
+        baseline: the answer's probability on the corrupted prompt itself.
+        path: ``"weights"``, ``"kv"`` or ``"naive"``: how the effects were computed. For a screen: ``"kv"``, gradients
+            of suffixes, or ``"naive"``, gradients of whole prompts.
+        method: ``"exact"``, or the screen ``"atp"``, ``"ig"`` or ``"lrp"``.
+        positions: where heads were patched.
+        answer: ``"first"`` (probability of the answer's first token) or ``"whole"`` (of the whole answer).
+        complete: False if the computation was interrupted; ``cie`` then holds the prompts that were finished.
+        relation, labels, template, n_shots, data_hash: the corrupted prompts.
+        fingerprint: the model.
+        means_hash: hash of the prompts that the means were taken over.
+        n_steps: points of ``ig``; None for the other methods.
+        note: what a reader of the scores must know, such as the rules behind ``lrp``; empty for exact effects.
+        recheck: exact effects of the best heads of a screen; None if there was none.
+        batch_size: prompts that ran together at most; None where that is not known.
+        weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
+            second copy does not fit the memory; None on other paths.
+        compute: precision of the products, where it is not the model's own.
+    """
+
+    cie: Float[Tensor, "prompt layer head"]
+    baseline: Float[Tensor, " prompt"]
+    path: Route
+    method: str
+    positions: Positions
+    answer: str
+    complete: bool
+    relation: str
+    labels: str
+    template: Template | str
+    n_shots: int
+    data_hash: str
+    fingerprint: Fingerprint
+    means_hash: str = ""
+    n_steps: int | None = None
+    note: str = ""
+    recheck: Recheck | None = None
+    batch_size: int | None = None
+    weights: Weights | None = None
+    compute: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
+
+    @property
+    def unit(self) -> str:
+        """``"probability"``, or ``"logits"`` for ``lrp``, whose scores are no changes of anything."""
+        return "logits" if self.method == "lrp" else "probability"
+
+    @property
+    def score(self) -> str:
+        """Short name of what :attr:`aie` holds: ``"AIE"``, or the name of the screen's score."""
+        return _NAMES[self.method][1]
+
+    @property
+    def aie(self) -> Float[Tensor, "layer head"]:
+        """Average indirect effect: mean of :attr:`cie` over prompts. For a screen: the mean of its scores."""
+        return self.cie.mean(dim=0)
+
+    @property
+    def stderr(self) -> Float[Tensor, "layer head"]:
+        """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
+        return _standard_error(self.cie)
+
+    @property
+    def exact_aie(self) -> dict[Head, float]:
+        """Exact AIE of the heads for which it is known, best first: all, those of the recheck, or none of a screen's.
+
+        Equal effects keep the order of :attr:`aie`.
+        """
+        if self.method == "exact":
+            return {head: float(self.aie[head]) for head in self._by_score()}
+        if self.recheck is None:
+            return {}
+        order = self.recheck.aie.argsort(descending=True, stable=True).tolist()
+        return {self.recheck.heads[i]: float(self.recheck.aie[i]) for i in order}
+
+    @property
+    def ranking(self) -> list[Head]:
+        """All heads, best first.
+
+        By exact AIE where that is known of all heads. After a recheck: the rechecked heads that help, by their exact
+        AIE; the heads that were not rechecked, by the screen's score; and the rechecked heads that do not help (exact
+        AIE of 0 or less). Scores and effects are never compared with each other: a score may have another unit, and a
+        head that was not rechecked is not known to matter.
+        """
+        exact = self.exact_aie
+        helping = [head for head, effect in exact.items() if effect > 0]
+        hurting = [head for head, effect in exact.items() if not effect > 0]
+        return helping + [head for head in self._by_score() if head not in exact] + hurting
+
+    def top(self, n: int, *, helping: bool = False) -> list[Head]:
+        """The first n heads of :attr:`ranking`, best first.
+
+        A head whose exact AIE is 0 or less is known not to help. Where fewer than n other heads are left, a warning
+        says how many; :meth:`caution` gives its text without a warning.
+
+        Args:
+            n: number of heads.
+            helping: only heads with a positive exact AIE, of which there may be fewer than n, or none.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads; ``helping`` of a screen without a recheck, which
+                knows no exact effects.
+        """
+        self._check_n("top", n)
+        if helping:
+            if self.method != "exact" and self.recheck is None:
+                raise ValueError(
+                    f"top: helping=True needs exact effects, and method={self.method!r} has none; give "
+                    f"indirect_effects(..., recheck={n}) or more, or method='exact'."
+                )
+            return [head for head, effect in self.exact_aie.items() if effect > 0][:n]
+        caution = self.caution(n)
+        if caution:
+            warnings.warn(f"top: {caution}", stacklevel=2)
+        return self.ranking[:n]
+
+    def hurting(self, n: int) -> list[Head]:
+        """Those of the n best heads that are known not to help: their exact AIE is 0 or less.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads.
+        """
+        self._check_n("hurting", n)
+        exact = self.exact_aie
+        return [head for head in self.ranking[:n] if head in exact and not exact[head] > 0]
+
+    def caution(self, n: int) -> str:
+        """What must be said of the n best heads: how many of them are known not to help; empty if none is.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads.
+        """
+        hurting = self.hurting(n)
+        if not hurting:
+            return ""
+        shown = ", ".join(map(str, hurting[:5])) + (", ..." if len(hurting) > 5 else "")
+        known = "rechecked heads" if self.method != "exact" else "heads"
+        n_helping = sum(effect > 0 for effect in self.exact_aie.values())
+        return (
+            f"{len(hurting)} of the {n} best heads have an exact AIE of 0 or less ({shown}), as only {n_helping} "
+            f"{known} have a positive one; take fewer heads, or only those that help, with top({n}, helping=True)."
+        )
+
+    def _by_score(self) -> list[Head]:
+        """All heads by :attr:`aie`, ties in their order."""
+        n_heads = self.cie.shape[2]
+        order = self.aie.flatten().argsort(descending=True, stable=True).tolist()
+        return [Head(i // n_heads, i % n_heads) for i in order]
+
+    def _check_n(self, function: str, n: int) -> None:
+        total = self.aie.numel()
+        if not 1 <= n <= total:
+            raise ValueError(f"{function}: expected n between 1 and {total} (all heads), got {n}.")
+
+    @property
+    def quality(self) -> ScreenQuality | None:
+        """Agreement of a screen with the exact effects that it carries: those of its rechecked heads.
+
+        Only the m rechecked heads are compared, with ``k = min(10, m // 2)``. As these are the best of the screen,
+        their scores lie close together, and the correlation is usually lower than over all heads. Nothing is said about
+        heads that the screen has missed; :meth:`compare` does. None for exact effects and with fewer than 2 rechecked
+        heads.
+        """
+        if self.recheck is None or len(self.recheck.heads) < 2:
+            return None
+        scores = torch.stack([self.aie[head] for head in self.recheck.heads])
+        k = min(10, len(scores) // 2)
+        return ScreenQuality(
+            spearman=_spearman(scores, self.recheck.aie),
+            overlap=top_k_overlap(scores, self.recheck.aie, k),
+            k=k,
+            n_heads=len(scores),
+        )
+
+    def compare(
+        self,
+        exact: "IndirectEffects",
+        *,
+        k: int = 10,
+        level: float = 0.95,
+        n_resamples: int = 1000,
+        generator: torch.Generator | None = None,
+    ) -> ScreenQuality:
+        """Agreement of a screen with the exact effects of all heads on the same prompts.
+
+        Args:
+            exact: effects by ``method="exact"``.
+            k: heads compared in the overlap; no more than there are.
+            level, n_resamples: of the interval.
+            generator: gives an interval of the correlation: percentiles over resampled prompts, drawn alike for both
+                maps. Without it there is none.
+
+        Returns:
+            :class:`ScreenQuality`, of :attr:`aie` (the screen's own scores) against ``exact.aie``.
+
+        Raises:
+            ValueError: ``exact`` was not made by ``method="exact"``, or belongs to other prompts, another model, other
+                means, positions or answers; ``k`` is below 1; ``level`` is not strictly between 0 and 1;
+                ``n_resamples`` is below 1.
+
+        Example:
+            >>> import torch, fvlens
+            >>> model = fvlens.load_model("rel-small")
+            >>> pairs = fvlens.load_relation("antonym")
+            >>> g = torch.Generator().manual_seed(0)
+            >>> clean = fvlens.build_prompts(model, pairs, n_prompts=4, generator=g)
+            >>> shuffled = fvlens.build_prompts(model, pairs, n_prompts=2, labels="random", generator=g)
+            >>> means = fvlens.mean_head_activations(model, clean, progress=False)
+            >>> exact = fvlens.indirect_effects(model, shuffled, means, progress=False)
+            >>> screen = fvlens.indirect_effects(model, shuffled, means, method="ig", progress=False)
+            >>> screen.compare(exact).spearman > 0.5
+            True
+        """
+        if exact.method != "exact":
+            raise ValueError(f"compare: expected effects by method='exact', got method={exact.method!r}.")
+        differences = [
+            f"{name}: {getattr(self, name)} / {getattr(exact, name)}"
+            for name in ("data_hash", "means_hash", "positions", "answer", "complete")
+            if getattr(self, name) != getattr(exact, name)
+        ]
+        differences += self.fingerprint.differences(exact.fingerprint)
+        if self.cie.shape != exact.cie.shape:
+            differences.append(f"shape: {tuple(self.cie.shape)} / {tuple(exact.cie.shape)}")
+        if differences:
+            raise ValueError(
+                f"compare: the exact effects are of something else ({'; '.join(differences)}); compute both from the "
+                "same prompts and means."
+            )
+        if k < 1 or n_resamples < 1 or not 0 < level < 1:
+            raise ValueError(
+                f"compare: expected k >= 1, n_resamples >= 1 and a level between 0 and 1, got k={k}, "
+                f"n_resamples={n_resamples}, level={level}."
+            )
+        ours, theirs = self.aie.flatten(), exact.aie.flatten()
+        k = min(k, len(ours))
+        found = {head.layer * self.cie.shape[2] + head.head for head in self.ranking[:k]}
+        best = set(theirs.argsort(descending=True, stable=True)[:k].tolist())
+        return ScreenQuality(
+            spearman=_spearman(ours, theirs),
+            overlap=top_k_overlap(ours, theirs, k),
+            k=k,
+            n_heads=len(ours),
+            interval=None if generator is None else _interval(self.cie, exact.cie, level, n_resamples, generator),
+            overlap_rechecked=None if self.recheck is None else len(found & best) / k,
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a prompt and head: ``prompt, layer, head, cie, baseline``.
+
+        After a recheck there is a column ``exact_cie``, NaN for heads that were not rechecked.
+        """
+        import pandas as pd
+
+        prompt, layer, head = torch.meshgrid(*(torch.arange(n) for n in self.cie.shape), indexing="ij")
+        columns = {
+            "prompt": prompt.flatten().numpy(),
+            "layer": layer.flatten().numpy(),
+            "head": head.flatten().numpy(),
+            "cie": self.cie.flatten().numpy(),
+            "baseline": self.baseline[prompt.flatten()].numpy(),
+        }
+        if self.recheck is not None:
+            exact = torch.full_like(self.cie, torch.nan)
+            for i, (its_layer, its_head) in enumerate(self.recheck.heads):
+                exact[:, its_layer, its_head] = self.recheck.cie[:, i]
+            columns["exact_cie"] = exact.flatten().numpy()
+        return pd.DataFrame(columns)
+
+    def plot(self, *, n_top: int = 10) -> "go.Figure":
+        """Heatmap of the AIE, layer by head, the ``n_top`` best heads outlined; of a screen, its mean scores by name.
+
+        Outlined are the heads of :meth:`top`, but for those that are known not to help; the title says how many these
+        are. After a recheck the hover text gives the exact AIE.
+        """
+        from fvlens import plots
+
+        n_top = min(n_top, self.aie.numel())
+        what = f"{self.labels} labels, {self.cie.shape[0]} prompts"
+        hover = None
+        if self.recheck is not None:
+            exact = dict(zip(self.recheck.heads, self.recheck.aie.tolist(), strict=True))
+            n_layers, n_heads = self.aie.shape
+            heads = [[Head(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
+            hover = [[f"exact AIE: {exact[h]:+.4g}" if h in exact else "not rechecked" for h in row] for row in heads]
+        left_out = self.hurting(n_top)
+        if left_out:
+            what += f"; {len(left_out)} of the {n_top} best do not help"
+        return plots.heatmap(
+            self.aie,
+            stderr=self.stderr,
+            outlined=[head for head in self.ranking[:n_top] if head not in left_out],
+            title=f"{_NAMES[self.method][0]}, {self.relation or 'custom pairs'} ({what})",
+            colorbar_title=self.score,
+            outlined_label="top heads" if self.recheck is None else "top heads (rechecked exactly first)",
+            hover=hover,
+        )
+
+
+def _standard_error(cie: Float[Tensor, " prompt *axes"]) -> Float[Tensor, " *axes"]:
+    if len(cie) < 2:
+        return torch.full_like(cie[0], torch.nan)
+    return cie.std(dim=0) / len(cie) ** 0.5
+
+
+def _spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """Rank correlation, NaN where it is undefined."""
+    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return float("nan")
+    return spearman(a, b)
+
+
+def _interval(
+    a: Float[Tensor, "prompt layer head"],
+    b: Float[Tensor, "prompt layer head"],
+    level: float,
+    n_resamples: int,
+    generator: torch.Generator,
+) -> Interval:
+    """Percentile bootstrap of the rank correlation of two maps over their prompts."""
+    rows = torch.randint(len(a), (n_resamples, len(a)), generator=generator, device=generator.device).cpu()
+    found = [_spearman(a[row].mean(dim=0).flatten(), b[row].mean(dim=0).flatten()) for row in rows]
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.tensor(found, dtype=torch.float64).quantile(ends).tolist()
+    return Interval(low, high, level)
