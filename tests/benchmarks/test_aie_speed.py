@@ -11,6 +11,7 @@ position, the fast side only what is read, so the limit with the unembedding is 
 Run with ``pytest -m benchmark -s tests/benchmarks``. Threads are left as they are; both sides use the same.
 """
 
+import copy
 import dataclasses
 import platform
 import resource
@@ -29,6 +30,8 @@ from fvlens.types import Head
 
 N_FAST = 3
 """Runs of the fast path; the median counts."""
+N_EXACT = 2
+"""Heads, of those that the naive loop ran, whose probabilities are computed in double precision too."""
 
 
 def peak_memory():
@@ -126,6 +129,7 @@ def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n
     difference = max(
         float((effects.baseline + effects.cie[:, head.layer, head.head] - found[head]).abs().max()) for head in cells
     )
+    error, naive_error = errors_against_double(model, means, prompts, effects, found)
     n_pos = float(mask.sum(dim=1).float().mean())
     return dict(
         path=effects.path,
@@ -140,11 +144,41 @@ def measure(*, n_layers=12, n_heads=12, d_model=768, n_prompts=25, n_shots=10, n
         limit=counted_gain(n_layers, n_heads, round(n_pos)),
         limit_all=limit_with_unembedding(n_layers, n_heads, n_pos, d_model, model.cfg.d_vocab),
         difference=max(difference, float((effects.baseline - baseline).abs().max())),
+        error=error,
+        naive_error=naive_error,
         largest_effect=max(float((found[head] - baseline).abs().max()) for head in cells),
         peak_before=before,
         peak_fast=after_fast,
         peak_both=peak_memory(),
     )
+
+
+def errors_against_double(model, means, prompts, effects, naive):
+    """Largest error of a probability of the fast path, and of the naive loop, against the loop in double precision.
+
+    Both round in single precision, differently, so their difference says little of either. The heads are those on which
+    they differ most.
+    """
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if hasattr(module, "cfg"):
+            module.cfg.dtype = torch.float64
+    index = torch.arange(len(prompts))
+    errors = []
+    ours = {head: effects.baseline + effects.cie[:, head.layer, head.head] for head in naive}
+    for head in sorted(naive, key=lambda head: -float((ours[head] - naive[head]).abs().max()))[:N_EXACT]:
+
+        def replace(z, hook, head=head):
+            z[:, -1, head.head] = means.z[head.layer, head.head].double()
+            return z
+
+        with torch.inference_mode():
+            logits = exact.run_with_hooks(
+                prompts.tokens, attention_mask=prompts.attention_mask, fwd_hooks=[(z_hook(head.layer), replace)]
+            )
+            truth = logits[:, -1].softmax(dim=-1)[index, prompts.first_answer_token]
+        errors.append([float((side[head].double() - truth).abs().max()) for side in (ours, naive)])
+    return tuple(map(max, zip(*errors, strict=True)))
 
 
 def report(m):
@@ -160,6 +194,7 @@ def report(m):
             f"  counted limit   {m['limit']:9.1f}    share reached {share:.0%} (blocks alone)",
             f"                  {m['limit_all']:9.1f}    share reached {share_all:.0%} (with the unembedding)",
             f"  largest difference {m['difference']:.1e} in probability; largest effect {m['largest_effect']:.2f}",
+            f"  error against double precision: fast path {m['error']:.1e}, naive loop {m['naive_error']:.1e}",
             f"  peak memory of the process: {m['peak_before']:.0f} MiB with the model and single prompts, "
             f"{m['peak_fast']:.0f} MiB after the fast path, {m['peak_both']:.0f} MiB after the naive loop",
         )
@@ -174,5 +209,6 @@ def test_exact_aie_is_fifty_times_faster_than_the_hook_loop(capsys):
     assert m["path"] == "weights"
     assert 90 <= m["n_pos"] <= 104
     assert m["largest_effect"] > 0.01
-    assert m["difference"] < 1e-6
+    assert m["error"] <= max(1e-6, 2 * m["naive_error"])  # no worse than the loop itself is
+    assert m["naive_error"] < 1e-5
     assert m["ratio"] >= 50
