@@ -11,7 +11,7 @@ from conftest import random_model
 from transformers import AutoModelForCausalLM
 
 from fvlens.interventions import ablate, inject, resid_hook, z_hook
-from fvlens.interventions._context import _Dispatcher
+from fvlens.interventions._context import _Dispatcher, _Shown
 from fvlens.models import embedded_folder
 from fvlens.suffix import has_hooks
 from fvlens.types import is_bridge
@@ -125,7 +125,10 @@ def pristine(model):
         for point in model.hook_points()
         for hook in point._forward_hooks.values()
     )
-    listed = any(point.fwd_hooks or point.bwd_hooks for point in model.hook_points())
+    listed = any(
+        point.bwd_hooks or any(not isinstance(handle.hook, _Shown) for handle in point.fwd_hooks)
+        for point in model.hook_points()
+    )
     methods = {"forward", "generate", "generate_stream", "hf_generate"} & set(model.__dict__)
     return waiting and not listed and not methods and not has_hooks(model)
 

@@ -99,6 +99,7 @@ def _attention(cache: ActivationCache, layer: int, head: int, prompt: int) -> "g
         title=f"Attention of L{layer}H{head}, prompt {prompt}",
         colorbar_title="attention",
     )
+    shown.update_traces(zmin=0, colorscale=[[0, "#F7F7F7"], [1, "#2166AC"]])  # attention is never negative
     return _thinned(shown, int(keys.sum()))
 
 
