@@ -329,7 +329,7 @@ def test_mean_heads_are_the_means(tiny, generator, positions):
     expected = fvlens.mean_head_activations(tiny, prompts, positions=positions, progress=False)
     every, some = cached(tiny, prompts), cached(tiny, prompts, positions=positions)
     for means in (some.mean_heads(), every.mean_heads(positions), every.select(sites="z").mean_heads(positions)):
-        torch.testing.assert_close(means.z, expected.z, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(means.z, expected.z, rtol=1e-6, atol=1e-7)
         assert dataclasses.replace(means, z=expected.z, batch_size=expected.batch_size) == expected
     vector = fvlens.function_vector(tiny, every.mean_heads(), heads=[(0, 1), (2, 3)], layer=1)
     assert vector.data_hash == prompts.data_hash

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 import fvlens
 from fvlens import _looks, models
 from fvlens.models import fingerprint, refresh
-from fvlens.suffix import Edit, laid_out, run_prefix
+from fvlens.suffix import Edit, _layout, laid_out, run_prefix
 from fvlens.suffix._layout import is_laid_out
 
 pytestmark = needs_hooked  # a bridge has no laid-out weights
@@ -398,3 +398,24 @@ def test_without_a_copy_nothing_large_is_made(generator):
         max(0, event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
     )
     assert taken < 0.25 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("widths", [(70,), (40, 30)], ids=["one", "two"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(generator, n_rows, widths, plain):
+    """Rows wide enough for the way that only products of few rows take; double precision, against a plain product."""
+    n_in = _layout.WIDE
+    parts = [torch.randn(n_in, width, generator=generator, dtype=torch.float64) for width in widths]
+    bias = torch.randn(sum(widths), generator=generator, dtype=torch.float64)
+    product = _layout._product(parts, bias, None, True, plain=plain)
+    x = torch.randn(n_rows, n_in, generator=generator, dtype=torch.float64, requires_grad=True)
+    factor = torch.randn(n_rows, sum(widths), generator=generator, dtype=torch.float64)
+    expected = x @ torch.cat(parts, dim=1) + bias
+    (wanted,) = torch.autograd.grad((expected * factor).sum(), x)
+    found = product(x)
+    (gradient,) = torch.autograd.grad((found * factor).sum(), x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(product(x.detach()), expected)
+    assert (type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward") == (1 < n_rows <= _layout.FEW_ROWS)

@@ -38,7 +38,7 @@ from fvlens.suffix._routes import (
     why_not_kv,
     why_not_weights,
 )
-from fvlens.suffix._run import SuffixRun, joined_runs
+from fvlens.suffix._run import SuffixRun
 from fvlens.suffix._steps import SteeredSuffix, steered_resid
 
 __all__ = [
@@ -62,7 +62,6 @@ __all__ = [
     "halving",
     "has_hooks",
     "in_batches",
-    "joined_runs",
     "laid_out",
     "open_reader",
     "plan_batch",
