@@ -306,6 +306,10 @@ def test_counted_gain_equals_the_tokens_that_really_go_through_the_blocks(genera
     fvlens.indirect_effects(model, prompts, means, path="weights", progress=False)
     assert rows["class"] in (one_run, 2 * one_run)  # nothing of the effects goes through the class's own blocks
     saved = 0.5 * len(prompts) * (n_pos - 1)  # of the last block, only the suffix has a use
+    tokens, mask = prompts.tokens.tolist(), prompts.attention_mask.tolist()
+    beginnings = {tuple(row[: i + 1]) if own[i] else () for row, own in zip(tokens, mask) for i in range(n_pos)}
+    n_shared = len(prompts) * n_pos - len(beginnings)  # positions that go through with those of another prompt
+    saved += 0.5 * n_shared * (2 * n_layers - 1)  # heads of all blocks, and the rest of all but the last
     counted_rows = rows["engine"] + saved
     assert (1 + n_layers * n_heads) * one_run / counted_rows == pytest.approx(counted_gain(n_layers, n_heads, n_pos))
 
@@ -444,3 +448,52 @@ def test_variants_may_come_in_any_order(models, generator):
     together = run.patched(heads, values, where)
     for i, head in enumerate(heads):
         torch.testing.assert_close(together[:, i : i + 1], run.patched([head], values[i : i + 1], where))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_distinct_beginnings_are_those_found_one_by_one(seed):
+    """Few kinds of tokens, so that prompts often begin alike; padding is one beginning of its own."""
+    g = torch.Generator().manual_seed(seed)
+    n_prompts, n_pos, n_kinds = (int(torch.randint(1, most, (), generator=g)) for most in (7, 9, 4))
+    lengths = torch.randint(1, n_pos + 1, (n_prompts,), generator=g)
+    mask = (torch.arange(n_pos) >= n_pos - lengths[:, None]).long()
+    tokens = torch.randint(0, n_kinds, (n_prompts, n_pos), generator=g)
+    places, first = _hooked.distinct(tokens, mask)
+    keys = [
+        (prompt, pos, tuple(tokens[prompt, n_pos - int(lengths[prompt]) : pos + 1].tolist()))
+        for prompt in range(n_prompts) for pos in range(n_pos)
+    ]  # fmt: skip
+    n_distinct = len({key for *_, key in keys})
+    if n_distinct > 0.9 * len(keys):
+        assert torch.equal(places, torch.arange(len(keys)).view(n_prompts, n_pos))
+        assert torch.equal(first, torch.arange(len(keys)))
+        return
+    assert len(first) == n_distinct
+    number_of = {}
+    for at, (prompt, pos, key) in enumerate(keys):
+        place = int(places[prompt, pos])
+        if key not in number_of:
+            number_of[key] = place
+            assert int(first[place]) == at
+        assert number_of[key] == place
+    assert len(set(number_of.values())) == n_distinct
+
+
+def test_prompts_that_begin_alike_give_what_each_gives_alone(generator):
+    """Twenty bare queries, each of them twice, of unlike length: activations of all layers against one prompt a run."""
+    model = random_model(n_layers=3, dtype=torch.float64)
+    pairs = fvlens.load_relation("antonym").pairs[:20]
+    prompts = fvlens.build_prompts(model, [*pairs, *pairs], n_shots=0, generator=generator)
+    places, first = _hooked.distinct(prompts.tokens, prompts.attention_mask)
+    assert len(first) < 0.5 * places.numel()
+    n_suffix = 2
+    together = run_prefix(model, prompts.tokens, prompts.attention_mask, n_suffix=n_suffix)
+    for i in (0, 7, 19, 20, 39):
+        real = prompts.attention_mask[i].bool()
+        alone = run_prefix(model, prompts.tokens[i : i + 1, real], prompts.attention_mask[i : i + 1, real], n_suffix=2)
+        n_prefix = int(real.sum()) - n_suffix
+        same = dict(rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(together.resid_final[i], alone.resid_final[0], **same)
+        torch.testing.assert_close(together.resid_pre[:, i], alone.resid_pre[:, 0], **same)
+        torch.testing.assert_close(together.z[:, i], alone.z[:, 0], **same)
+        torch.testing.assert_close(together.kept[i, ..., -n_prefix:, :], alone.kept[0], **same)

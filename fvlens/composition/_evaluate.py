@@ -441,7 +441,7 @@ class _Asked:
         best = torch.empty(n, dtype=torch.long)
         own = torch.full((len(self.pairs),), -1)
         own[self.first] = torch.arange(n)
-        for rows in torch.arange(len(self.pairs)).split(queries.rows_at_once):
+        for rows in queries.parts(torch.arange(len(self.pairs))):
             found, first = queries.scores(rows, vectors if vectors.ndim == 1 else vectors[self.whose[rows]])
             logs[rows] = (found.sum(dim=1).cpu() / queries.n_tokens[rows]).float()
             mine = own[rows] >= 0

@@ -102,10 +102,10 @@ def gate_signals(
     answers = torch.empty(n, 2, dtype=torch.long)
     zero = torch.zeros(vectors.shape[1])
     with torch.no_grad(), frozen(model):
-        for rows in torch.arange(n).split(asked.rows_at_once):
+        for rows in asked.parts(torch.arange(n)):
             logs = asked.log_probs(rows, vectors[rows]).sum(dim=1).cpu()
             gained[rows] = (logs / asked.n_tokens[rows]).float() - scores.unsteered[rows]
-        for rows in torch.arange(n).split(targets.rows_at_once):
+        for rows in targets.parts(torch.arange(n)):
             plain, steered = (targets.first_logits(rows, given).float() for given in (zero, vectors[rows]))
             sure[rows] = plain.log_softmax(dim=-1).amax(dim=-1).cpu()
             answers[rows] = torch.stack([best_token(plain), best_token(steered)], dim=1).cpu()
@@ -206,7 +206,7 @@ def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"
     """Whether each analogy is solved with its vector."""
     parts = []
     with torch.no_grad(), frozen(model):
-        for rows in torch.arange(len(queries)).split(queries.rows_at_once):
+        for rows in queries.parts(torch.arange(len(queries))):
             parts.append(queries.right(queries.first_logits(rows, vectors[rows]), rows))
     return torch.cat(parts)
 
@@ -280,7 +280,7 @@ def _learned(
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         for rows in torch.randperm(len(queries), generator=generator).split(batch_size):
             optimiser.zero_grad(set_to_none=True)
-            for part in rows.split(queries.rows_at_once):
+            for part in queries.parts(rows):
                 factor = (standard[part] @ slope + offset).sigmoid()
                 (-queries.log_probs(part, factor[:, None] * vectors[part]).sum() / len(rows)).backward()
             if l2:

@@ -469,7 +469,7 @@ def fit_composite(
             return math.nan, math.nan
         losses, hits = [], []
         with torch.no_grad():
-            for rows in torch.arange(start, end).split(queries.rows_at_once):
+            for rows in queries.parts(torch.arange(start, end)):
                 logs, first = queries.scores(rows, vectors(rows))
                 losses.append(-logs.sum(dim=1).cpu())
                 hits.append(queries.right(first, rows))
@@ -486,7 +486,7 @@ def fit_composite(
             total = 0.0
             for rows in torch.randperm(n_train, generator=generator).split(batch_size):
                 optimiser.zero_grad(set_to_none=True)
-                for part in rows.split(queries.rows_at_once):
+                for part in queries.parts(rows):
                     loss = -queries.log_probs(part, vectors(part)).sum() / len(rows)
                     loss.backward()
                     total += float(loss.detach()) * len(rows)

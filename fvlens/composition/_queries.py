@@ -56,12 +56,19 @@ class Queries:
                 model, prompts, TrainableVector(torch.zeros(model.cfg.d_model), layer), self.path, max_memory
             )
         self.model = model
-        self.rows_at_once = self._adapter.rows_at_once
         self.n_tokens = prompts.answer_mask.sum(dim=1)
 
     def __len__(self) -> int:
         """Number of prompts."""
         return len(self.n_tokens)
+
+    def portions(self, rows: Int[Tensor, " row"]) -> list[slice]:
+        """Slices of ``rows`` that go through the model together."""
+        return self._adapter.portions(rows)
+
+    def parts(self, rows: Int[Tensor, " row"]) -> list[Int[Tensor, " _row"]]:
+        """``rows``, cut into such slices."""
+        return [rows[part] for part in self.portions(rows)]
 
     @property
     def targets(self) -> Int[Tensor, "prompt answer_pos"]:
@@ -197,10 +204,11 @@ def _under_each(
 ) -> Float[Tensor, "query relation *value"]:  # fmt: skip
     """What ``read`` (rows, a vector for each) finds of every query under every vector, without gradients."""
     n = len(vectors)
-    total = len(queries) * n
+    rows = torch.arange(len(queries)).repeat_interleave(n)
+    whose = torch.arange(n).repeat(len(queries))
     parts = []
-    with torch.no_grad(), frozen(model), tqdm(total=total, disable=not progress, desc="source pairs") as bar:
-        for index in torch.arange(total).split(queries.rows_at_once):
-            parts.append(read(index // n, vectors[index % n]))
-            bar.update(len(index))
+    with torch.no_grad(), frozen(model), tqdm(total=len(rows), disable=not progress, desc="source pairs") as bar:
+        for part in queries.portions(rows):
+            parts.append(read(rows[part], vectors[whose[part]]))
+            bar.update(part.stop - part.start)
     return torch.cat(parts).unflatten(0, (len(queries), n))

@@ -360,7 +360,7 @@ class SoftPromptAdapter(ChangeAdapter):
         self.plan = plan_slices(
             model, n_pos=n_pos, n_suffix=n_pos, n_variants=1, path="naive", max_memory=None, gradients=True
         )
-        self.rows_at_once = self.plan.prompts
+        self.most_at_once = self.plan.prompts
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[self.offsets]]
@@ -369,8 +369,8 @@ class SoftPromptAdapter(ChangeAdapter):
         """Root mean square of what the first block reads, over all tokens."""
         total, n = 0.0, 0
         with torch.no_grad():
-            for part in rows.to(self.tokens.device).split(self.rows_at_once):
-                seen: list[Tensor] = []
+            for portion in self.portions(rows):
+                part, seen = rows[portion].to(self.tokens.device), list[Tensor]()
                 self.whole_passes(part, {resid_pre_hook(0): seen.append})
                 values = seen[0][self.mask[part].bool()].double()
                 total, n = total + float(values.square().sum()), n + values.numel()

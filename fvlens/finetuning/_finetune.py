@@ -556,7 +556,7 @@ def _fine_tuned(
         seed=task.seed,
         seconds=seconds,
         path=adapter.path,
-        batch_size=min(adapter.rows_at_once, len(adapter.prompts)),
+        batch_size=min(adapter.most_at_once, len(adapter.prompts)),
         weights=adapter.weights,
         complete=complete,
         state=state,

@@ -3,12 +3,13 @@
 The vector acts at the last token of the bare query, after layer l. What comes before that token, and the layers up to
 l, do not depend on it. So (1) every pair runs once, (2) a step runs only the query's last token, and those of the
 answer where it has several, through the layers above l, for the minibatches of all relations together, (3) after each
-epoch the training and validation pairs are scored the same way. Each relation has its own loss, minibatches, learning
+epoch the validation pairs are scored the same way. Each relation has its own loss, minibatches, learning
 rate, best epoch and stop, so that training many gives what training each alone gives.
 """
 
 import abc
 import dataclasses
+import itertools
 import math
 import time
 import warnings
@@ -30,7 +31,7 @@ from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, TEMPLATES, Prompts, Template, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
-from fvlens.suffix import Route, SteeredPrompts, Weights, open_reader, plan_slices, power_above
+from fvlens.suffix import Route, SteeredPrompts, Weights, open_reader, plan_slices, portions, power_above
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +98,9 @@ class History:
     """One entry an epoch; entry 0 is the start, before any step.
 
     Attributes:
-        train_loss, valid_loss: the loss without its l2 term (nats for ``"cross_entropy"``), NaN without pairs.
+        train_loss: the loss without its l2 term (nats for ``"cross_entropy"``) over the epoch's steps, of each pair
+            before the step that it takes part in; of entry 0, over all training pairs at the start.
+        valid_loss: the same over all validation pairs after the epoch, NaN without pairs.
         valid_top1: share of validation pairs whose answer's first token is the most likely one.
         norm: Euclidean norm of the vector.
         cosine: cosine similarity to the start; NaN if the start was zero.
@@ -173,7 +176,11 @@ class Adapter(abc.ABC):
     Args:
         model: the model.
         prompts: the bare queries of all pairs, with their answers.
-        max_memory: bytes for activations; by default chosen from what is free.
+        max_memory: bytes for activations; by default as by :func:`fvlens.suffix.plan_slices`.
+
+    Attributes:
+        costs: what each prompt counts in a batch.
+        most_at_once: what the prompts of a batch count together at most.
     """
 
     path: Route = "naive"
@@ -188,16 +195,20 @@ class Adapter(abc.ABC):
         self.tokens, self.mask = tokens.to(device), mask.to(device)
         self.targets = prompts.answer_tokens.to(device)
         self.n_suffix = self.targets.shape[1]
-        self.rows_at_once = self._most_rows(max_memory)
+        self.costs, self.most_at_once = self._batching(max_memory)
 
-    def _most_rows(self, max_memory: int | None) -> int:
-        """Prompts that go through whole together at most."""
+    def portions(self, rows: Int[Tensor, " row"]) -> list[slice]:
+        """Slices of ``rows`` that go through together."""
+        return portions(self.costs[rows.cpu()].tolist(), self.most_at_once)
+
+    def _batching(self, max_memory: int | None) -> tuple[Int[Tensor, " prompt"], int]:
+        """Costs of the prompts, and their sum in a batch at most: each counts once where they go through whole."""
         n_pos = self.tokens.shape[1]
         plan = plan_slices(
             self.model, n_pos=n_pos, n_suffix=n_pos, n_variants=1, path="naive", max_memory=max_memory, gradients=True,
             n_prompts=power_above(len(self.tokens)),
         )  # fmt: skip
-        return min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
+        return torch.ones(len(self.tokens), dtype=torch.long), min(_MOST_ROWS, 1 << (plan.prompts.bit_length() - 1))
 
     @abc.abstractmethod
     def parameters(self) -> list[list[nn.Parameter]]:
@@ -277,8 +288,10 @@ class VectorAdapter(Adapter):
             self.weights = self.kept.weights
         super().__init__(model, prompts, max_memory)
 
-    def _most_rows(self, max_memory: int | None) -> int:
-        return super()._most_rows(max_memory) if self.kept is None else self.kept.rows_at_once
+    def _batching(self, max_memory: int | None) -> tuple[Int[Tensor, " prompt"], int]:
+        if self.kept is None:
+            return super()._batching(max_memory)
+        return self.kept.n_tokens, self.kept.tokens_at_once
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[row] for row in self.trainable.rows]
@@ -291,8 +304,8 @@ class VectorAdapter(Adapter):
             found: list[Tensor] = []
             column = self.tokens.shape[1] - self.n_suffix
             with torch.no_grad():
-                for part in rows.split(self.rows_at_once):
-                    self.whole_passes(part, {resid_hook(layer): lambda x: found.append(x[:, column].clone())})
+                for part in self.portions(rows):
+                    self.whole_passes(rows[part], {resid_hook(layer): lambda x: found.append(x[:, column].clone())})
             there = torch.cat(found)
         return float(there.float().square().mean().sqrt())
 
@@ -376,8 +389,8 @@ class DistributedAdapter(Adapter):
             return lambda z: found.append(z[:, column, own].float().square().flatten().cpu())
 
         with torch.no_grad():
-            for part in rows.split(self.rows_at_once):
-                self.whole_passes(part, {z_hook(layer): see(layer) for layer in {head.layer for head in heads}})
+            for part in self.portions(rows):
+                self.whole_passes(rows[part], {z_hook(layer): see(layer) for layer in {head.layer for head in heads}})
         return float(torch.cat(found).mean().sqrt())
 
     def identity(self) -> dict[str, Any]:
@@ -439,6 +452,8 @@ class Training:
         self.best = [start.clone() for start in self.starts]
         self.best_epochs = [0] * len(tasks)
         self.stopped = [False] * len(tasks)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        """What each pair added to the loss in the epoch's steps, and its relation."""
         self._identity_now: dict[str, Any] | None = None
 
     def _values(self, i: int) -> Float[Tensor, " number"]:
@@ -454,17 +469,20 @@ class Training:
     def finished(self) -> bool:
         return self.epoch >= self.settings.epochs or all(self.stopped)
 
-    def _losses(self, logs: Tensor, rows: Tensor, relation: Tensor) -> Tensor:
-        """Loss of each relation over its rows; 0 for relations without any."""
-        n = len(self.tasks)
-        device = logs.device
-        relation = relation.to(device)
+    def _per_pair(self, logs: Float[Tensor, "row answer_pos"], rows: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """What each row adds to the mean of its relation, in nats."""
         per_pair = -logs.sum(dim=1)
         if self.settings.loss == "perplexity":
-            per_pair = per_pair / (self.adapter.targets[rows.to(device)] >= 0).sum(dim=1)
+            per_pair = per_pair / (self.adapter.targets[rows.to(logs.device)] >= 0).sum(dim=1)
+        return per_pair
+
+    def _losses(self, per_pair: Float[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, " relation"]:
+        """Loss of each relation over its rows; 0 for relations without any."""
+        n, device = len(self.tasks), per_pair.device
         if n == 1:
             mean = per_pair.mean()[None]
             return mean.exp() if self.settings.loss == "perplexity" else mean
+        relation = relation.to(device)
         counts = torch.zeros(n, device=device).index_add(0, relation, torch.ones_like(per_pair))
         mean = torch.zeros(n, device=device).index_add(0, relation, per_pair) / counts.clamp(min=1)
         if self.settings.loss == "perplexity":
@@ -480,12 +498,11 @@ class Training:
         relation = _relation_of(counts)
         logs, right = [], []
         with torch.no_grad():
-            most = self.adapter.rows_at_once
-            for part, whose in zip(flat.split(most), relation.split(most), strict=True):
-                found, ok = self.adapter.scores(part, whose)
+            for part in self.adapter.portions(flat):
+                found, ok = self.adapter.scores(flat[part], relation[part])
                 logs.append(found)
                 right.append(ok)
-            losses = self._losses(torch.cat(logs), flat, relation).tolist()
+            losses = self._losses(self._per_pair(torch.cat(logs), flat), relation).tolist()
         hits = torch.cat(right).cpu().double().split(counts)
         top1 = [float(part.mean()) if len(part) else math.nan for part in hits]
         return [loss if n else math.nan for loss, n in zip(losses, counts, strict=True)], top1
@@ -496,7 +513,7 @@ class Training:
         A relation whose loss is no longer a finite number stops with a warning; its best epoch so far stands.
         """
         going = [not stopped for stopped in self.stopped]
-        train, _ = self._score([rows[: len(rows) * on] for rows, on in zip(self.train_rows, going, strict=True)])
+        train = self._loss_of_steps() if self._seen else self._score(self.train_rows)[0]
         valid, top1 = self._score([rows[: len(rows) * on] for rows, on in zip(self.valid_rows, going, strict=True)])
         for i, task in enumerate(self.tasks):
             if self.stopped[i]:
@@ -519,8 +536,14 @@ class Training:
             patience = self.settings.patience
             self.stopped[i] = patience is not None and epoch - self.best_epochs[i] >= patience
 
+    def _loss_of_steps(self) -> list[float]:
+        """Loss of each relation over the steps of the epoch."""
+        per_pair, relation = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        return self._losses(per_pair, relation).tolist()
+
     def one_epoch(self) -> None:
         """Every training pair once."""
+        self._seen.clear()
         factor = 1.0
         if self.settings.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * self.epoch / self.settings.epochs))
@@ -539,7 +562,9 @@ class Training:
         flat = batch[0] if len(batch) == 1 else torch.cat(list(batch))
         for part in self._groups(batch):  # relations do not touch each other, so their gradients may come in turns
             logs = self.adapter.log_probs(flat[part], relation[part])
-            self._losses(logs, flat[part], relation[part]).sum().backward()
+            per_pair = self._per_pair(logs, flat[part])
+            self._losses(per_pair, relation[part]).sum().backward()
+            self._seen.append((per_pair.detach(), relation[part]))
         if self.settings.l2:
             values = torch.stack([nn.utils.parameters_to_vector(own) for own in self.parameters])
             if self.settings.anchor == "init":
@@ -553,20 +578,19 @@ class Training:
 
     def _groups(self, batch: Sequence[Tensor]) -> Iterator[slice]:
         """Slices of the step's rows that hold whole relations and fit the memory."""
-        most = self.adapter.rows_at_once
-        start = end = 0
-        for task, rows in zip(self.tasks, batch, strict=True):
-            if len(rows) > most:
+        most = self.adapter.most_at_once
+        costs = [int(self.adapter.costs[rows].sum()) for rows in batch]
+        for task, rows, cost in zip(self.tasks, batch, costs, strict=True):
+            if cost > most and len(rows) > 1:
                 raise ValueError(
                     f"finetune: a step of {len(rows)} pairs of {task.name or 'this relation'} does not fit the memory, "
-                    f"which holds about {most} of these prompts; give a smaller batch_size."
+                    f"which holds about {max(1, most * len(rows) // cost)} of these prompts; give a smaller batch_size."
                 )
-            if end + len(rows) - start > most:
-                yield slice(start, end)
-                start = end
-            end += len(rows)
-        if end > start:
-            yield slice(start, end)
+        ends = list(itertools.accumulate(len(rows) for rows in batch))
+        for part in portions(costs, most):
+            start = ends[part.start] - len(batch[part.start])
+            if ends[part.stop - 1] > start:
+                yield slice(start, ends[part.stop - 1])
 
     def outcomes(self) -> list[Outcome]:
         """Best vector, its epoch and the curves of each relation."""

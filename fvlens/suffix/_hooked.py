@@ -157,24 +157,38 @@ class Passed:
 
     Attributes:
         layer: the block.
-        before: the residual stream before it; of the last block, at the last positions only.
         k, v: keys, rotated already, and values.
         z: its heads' mixed values; of the last block, at the last positions only.
-        after: the residual stream after it; of the last block, at the last positions only.
+        rows_before, rows_after: the residual stream before and after it, a row for each distinct token.
+        places: the row of each position; of the last block, of the last positions only.
     """
 
     layer: int
-    before: Float[Tensor, "prompt query d_model"]
     k: Float[Tensor, "prompt pos kv d_head"]
     v: Float[Tensor, "prompt pos kv d_head"]
     z: Float[Tensor, "prompt query head d_head"]
-    after: Float[Tensor, "prompt query d_model"]
+    rows_before: Float[Tensor, "row d_model"]
+    rows_after: Float[Tensor, "row d_model"]
+    places: Int[Tensor, "prompt query"]
+
+    @property
+    def before(self) -> Float[Tensor, "prompt query d_model"]:
+        """The residual stream before the block."""
+        return self.rows_before[self.places]
+
+    @property
+    def after(self) -> Float[Tensor, "prompt query d_model"]:
+        """The residual stream after the block."""
+        return self.rows_after[self.places]
 
 
 def passes(
     model: Any, layout: Layout, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"], n_last: int
 ) -> Iterator[Passed]:
     """Whole prompts through the laid-out weights, block after block.
+
+    A token whose prompt begins like another's up to there goes through the products once for both, and padding once
+    for all: only attention sees every prompt by itself.
 
     Args:
         model: the model.
@@ -184,20 +198,73 @@ def passes(
     """
     cfg = model.cfg
     walk = Walk.over(model, layout, mask, tokens.shape[1])
-    resid, *_ = model.input_to_embed(tokens, attention_mask=mask)
+    embedded, *_ = model.input_to_embed(tokens, attention_mask=mask)
+    places, first = distinct(tokens, mask)
+    is_shared = len(first) < places.numel()
+    resid = embedded.reshape(-1, cfg.d_model)
+    rotations = [(cos.flatten(0, 1), sin.flatten(0, 1)) for cos, sin in walk.rotations]
+    if is_shared:
+        resid, rotations = resid[first], [(cos[first], sin[first]) for cos, sin in rotations]
+    del embedded
+
+    def spread(x: Float[Tensor, "row *axes"]) -> Float[Tensor, "prompt pos *axes"]:
+        return x[places] if is_shared else x.view(*places.shape, *x.shape[1:])
+
     for layer, block in enumerate(layout.blocks):
-        q, k, v = walk.heads(block, block.ln1(resid.reshape(-1, cfg.d_model)), resid.shape[:2], walk.rotations)
-        if layer == cfg.n_layers - 1:
-            q, resid = q[:, -n_last:], resid[:, -n_last:]
+        q, k, v = (spread(x) for x in walk.heads(block, block.ln1(resid), (len(resid),), rotations))
+        is_last = layer == cfg.n_layers - 1
+        if is_last:
+            q, resid = q[:, -n_last:], resid[places[:, -n_last:].flatten()]
+            places = torch.arange(len(resid), device=resid.device).view(-1, n_last)
         allowed = walk.allowed[block.window]
         if allowed is not None:
             allowed = allowed[:, -q.shape[1] :]
         z = attend_within(q, k, v, allowed, scale=block.scale, cap=walk.cap)
         rows = z.reshape(-1, cfg.n_heads * cfg.d_head)
-        after = walk.finish(block, resid.reshape(-1, cfg.d_model), rows).view(resid.shape)
-        yield Passed(layer, resid, k, v, z, after)
+        after = walk.finish(block, resid, rows[first] if is_shared and not is_last else rows)
+        yield Passed(layer, k, v, z, resid, after, places)
         resid = after
         del q, k, v, z, rows, after  # not beside those of the next block
+
+
+_WORTH = 0.9
+"""Share of the positions that are distinct from which on all of them go through by themselves."""
+
+
+def distinct(
+    tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, " row"]]:
+    """Which positions of left-padded prompts have the same tokens up to and with their own, padding aside.
+
+    Returns:
+        The number of its distinct beginning for each position, all padding having the same; and for each of these the
+        first position that has it, counted prompt after prompt. Where that would spare little, each position is its
+        own.
+    """
+    n_prompts, n_pos = tokens.shape
+    every = torch.arange(n_prompts * n_pos, device=tokens.device).view(n_prompts, n_pos)
+    lengths = mask.sum(dim=1)
+    places = torch.zeros_like(every)
+    n_found = int(bool((lengths < n_pos).any()))  # number 0 is padding, where there is any
+    above = torch.zeros(n_prompts, dtype=torch.long, device=tokens.device)
+    step = int(tokens.max()) + 1
+    for depth in range(int(lengths.max())):
+        alive = (lengths > depth).nonzero().flatten()
+        column = n_pos - lengths[alive] + depth
+        beginnings, which = torch.unique(above[alive] * step + tokens[alive, column], return_inverse=True)
+        above[alive] = which
+        places[alive, column] = n_found + which
+        n_found += len(beginnings)
+        if len(beginnings) == len(alive):  # all differ, and so does whatever follows them
+            later = torch.arange(n_pos, device=tokens.device)[None] > n_pos - lengths[:, None] + depth
+            rest = int(later.sum())
+            places[later] = torch.arange(n_found, n_found + rest, device=tokens.device)
+            n_found += rest
+            break
+    if n_found > _WORTH * every.numel():
+        return every, every.flatten()
+    first = torch.full((n_found,), every.numel(), dtype=torch.long, device=tokens.device)
+    return places, first.scatter_reduce(0, places.flatten(), every.flatten(), "amin")
 
 
 def run_weights(
@@ -217,16 +284,17 @@ def run_weights(
     pre, zs = [], []
     final = torch.empty(0)
     for passed in passes(model, layout, tokens, mask, n_suffix):
-        final = passed.after
         if passed.layer == 0:
             shape = n_prompts, cfg.n_layers - from_layer, 2 * n_kv, n_prefix, cfg.d_head
             kept = passed.k.new_empty(shape)
         if passed.layer >= from_layer:
-            pre.append(passed.before[:, -n_suffix:].clone())
+            pre.append(passed.rows_before[passed.places[:, -n_suffix:]])
             own = kept[:, passed.layer - from_layer]
             own[:, :n_kv], own[:, n_kv:] = (x[:, :n_prefix].transpose(1, 2) for x in (passed.k, passed.v))
             if keep_z:
                 zs.append(passed.z[:, -n_suffix:].clone())
+        if passed.layer == cfg.n_layers - 1:
+            final = passed.after
         del passed  # nothing of a block lies beside the next one but what is kept
     return WeightsRun(
         model=model,

@@ -1,5 +1,6 @@
 """Prompts that are kept while vectors change: what training and composition run over."""
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens.suffix._memory import Estimate, Weights, plan_slices, power_above
+from fvlens.suffix._memory import Estimate, Weights, plan_slices, portions, power_above, room_for_kept
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
+from fvlens.suffix._run import joined_runs
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
-
-_KEPT = 1024**3
-"""Bytes that are kept of prompts where no bound is given."""
 
 
 class SteeredPrompts:
     """Prompts with answers, kept for many runs with a vector added after one layer at their last token.
 
-    Prompts whose answers have the same length lie together, so that none is padded to the longest. What is kept of them
-    stays inside a bound: slices that do not fit go when others are needed, and are run again when they are.
+    Prompts whose answers have the same length lie together, so that none is padded to the longest: all of them in one
+    slice, for a step takes rows from anywhere. Where that is more than may be kept, they lie in small slices: those
+    that do not fit go when others are needed, and are run again when they are.
 
     Args:
         model: the model.
@@ -30,11 +30,13 @@ class SteeredPrompts:
         answers: the tokens of their answers, -1 behind the end.
         layer: vectors are added after this layer.
         path: ``"weights"`` or ``"kv"``.
-        max_memory: bytes for activations and what is kept; by default 1 GiB for each of the two.
-        most: prompts that go through together at most.
+        max_memory: bytes for activations and what is kept; by default as :func:`plan_slices` for the former, and a
+            third of what is free for the latter, which changes the order of rows but none of their numbers.
+        most: answer tokens that go through together at most.
 
     Attributes:
-        rows_at_once: prompts that go through together at most.
+        n_tokens: tokens of each prompt's answer.
+        tokens_at_once: answer tokens that go through together at most, with gradients.
         weights: on the path ``"weights"``, how they are held; None on the other.
     """
 
@@ -53,33 +55,42 @@ class SteeredPrompts:
         self.model, self.layer = model, layer
         self.path: Route = path
         self.answers = answers.to(next(model.parameters()).device)
-        lengths = (answers >= 0).sum(dim=1)
-        self.n_answers = sorted(set(lengths.tolist()))
-        longest = self.n_answers[-1]
-        half = None if max_memory is None else max_memory // 2
+        self.n_tokens = (answers >= 0).sum(dim=1).cpu()
+        self.n_answers = sorted(set(self.n_tokens.tolist()))
         plan = plan_slices(
-            model, n_pos=tokens.shape[1] + longest - 1, n_suffix=longest, n_variants=1, path=path, gradients=True,
-            max_memory=max_memory, shares=2, n_prompts=power_above(len(tokens)), **self._kept_part(),
+            model, n_pos=tokens.shape[1] + self.n_answers[-1] - 1, n_suffix=1, n_variants=1, path=path, gradients=True,
+            max_memory=max_memory, shares=2, n_prompts=power_above(int(self.n_tokens.sum())), **self._kept_part(),
         )  # fmt: skip
-        self.rows_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
+        self.tokens_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
         self.is_copied = plan.copied
         self.weights: Weights | None = plan.weights if path == "weights" else None
-        self._room = _KEPT if half is None else half
+        self._room = room_for_kept(model) if max_memory is None else max_memory // 2
+        by_length = [self._with_answers(tokens, mask, answers, n) for n in self.n_answers]
+        self._all_fit = sum(self._bytes(len(index), whole, n) for index, whole, _, n in by_length) <= self._room
         self._slices: list[tuple[Tensor, Tensor, int]] = []
         self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
         self._place_in = torch.zeros(len(tokens), dtype=torch.long)
-        for n_answer in self.n_answers:
-            index = (lengths == n_answer).nonzero().flatten()
-            width = int(mask[index].sum(dim=1).max())
-            given = answers[index, : n_answer - 1]
-            whole = torch.cat([tokens[index, -width:], given], dim=1)
-            seen = torch.cat([mask[index, -width:], torch.ones_like(given)], dim=1)
-            for part in torch.arange(len(index)).split(self.rows_at_once):
+        for index, whole, seen, n_answer in by_length:
+            size = len(index) if self._all_fit else self._prompts_at_once(n_answer)
+            for part in torch.arange(len(index)).split(size):
                 self._slice_of[index[part]] = len(self._slices)
                 self._place_in[index[part]] = torch.arange(len(part))
                 self._slices.append((whole[part], seen[part], n_answer))
         self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
-        self._all_fit = sum(map(self._size, range(len(self._slices)))) <= self._room
+
+    def _with_answers(
+        self, tokens: Tensor, mask: Tensor, answers: Tensor, n_answer: int
+    ) -> tuple[Int[Tensor, " own"], Int[Tensor, "own pos"], Int[Tensor, "own pos"], int]:
+        """The prompts with answers of one length: which, their tokens with all of the answer but the last, masks."""
+        index = (self.n_tokens == n_answer).nonzero().flatten()
+        width = int(mask[index].sum(dim=1).max())
+        given = answers[index, : n_answer - 1]
+        whole = torch.cat([tokens[index, -width:], given], dim=1)
+        return index, whole, torch.cat([mask[index, -width:], torch.ones_like(given)], dim=1), n_answer
+
+    def portions(self, rows: Int[Tensor, " row"]) -> list[slice]:
+        """Slices of ``rows`` that go through together."""
+        return portions(self.n_tokens[rows.cpu()].tolist(), self.tokens_at_once)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -89,10 +100,18 @@ class SteeredPrompts:
         """What is kept of a run: what a suffix above the layer needs."""
         return dict(from_layer=self.layer + 1, keep_z=False) if self.path == "weights" else {}
 
+    def _prompts_at_once(self, n_answer: int) -> int:
+        """Prompts that run whole together."""
+        return max(1, self.tokens_at_once // n_answer)
+
+    def _bytes(self, n: int, whole: Int[Tensor, "own pos"], n_answer: int) -> int:
+        """Bytes that are kept of ``n`` such prompts."""
+        return n * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+
     def _size(self, i: int) -> int:
         """Bytes that are kept of a slice."""
         whole, _, n_answer = self._slices[i]
-        return len(whole) * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+        return self._bytes(len(whole), whole, n_answer)
 
     def _steps_of(self, i: int) -> SteeredSuffix:
         """The steps of a slice, kept or run again."""
@@ -104,8 +123,15 @@ class SteeredPrompts:
         while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
             self._steps.popitem(last=False)  # before the new ones are made
         options: dict[str, Any] = dict(copied=self.is_copied) if self.path == "weights" else {}
-        run = run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path, **self._kept_part(), **options)
-        steps = run.steps(self.layer)
+        runs = []
+        for part in torch.arange(len(whole)).split(self._prompts_at_once(n_answer)):
+            run = run_prefix(
+                self.model, whole[part], seen[part], n_suffix=n_answer, path=self.path, **self._kept_part(), **options
+            )
+            if self.path == "weights":  # steps start from one layer: the residual streams before the others may go
+                run = dataclasses.replace(run, resid_pre=run.resid_pre[:1].clone())
+            runs.append(run)
+        steps = joined_runs(runs).steps(self.layer)
         self._steps[i] = steps, size
         return steps
 

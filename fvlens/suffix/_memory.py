@@ -8,7 +8,7 @@ that patched copies need, and logits. Its factors are measured on the allocation
 import gc
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -122,8 +122,8 @@ class Estimate:
         """One row of logits, in single precision too, and what its normalisation takes."""
         return (self.size + 8) * self.d_vocab
 
-    def activations(self, n_tokens: int, n_keys: int, *, path: Route = "kv", gradients: bool = False) -> int:
-        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks.
+    def activations(self, n_tokens: int, n_keys: int, *, path: Route = "kv", held_blocks: int = 0) -> int:
+        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks held.
 
         The engine over the weights still holds its heads while it runs the MLP.
         """
@@ -135,7 +135,7 @@ class Estimate:
         else:
             mlp = self.size * (4 * self.d_mlp + 6 * self.d_model)
         held = self.n_layers * self.size * self.n_heads * n_keys if self.holds_patterns else 0
-        block = self.n_layers * (attention + mlp) if gradients else max(attention, mlp)
+        block = held_blocks * (attention + mlp) if held_blocks else max(attention, mlp)
         return n_tokens * (block + held)
 
     def cache(self, n_tokens: int) -> int:
@@ -161,11 +161,14 @@ class Estimate:
         running = self.forward(n_pos, n_read=1 if self.bridge else 0, keep=True)
         return max(running + kept - self.cache(n_pos), self.cache(n_pos) + kept)
 
-    def variant(self, n_pos: int, n_suffix: int, path: Route, *, gradients: bool = False) -> int:
-        """A patched copy on its way through a block, and on the kv path its copies of the prefix."""
-        needed = self.activations(n_suffix, n_pos, path=path, gradients=gradients) + (self.logits if gradients else 0)
+    def variant(self, n_pos: int, n_suffix: int, path: Route, *, gradients: bool = False, from_layer: int = 0) -> int:
+        """A patched copy on its way through a block, and on the kv path its copies of the prefix; with gradients, what
+        stays of all blocks from a layer on.
+        """
+        above = max(1, self.n_layers - from_layer) if gradients else 0
+        needed = self.activations(n_suffix, n_pos, path=path, held_blocks=above) + (self.logits if gradients else 0)
         if path == "kv":
-            width = (3 * self.n_heads + 2 * self.n_kv_heads) * (self.n_layers if gradients else 1)
+            width = (3 * self.n_heads + 2 * self.n_kv_heads) * max(1, above)
             needed += self.size * n_pos * width * self.d_head
         return needed
 
@@ -325,7 +328,7 @@ def plan_slices(
     unembedding = estimate.unembedding
     kept = estimate.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)
     prefix = estimate.prefix(n_pos, n_suffix, path, from_layer=from_layer, keep_z=keep_z)
-    variant = estimate.variant(n_pos, n_suffix, path, gradients=gradients)
+    variant = estimate.variant(n_pos, n_suffix, path, gradients=gradients, from_layer=from_layer)
     result = estimate.result(n_suffix)
 
     def need(prompts: int, variants: int) -> int:
@@ -366,6 +369,27 @@ def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
         f"max_memory={available} bytes is too small: one prompt of {n_pos} tokens{what} needs about {least} bytes; "
         "give more memory or shorter prompts."
     )
+
+
+def room_for_kept(model: Any) -> int:
+    """Bytes that may be kept of prompts between runs where no bound is given: a third of what is free.
+
+    Unlike the size of a batch it changes no number, only how often prompts run again.
+    """
+    free = [free_memory(device) for device in _devices(model)]
+    known = [own // 3 for own in free if own is not None]
+    return min(known, default=_CEILING["cuda"])
+
+
+def portions(costs: Sequence[int], most: int) -> list[slice]:
+    """Slices of consecutive items that cost ``most`` at most together, an item that costs more by itself."""
+    found, start, total = [], 0, 0
+    for i, cost in enumerate(costs):
+        if total + cost > most and i > start:
+            found.append(slice(start, i))
+            start, total = i, 0
+        total += cost
+    return [*found, slice(start, len(costs))] if costs else []
 
 
 def power_above(n: int) -> int:

@@ -268,3 +268,26 @@ def row_edits(edits: SiteEdits, layer: int, n_prompts: int) -> dict[str, Any]:
         return edits.apply(z.unflatten(0, (n_prompts, -1))).flatten(0, 1)
 
     return {z_hook(layer): apply}
+
+
+def joined_runs(runs: Sequence[SuffixRun]) -> SuffixRun:
+    """Runs of the same length one after another, as if their prompts had been run together."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    caches = [run._cache(lambda tensor: tensor) for run in runs]
+    return dataclasses.replace(
+        first,
+        resid_pre=torch.cat([run.resid_pre for run in runs], dim=1),
+        z=None if first.z is None else torch.cat([run.z for run in runs if run.z is not None], dim=1),
+        resid_final=torch.cat([run.resid_final for run in runs]),
+        attention_mask=torch.cat([run.attention_mask for run in runs]),
+        suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
+        **{name: _side_by_side([cache[name] for cache in caches]) for name in caches[0]},
+    )
+
+
+def _side_by_side(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
