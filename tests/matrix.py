@@ -2,7 +2,7 @@
 
 One function a feature. Each runs the feature, asserts that it agrees with the oracle over plain Hugging Face, and
 returns the cell of the support table: ``"yes"``, or what kind of yes. A feature that the package does not support
-raises its ``ValueError``. ``test_matrix`` asserts on the cells, ``support_table`` writes them into the README.
+raises its ``ValueError``. ``test_matrix`` asserts on the cells, ``support_table`` writes them into the models' page.
 
 Models, prompts and the oracle's results are made once a process.
 """

@@ -1,8 +1,8 @@
-"""The README's support table: what the features of ``matrix`` find, as Markdown.
+"""The support table of ``fvlens/models/README.md``: what the features of ``matrix`` find, as Markdown.
 
-``python tests/support_table.py`` prints it; with ``--write`` it replaces the section of the README. The README's test
-runs the same features and fails where the section says something else. A feature whose numbers differ from the oracle's
-raises here too, so no table comes of it.
+``python tests/support_table.py`` prints it; with ``--write`` it replaces that page's section. The page's test runs the
+same features and fails where the section says something else. A feature whose numbers differ from the oracle's raises
+here too, so no table comes of it.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import matrix
 from checkpoints import ARCHITECTURES, VARIANTS
 from matrix import BACKENDS, FEATURES
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "fvlens" / "models" / "README.md"
+NAME = PAGE.relative_to(ROOT).as_posix()
 BEGIN, END = "<!-- support table -->", "<!-- end of support table -->"
 TITLES = {"hooked": "**HookedTransformer** (TransformerLens 3.9)", "bridge": "**TransformerBridge** (3.9 and 4)"}
 GROUPS = {"llama": 2, "qwen2": 2, "qwen3": 2, "mistral": 2, "gemma": 1, "gemma2": 2}
@@ -85,47 +87,47 @@ def section() -> str:
     return "\n\n".join(f"{TITLES[backend]}:\n\n{table(backend)}\n\n{variants(backend)}" for backend in BACKENDS)
 
 
-def section_of_readme() -> str:
-    """What the README says between the markers, of the backends there are (without TransformerLens 3, of the bridge).
+def section_of_page() -> str:
+    """What the page says between the markers, of the backends there are (without TransformerLens 3, of the bridge).
 
     Raises:
-        ValueError: the README has not exactly one pair of markers, or a table that belongs to no backend.
+        ValueError: the page has not exactly one pair of markers, or a table that belongs to no backend.
     """
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README.name}: expected one {BEGIN} and one {END}.")
+        raise ValueError(f"{NAME}: expected one {BEGIN} and one {END}.")
     inside = text.split(BEGIN)[1].split(END)[0].strip()
     parts = {}
     for part in inside.split("\n\n**"):
         whole = part if part.startswith("**") else f"**{part}"
         backend = next((key for key, title in TITLES.items() if whole.startswith(f"{title}:")), None)
         if backend is None:
-            raise ValueError(f"{README.name}: a table that belongs to no backend: {whole[:80]!r}.")
+            raise ValueError(f"{NAME}: a table that belongs to no backend: {whole[:80]!r}.")
         parts[backend] = whole
     if list(parts) != list(TITLES):
-        raise ValueError(f"{README.name}: expected tables for {', '.join(TITLES)}, got {', '.join(parts) or 'none'}.")
+        raise ValueError(f"{NAME}: expected tables for {', '.join(TITLES)}, got {', '.join(parts) or 'none'}.")
     return "\n\n".join(parts[backend] for backend in BACKENDS)
 
 
 def write() -> None:
-    """Replace the README's section.
+    """Replace the page's section.
 
     Raises:
-        ValueError: HookedTransformer's table cannot be made here, or the README has no markers.
+        ValueError: HookedTransformer's table cannot be made here, or the page has no markers.
     """
     if tuple(BACKENDS) != tuple(TITLES):
         raise ValueError(f"expected TransformerLens 3.9, which has {', '.join(TITLES)}; here is {', '.join(BACKENDS)}.")
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README.name}: expected one {BEGIN} and one {END}; put them where the tables belong.")
+        raise ValueError(f"{NAME}: expected one {BEGIN} and one {END}; put them where the tables belong.")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{section()}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{section()}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="replace the section of the README")
+    parser.add_argument("--write", action="store_true", help=f"replace the section of {NAME}")
     if parser.parse_args().write:
         write()
     else:

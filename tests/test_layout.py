@@ -14,8 +14,8 @@ from test_edits import by_whole_passes, compare
 from torch.nn.utils import parametrize
 
 import fvlens
-from fvlens import _looks, models
-from fvlens.models import fingerprint, refresh
+from fvlens import models
+from fvlens.models import _looks, fingerprint, refresh
 from fvlens.suffix import Edit, _layout, laid_out, run_prefix
 from fvlens.suffix._layout import is_laid_out
 

@@ -1,4 +1,4 @@
-"""Every architecture on every backend against the oracle over plain Hugging Face; the README's support table."""
+"""Every architecture on every backend against the oracle over plain Hugging Face; the models' support table."""
 
 import dataclasses
 import functools
@@ -274,5 +274,5 @@ def test_feature(name, backend, feature):
         assert reason in support_table.cell(feature, name, backend)
 
 
-def test_the_readme_holds_the_table():
-    assert support_table.section_of_readme() == support_table.section()
+def test_the_models_page_holds_the_table():
+    assert support_table.section_of_page() == support_table.section()

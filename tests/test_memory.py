@@ -20,8 +20,7 @@ from conftest import random_model
 from peak_memory import bridged
 
 import fvlens
-from fvlens import _checkpoints
-from fvlens.models import refresh
+from fvlens.models import _checkpoints, refresh
 from fvlens.suffix import (
     _hooked,
     _memory,

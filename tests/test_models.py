@@ -20,10 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
-from fvlens import _checkpoints, _hf_configs, _looks, models
 from fvlens.models import (
     EMBEDDED_MODELS,
     Fingerprint,
+    _checkpoints,
+    _fingerprint,
+    _hf_configs,
+    _load,
+    _looks,
     bos_token_id,
     embedded_folder,
     fingerprint,
@@ -36,7 +40,7 @@ from fvlens.models import (
 )
 from fvlens.types import Head, is_bridge
 
-HAS_HOOKED = models._has_hooked_transformer()
+HAS_HOOKED = _load._has_hooked_transformer()
 BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -383,14 +387,14 @@ def test_architectures_outside_the_table_go_through_transformer_lens(tmp_path):
 
 @needs_hooked
 def test_a_model_with_other_numbers_than_hugging_faces_is_refused(folders, monkeypatch):
-    original = models.read_model
+    original = _load.read_model
 
     def changed(*arguments, **options):
         made = original(*arguments, **options)
         made.config.rms_norm_eps = 1.0  # the class reads the configuration, the Hugging Face model has its own value
         return made
 
-    monkeypatch.setattr(models, "read_model", changed)
+    monkeypatch.setattr(_load, "read_model", changed)
     with pytest.raises(
         ValueError, match=r"would not give the numbers of .*: its logits differ .* by .* of the largest"
     ):
@@ -414,14 +418,14 @@ def test_how_far_the_logits_may_differ(folders, limit, dtype):
     checkpoint = _checkpoints.find_checkpoint(folders("llama"), None)
     tokens = torch.arange(8)[None]
     expected = Answering()(tokens), Answering()(tokens[:, 3:])
-    models._compare(checkpoint, Answering(1.9 * limit, -1.9 * limit), tokens, expected, dtype)
+    _load._compare(checkpoint, Answering(1.9 * limit, -1.9 * limit), tokens, expected, dtype)
     for added, where in ((2.1 * limit, ""), (float("nan"), "")):
         with pytest.raises(ValueError, match=rf"Answering would not give the numbers of .*its logits{where} differ .*"):
-            models._compare(checkpoint, Answering(added), tokens, expected, dtype)
+            _load._compare(checkpoint, Answering(added), tokens, expected, dtype)
         with pytest.raises(
             ValueError, match=r"its logits behind padding differ .* use another dtype, or the other back"
         ):
-            models._compare(checkpoint, Answering(0.0, added), tokens, expected, dtype)
+            _load._compare(checkpoint, Answering(0.0, added), tokens, expected, dtype)
 
 
 def test_double_precision_on_the_bridge_is_refused_where_padding_breaks_it(folders):
@@ -445,7 +449,7 @@ def test_a_model_that_cannot_run_in_a_precision_is_refused(folders):
         ValueError,
         match=r"Broken cannot run the model in .*llama in bfloat16 \(RuntimeError: expected m1 .*; use another",
     ):
-        models._compare(checkpoint, Broken(), torch.arange(8)[None], (torch.ones(1, 8, 2),) * 2, torch.bfloat16)
+        _load._compare(checkpoint, Broken(), torch.arange(8)[None], (torch.ones(1, 8, 2),) * 2, torch.bfloat16)
 
 
 def test_an_assertion_of_transformer_lens_is_an_error_of_ours(tmp_path):
@@ -666,8 +670,8 @@ def test_an_unknown_name_offers_the_nearest(backend):
 
 def test_backends_that_are_not_there(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be 'hooked', 'bridge' or None, got 'hugging'"):
-        models._choose_backend("hugging")
-    monkeypatch.setattr(models, "_has_hooked_transformer", lambda: False)
+        _load._choose_backend("hugging")
+    monkeypatch.setattr(_load, "_has_hooked_transformer", lambda: False)
     with pytest.raises(
         ValueError, match=r"needs HookedTransformer, .* use backend='bridge', or install 'transformer-l"
     ):
@@ -676,7 +680,7 @@ def test_backends_that_are_not_there(monkeypatch):
 
 
 def test_hooked_transformer_is_found_or_missed_by_its_import(monkeypatch):
-    assert models._has_hooked_transformer() == (int(version_of("transformer-lens").split(".")[0]) < 4)
+    assert _load._has_hooked_transformer() == (int(version_of("transformer-lens").split(".")[0]) < 4)
     fake = type(sys)("transformer_lens")
 
     def missing(name):
@@ -684,7 +688,7 @@ def test_hooked_transformer_is_found_or_missed_by_its_import(monkeypatch):
 
     fake.__getattr__ = missing
     monkeypatch.setitem(sys.modules, "transformer_lens", fake)
-    assert not models._has_hooked_transformer()
+    assert not _load._has_hooked_transformer()
 
 
 def test_a_revision_of_something_local(tmp_path):
@@ -709,14 +713,14 @@ def test_more_devices_than_there_are(monkeypatch):
 
 def test_devices_are_passed_to_hugging_face(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(models, "free_memory", lambda device: 10**9 + device.index)
-    devices = models._choose_devices(None, 3)
+    monkeypatch.setattr(_load, "free_memory", lambda device: 10**9 + device.index)
+    devices = _load._choose_devices(None, 3)
     assert devices == [torch.device("cuda", index) for index in range(3)]
-    assert models._split(devices) == {
+    assert _load._split(devices) == {
         "device_map": "balanced",
         "max_memory": {0: 10**9, 1: 10**9 + 1, 2: 10**9 + 2},
     }
-    assert models._split([torch.device("cpu")]) == {}
+    assert _load._split([torch.device("cpu")]) == {}
 
 
 def test_a_model_that_does_not_fit(folders, monkeypatch):
@@ -926,7 +930,7 @@ def test_a_copy_of_a_loaded_model_is_that_model_until_it_is_changed(copy):
 
 def test_a_model_of_ones_own_is_hashed_by_its_parameters(copy):
     weights = fingerprint(copy).weights
-    del vars(copy)[models._ORIGIN]
+    del vars(copy)[_fingerprint.ORIGIN]
     refresh(copy)
     own = fingerprint(copy).weights
     assert own != weights
@@ -937,8 +941,8 @@ def test_a_model_of_ones_own_is_hashed_by_its_parameters(copy):
 
 def test_the_weights_hash_reads_names_shapes_and_every_number():
     tensors = {"b": torch.arange(6.0), "a": torch.zeros(2, 3)}
-    plain = models._weights_hash(tensors.items())
-    assert plain == models._weights_hash(reversed(tensors.items()))
+    plain = _fingerprint.weights_hash(tensors.items())
+    assert plain == _fingerprint.weights_hash(reversed(tensors.items()))
     changed = tensors["b"].clone()
     changed[3] = torch.nextafter(changed[3], torch.tensor(torch.inf))
     variants = [
@@ -950,7 +954,7 @@ def test_the_weights_hash_reads_names_shapes_and_every_number():
         {"b": tensors["b"].flip(0), "a": tensors["a"]},
         {"b": tensors["b"]},
     ]
-    hashes = [models._weights_hash(variant.items()) for variant in variants]
+    hashes = [_fingerprint.weights_hash(variant.items()) for variant in variants]
     assert len({plain, *hashes}) == len(variants) + 1
 
 
@@ -964,13 +968,13 @@ def test_a_training_step_changes_the_fingerprint(copy):
 
 def test_weights_are_hashed_once_until_they_change(copy, monkeypatch):
     calls = []
-    original = models._weights_hash
+    original = _fingerprint.weights_hash
 
     def counted(parameters):
         calls.append(1)
         return original(parameters)
 
-    monkeypatch.setattr(models, "_weights_hash", counted)
+    monkeypatch.setattr(_fingerprint, "weights_hash", counted)
     first = fingerprint(copy)
     with torch.inference_mode():
         copy(torch.tensor([[0, 1, 2]]))

@@ -752,7 +752,7 @@ def test_integrated_gradients_find_what_the_slope_at_one_point_misses(made):
 
 @pytest.mark.parametrize("labels", ["permuted", "random"])
 def test_screens_of_the_embedded_model(model, labels):
-    """Means over every 60th relation; single relations scatter (see the README's table)."""
+    """Means over every 60th relation; single relations scatter (see the table in ``fvlens/attribution/README.md``)."""
     quality = {m: [] for m in SCREENS}
     for name in fvlens.list_relations()[::60]:
         g = torch.Generator().manual_seed(0)

@@ -4,9 +4,9 @@ The class keeps every head's projection apart and its gated MLP lays its weights
 keys and values are one product, gate and input of a gated MLP another, each weight a contiguous ``[out in]`` copy,
 which a product of few rows reads two to three times as fast. The copies are made once a model, lazily, and go with it.
 
-A stale copy would be wrong in silence. So at each run the parameters are looked at again (see :mod:`fvlens._looks`);
-what this cannot see needs :func:`fvlens.models.refresh`. Where a second copy does not fit the memory, each product lays
-its weight out when it comes to it, as the class itself does, and the result says so.
+A stale copy would be wrong in silence. So at each run the parameters are looked at again; what this cannot see needs
+:func:`fvlens.models.refresh`, which says what it is. Where a second copy does not fit the memory, each product lays its
+weight out when it comes to it, as the class itself does, and the result says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens._looks import is_kept, of_weights
+from fvlens.models import is_kept, of_weights
 
 FEW_ROWS, WIDE = 16, 256
 """Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: two to three

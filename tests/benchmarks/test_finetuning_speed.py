@@ -135,7 +135,7 @@ def show(capsys, title, m):
 def test_a_step_on_the_embedded_model(model, capsys, one_thread, unchecked):
     """A step of one relation's 20 pairs, and one of ``finetune_many``. Minibatches of 5 pairs are shown beside them.
 
-    Much of so small a step does not depend on its pairs (see the README).
+    Much of so small a step does not depend on its pairs (see this folder's README).
     """
     for n_relations, batch_size, bar in ((1, 5, 0), (1, 20, 4), (64, 5, 4)):
         m = measure_steps(model, n_relations=n_relations, batch_size=batch_size, layer=1)

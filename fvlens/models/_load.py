@@ -1,102 +1,37 @@
-"""Load a model, and say exactly which model it is.
-
-Models are loaded WITHOUT weight processing (no layer-norm folding, no centring), so that a vector of the residual
-stream means the same here as in any other tool. Two classes of TransformerLens can hold them: ``HookedTransformer``
-("hooked", up to TransformerLens 3), which has its own copy of the computation, and ``TransformerBridge`` ("bridge"),
-which hooks into the Hugging Face model. Both read the checkpoint the same way and give the same numbers.
-"""
+"""Load a model with Hugging Face, hand it to a class of TransformerLens, and check that its numbers are the same."""
 
 import contextlib
-import hashlib
 import importlib
-import json
-import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens import _hf_configs
-from fvlens._checkpoints import (
-    EMBEDDED_MODELS,
+from fvlens.models import _hf_configs
+from fvlens.models._checkpoints import (
     NATIVE_FORMAT,
     Checkpoint,
     check_memory,
     decoder_class,
-    embedded_folder,
     explained,
     find_checkpoint,
     free_memory,
-    official_names,
     pinned,
     read_config,
     read_model,
     read_tokenizer,
 )
-from fvlens._looks import of_weights, refresh
+from fvlens.models._fingerprint import ORIGIN, Origin, describe, weights_hash
+from fvlens.models._looks import of_weights
+from fvlens.models._tokenizer import give_tokenizer
 from fvlens.types import HookedModel
 
 Backend = Literal["hooked", "bridge"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Which model something was made on.
-
-    Attributes:
-        name: the model's name in its configuration (informative, not compared).
-        revision: hub revision, a commit where it is known, or ``"local"`` (informative, not compared).
-        weights: first 16 hex digits of a SHA-256 over all parameters; see :func:`fingerprint`.
-        n_layers, n_heads, d_model, d_head, d_vocab: the model's shape.
-        dtype: precision of the parameters.
-        normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
-        bos: ``"one"`` if prompts start with one BOS token, ``"none"`` if the tokenizer has none.
-    """
-
-    name: str
-    revision: str
-    weights: str
-    n_layers: int
-    n_heads: int
-    d_model: int
-    d_head: int
-    d_vocab: int
-    dtype: str
-    normalization: str
-    bos: str
-
-    def differences(self, other: "Fingerprint") -> list[str]:
-        """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
-        mine, theirs = asdict(self), asdict(other)
-        compared = [key for key in mine if key not in ("name", "revision")]
-        return [f"{key}: {mine[key]} / {theirs[key]}" for key in compared if mine[key] != theirs[key]]
-
-    def to_json(self) -> str:
-        """The fingerprint as a JSON object."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Fingerprint":
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields.
-        """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError:
-            fields = None
-        expected = set(cls.__slots__)
-        if not isinstance(fields, dict) or set(fields) != expected:
-            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {text[:80]!r}.")
-        return cls(**fields)
 
 
 @contextlib.contextmanager
@@ -120,8 +55,9 @@ def load_model(
 
     The configuration decides how a checkpoint is read, never its name. Both classes redo part of the computation, so
     the loaded model's logits on a few tokens must agree with plain Hugging Face's. No code that comes with a checkpoint
-    is run. HookedTransformer's settings come from ``fvlens._hf_configs`` for the architectures listed there, for others
-    from TransformerLens. A few models that TransformerLens hosts in a format of its own go through its own loader.
+    is run. HookedTransformer's settings come from ``fvlens.models._hf_configs`` for the architectures listed there, for
+    others from TransformerLens. A few models that TransformerLens hosts in a format of its own go through its own
+    loader.
 
     Args:
         name_or_path: ``"rel-small"`` (the embedded model, needs no network), a local folder in Hugging Face format, a
@@ -165,7 +101,7 @@ def load_model(
     check_memory(checkpoint, config, dtype=dtype, devices=devices, copies=copies)
     tokenizer = read_tokenizer(checkpoint)
     hf_model = read_model(checkpoint, config, dtype=dtype, split=split)
-    weights = _weights_hash(hf_model.named_parameters())
+    weights = weights_hash(hf_model.named_parameters())
     if backend == "bridge" and not split:
         hf_model.to(devices[0])
     tokens = torch.arange(1, 9)[None] % config.get_text_config().vocab_size
@@ -177,10 +113,10 @@ def load_model(
     if backend == "hooked":
         model = _place(model, devices)
     model.cfg.model_name = checkpoint.name
-    _give_tokenizer(model, tokenizer)
-    own = _weights_hash(model.named_parameters())
-    vars(model)[_ORIGIN] = _Origin(weights, own, "local" if checkpoint.local else checkpoint.revision or "main")
-    of_weights(model, "fingerprint", lambda: _describe(model, own))  # not hashed again
+    give_tokenizer(model, tokenizer)
+    own = weights_hash(model.named_parameters())
+    vars(model)[ORIGIN] = Origin(weights, own, "local" if checkpoint.local else checkpoint.revision or "main")
+    of_weights(model, "fingerprint", lambda: describe(model, own))  # not hashed again
     return model
 
 
@@ -401,19 +337,6 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200] or 'it does not say why'}"
 
 
-def _give_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Set the tokenizer as it is; TransformerLens' own setters would load it again with settings of theirs."""
-    if tokenizer is None:
-        return
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.tokenizer = tokenizer
-    first = tokenizer.encode("a")[:1]
-    # else TransformerLens takes a BOS for padding where the two share a token
-    model.cfg.default_prepend_bos = tokenizer.bos_token_id is not None
-    model.cfg.tokenizer_prepends_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-
-
 def _load_native(
     checkpoint: Checkpoint, backend: Backend, devices: list[torch.device], dtype: torch.dtype
 ) -> HookedModel:
@@ -436,102 +359,6 @@ def _load_native(
     return model.eval()
 
 
-def bos_token_id(model: Any) -> int | None:
-    """Id of the one BOS token that prompts start with; None if the model's tokenizer has none."""
-    return None if model.tokenizer is None else model.tokenizer.bos_token_id
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What :func:`load_model` notes on a model.
-
-    Attributes:
-        weights: hash of the Hugging Face model's parameters, the same whatever class holds them.
-        parameters: hash of the loaded model's own parameters, to tell later whether they are still those.
-        revision: commit or revision on the hub, or ``"local"``.
-    """
-
-    weights: str
-    parameters: str
-    revision: str
-
-
-_ORIGIN = "_fvlens_origin"
-
-
-def fingerprint(model: Any) -> Fingerprint:
-    """The model's :class:`Fingerprint`. Hashes all weights once; again only after they were changed or moved.
-
-    A model from :func:`load_model` whose parameters are as loaded has the hash of its Hugging Face parameters, by name
-    and in the precision they were loaded in: the same for both backends, so that a vector made with one loads on the
-    other. Any other model (changed weights, or one of your own making) has the hash of its own parameters, which
-    depends on the class that holds them.
-
-    Example:
-        >>> import fvlens
-        >>> from fvlens.models import fingerprint
-        >>> fingerprint(fvlens.load_model("rel-small")).bos
-        'one'
-    """
-    made: Fingerprint = of_weights(
-        model, "fingerprint", lambda: _describe(model, _weights_hash(model.named_parameters()))
-    )
-    return made
-
-
-def _describe(model: Any, own: str) -> Fingerprint:
-    """The fingerprint of a model whose own parameters hash to ``own``."""
-    cfg = model.cfg
-    origin: _Origin | None = vars(model).get(_ORIGIN)
-    normalization = str(cfg.normalization_type)
-    if getattr(model, "_weights_processed", False) and not normalization.endswith("Pre"):
-        normalization += "Pre"  # TransformerBridge keeps the name
-    return Fingerprint(
-        name=str(cfg.model_name),
-        revision=origin.revision if origin is not None else str(getattr(cfg, "checkpoint_value", None) or "local"),
-        weights=origin.weights if origin is not None and own == origin.parameters else own,
-        n_layers=cfg.n_layers,
-        n_heads=cfg.n_heads,
-        d_model=cfg.d_model,
-        d_head=cfg.d_head,
-        d_vocab=cfg.d_vocab,
-        dtype=str(cfg.dtype).removeprefix("torch."),
-        normalization=normalization,
-        bos="none" if bos_token_id(model) is None else "one",
-    )
-
-
-def _weights_hash(parameters: Iterable[tuple[str, Shaped[Tensor, "*axes"]]]) -> str:
-    """Hash of named tensors, whatever their order; the tensors are hashed side by side."""
-    named = sorted(parameters, key=lambda item: item[0])
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_tensor_hash, [tensor for _, tensor in named])
-        lines = [f"{name} {tuple(tensor.shape)} {found}" for (name, tensor), found in zip(named, digests, strict=True)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _tensor_hash(tensor: Shaped[Tensor, "*axes"]) -> str:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
-
-
 def model_device(model: Any) -> torch.device:
     """Device of the model's parameters (of the first, if it is split)."""
     return next(model.parameters()).device
-
-
-__all__ = [
-    "EMBEDDED_MODELS",
-    "Backend",
-    "Fingerprint",
-    "bos_token_id",
-    "default_device",
-    "embedded_folder",
-    "fingerprint",
-    "free_memory",
-    "load_model",
-    "model_device",
-    "official_names",
-    "quiet_deprecation",
-    "refresh",
-]

@@ -1,0 +1,31 @@
+"""Load a model, and say exactly which model it is.
+
+Models are loaded WITHOUT weight processing (no layer-norm folding, no centring), so that a vector of the residual
+stream means the same here as in any other tool. Two classes of TransformerLens can hold them: ``HookedTransformer``
+("hooked", up to TransformerLens 3), which has its own copy of the computation, and ``TransformerBridge`` ("bridge"),
+which hooks into the Hugging Face model. Both read the checkpoint the same way and give the same numbers.
+"""
+
+from fvlens.models._checkpoints import EMBEDDED_MODELS, embedded_folder, free_memory, official_names
+from fvlens.models._fingerprint import Fingerprint, fingerprint
+from fvlens.models._load import Backend, default_device, load_model, model_device, quiet_deprecation
+from fvlens.models._looks import is_kept, of_weights, refresh
+from fvlens.models._tokenizer import bos_token_id
+
+__all__ = [
+    "EMBEDDED_MODELS",
+    "Backend",
+    "Fingerprint",
+    "bos_token_id",
+    "default_device",
+    "embedded_folder",
+    "fingerprint",
+    "free_memory",
+    "is_kept",
+    "load_model",
+    "model_device",
+    "of_weights",
+    "official_names",
+    "quiet_deprecation",
+    "refresh",
+]

@@ -1,0 +1,143 @@
+"""Which model something was made on: shape, precision, and a hash of all weights."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from fvlens.models._looks import of_weights
+from fvlens.models._tokenizer import bos_token_id
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Which model something was made on.
+
+    Attributes:
+        name: the model's name in its configuration (informative, not compared).
+        revision: hub revision, a commit where it is known, or ``"local"`` (informative, not compared).
+        weights: first 16 hex digits of a SHA-256 over all parameters; see :func:`fingerprint`.
+        n_layers, n_heads, d_model, d_head, d_vocab: the model's shape.
+        dtype: precision of the parameters.
+        normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
+        bos: ``"one"`` if prompts start with one BOS token, ``"none"`` if the tokenizer has none.
+    """
+
+    name: str
+    revision: str
+    weights: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    d_vocab: int
+    dtype: str
+    normalization: str
+    bos: str
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
+        mine, theirs = asdict(self), asdict(other)
+        compared = [key for key in mine if key not in ("name", "revision")]
+        return [f"{key}: {mine[key]} / {theirs[key]}" for key in compared if mine[key] != theirs[key]]
+
+    def to_json(self) -> str:
+        """The fingerprint as a JSON object."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Fingerprint":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError:
+            fields = None
+        expected = set(cls.__slots__)
+        if not isinstance(fields, dict) or set(fields) != expected:
+            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {text[:80]!r}.")
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What :func:`load_model` notes on a model.
+
+    Attributes:
+        weights: hash of the Hugging Face model's parameters, the same whatever class holds them.
+        parameters: hash of the loaded model's own parameters, to tell later whether they are still those.
+        revision: commit or revision on the hub, or ``"local"``.
+    """
+
+    weights: str
+    parameters: str
+    revision: str
+
+
+ORIGIN = "_fvlens_origin"
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """The model's :class:`Fingerprint`. Hashes all weights once; again only after they were changed or moved.
+
+    A model from :func:`load_model` whose parameters are as loaded has the hash of its Hugging Face parameters, by name
+    and in the precision they were loaded in: the same for both backends, so that a vector made with one loads on the
+    other. Any other model (changed weights, or one of your own making) has the hash of its own parameters, which
+    depends on the class that holds them.
+
+    Example:
+        >>> import fvlens
+        >>> from fvlens.models import fingerprint
+        >>> fingerprint(fvlens.load_model("rel-small")).bos
+        'one'
+    """
+    made: Fingerprint = of_weights(
+        model, "fingerprint", lambda: describe(model, weights_hash(model.named_parameters()))
+    )
+    return made
+
+
+def describe(model: Any, own: str) -> Fingerprint:
+    """The fingerprint of a model whose own parameters hash to ``own``."""
+    cfg = model.cfg
+    origin: Origin | None = vars(model).get(ORIGIN)
+    normalization = str(cfg.normalization_type)
+    if getattr(model, "_weights_processed", False) and not normalization.endswith("Pre"):
+        normalization += "Pre"  # TransformerBridge keeps the name
+    return Fingerprint(
+        name=str(cfg.model_name),
+        revision=origin.revision if origin is not None else str(getattr(cfg, "checkpoint_value", None) or "local"),
+        weights=origin.weights if origin is not None and own == origin.parameters else own,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        d_vocab=cfg.d_vocab,
+        dtype=str(cfg.dtype).removeprefix("torch."),
+        normalization=normalization,
+        bos="none" if bos_token_id(model) is None else "one",
+    )
+
+
+def weights_hash(parameters: Iterable[tuple[str, Shaped[Tensor, "*axes"]]]) -> str:
+    """Hash of named tensors, whatever their order; the tensors are hashed side by side."""
+    named = sorted(parameters, key=lambda item: item[0])
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_tensor_hash, [tensor for _, tensor in named])
+        lines = [f"{name} {tuple(tensor.shape)} {found}" for (name, tensor), found in zip(named, digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _tensor_hash(tensor: Shaped[Tensor, "*axes"]) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
