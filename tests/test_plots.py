@@ -11,6 +11,7 @@ import torch
 
 from fvlens import plots
 from fvlens.plots import bars, curves, decoded, heatmap, line_sweep, relation_map, similarity, training_curves
+from fvlens.plots._style import spread
 from fvlens.types import Head
 
 AIE = torch.tensor([[0.01, -0.02, 0.3], [0.0, 0.125, -0.4]])
@@ -635,7 +636,7 @@ def test_long_titles_are_wrapped_and_get_room(make):
 
 
 def test_spread_keeps_order_gap_and_distant_places():
-    placed = plots._spread([0.9, 0.5, 0.51, 0.1], 0.1)
+    placed = spread([0.9, 0.5, 0.51, 0.1], 0.1)
     assert placed[0] == 0.9
     assert placed[3] == 0.1
     assert placed[2] - placed[1] == pytest.approx(0.1)

@@ -1,0 +1,119 @@
+"""A training over its epochs, in panels."""
+
+import math
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from fvlens.plots._input import Numbers, as_list, as_numbers, check_lengths
+from fvlens.plots._style import GREY, INK, LINES, layout, reach, whole_ticks
+
+
+def training_curves(
+    *,
+    train_loss: Numbers,
+    valid_loss: Numbers,
+    valid_top1: Numbers,
+    norm: Numbers,
+    cosine: Numbers,
+    marked: int,
+    title: str = "Training",
+) -> go.Figure:
+    """A training over its epochs: losses, validation top-1, norm and cosine to the start, the chosen epoch marked.
+
+    Args:
+        train_loss: loss on the training pairs at each epoch, entry 0 before any step.
+        valid_loss: loss on the validation pairs.
+        valid_top1: top-1 on the validation pairs.
+        norm: Euclidean norm of what is trained.
+        cosine: its cosine similarity to the start.
+        marked: the epoch that was chosen, a vertical line.
+        title: figure title.
+
+    Returns:
+        The figure. Values that are NaN are left out, and so is the panel of a quantity that has no others.
+
+    Raises:
+        ValueError: there are no epochs; the data differ in length; a number is infinite; ``marked`` is not an epoch.
+
+    Example:
+        >>> from fvlens.plots import training_curves
+        >>> nan = [float("nan")] * 2
+        >>> figure = training_curves(
+        ...     train_loss=[2.0, 0.5], valid_loss=nan, valid_top1=nan, norm=[1.0, 1.2], cosine=[1.0, 0.9], marked=1
+        ... )
+        >>> [trace.name for trace in figure.data]
+        ['training pairs', 'norm', 'cosine']
+    """
+    quantities = {
+        "Loss": {"training pairs": train_loss, "validation pairs": valid_loss},
+        "Validation top-1": {"validation top-1": valid_top1},
+        "Norm": {"norm": norm},
+        "Cosine to the start": {"cosine": cosine},
+    }
+    # a panel needs a line, and a line a number that is not NaN
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    by_name: dict[str, list] = {}
+    for panel, lines in quantities.items():
+        for name, values in lines.items():
+            by_name[name] = as_list(values)
+            points = [(epoch, value) for epoch, value in enumerate(by_name[name]) if not math.isnan(value)]
+            if points:
+                as_numbers("training_curves", name, [value for _, value in points])
+                panels.setdefault(panel, {})[name] = points
+    check_lengths("training_curves", **by_name)
+    n_epochs = len(by_name["training pairs"])
+    if not panels:
+        raise ValueError("training_curves: expected at least one number that is not NaN, got none.")
+    if not 0 <= marked < n_epochs:
+        raise ValueError(f"training_curves: expected marked in 0..{n_epochs - 1}, got {marked}.")
+
+    n_rows = (len(panels) + 1) // 2
+    figure = make_subplots(
+        rows=n_rows, cols=min(2, len(panels)), subplot_titles=list(panels), horizontal_spacing=0.11,
+        vertical_spacing=0.2 if n_rows > 1 else 0,
+    )  # fmt: skip
+    figure.update_annotations(font={"size": 13, "color": INK}, yshift=2)
+    # two lines in one panel need a legend; elsewhere the panel's title names the line
+    in_legend = len(panels.get("Loss", ())) > 1
+    for i, (panel, lines) in enumerate(panels.items()):
+        row, col = i // 2 + 1, i % 2 + 1
+        for name, points in lines.items():
+            colour, dash, symbol = LINES[1 if name.startswith("validation") else 0]
+            figure.add_trace(
+                go.Scatter(
+                    x=[epoch for epoch, _ in points], y=[value for _, value in points], name=name,
+                    mode="lines+markers", line={"color": colour, "width": 2, "dash": dash},
+                    marker={"size": 5, "symbol": symbol, "color": colour},
+                    hovertext=[f"epoch {epoch}<br>{name}: {value:.4g}" for epoch, value in points], hoverinfo="text",
+                    showlegend=in_legend and panel == "Loss", cliponaxis=False,
+                ),
+                row=row, col=col,
+            )  # fmt: skip
+
+        # all panels have the same epochs; top-1 is drawn on its whole range
+        bottom, top = reach([value for points in lines.values() for _, value in points], room=0.08)
+        if panel == "Validation top-1":
+            bottom, top = 0.0, 1.04
+        last = max(1, n_epochs - 1)
+        figure.update_yaxes(range=[bottom, top], row=row, col=col)
+        figure.update_xaxes(
+            range=[-0.03 * last, 1.03 * last], showgrid=False, row=row, col=col, **whole_ticks(n_epochs, 12)
+        )
+        figure.add_shape(
+            type="line", x0=marked, x1=marked, y0=bottom, y1=top, layer="below", row=row, col=col,
+            line={"color": GREY, "width": 1.5, "dash": "dot"},
+        )  # fmt: skip
+        if i >= len(panels) - 2:
+            figure.update_xaxes(title="Epoch", row=row, col=col)
+
+    shared = layout(title, height=170 + 190 * n_rows, note=f"Dotted line: the epoch chosen, {marked}")
+    shared["margin"] |= {"t": shared["margin"]["t"] + 34}
+    figure.update_layout(
+        **shared,
+        legend={
+            "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top",
+            "font": {"size": 12},
+        },
+    )  # fmt: skip
+    return figure
