@@ -217,7 +217,8 @@ def universal(
     quiet: QuietOption = False,
 ) -> None:
     """The heads with the largest effect on average over relations; `fvlens run --heads` uses them."""
-    from fvlens.report import Loading, write_figure
+    from fvlens.pages import write_figure
+    from fvlens.report import Loading
     from fvlens.universal import universal_heads
 
     if names and (category or family):
@@ -356,7 +357,8 @@ def study(
     """What a fine-tuned vector depends on: training pairs, layer, scale, l2 or start."""
     from fvlens.find import find_vector
     from fvlens.finetuning import STUDIES, Settings
-    from fvlens.report import Loading, write_figure
+    from fvlens.pages import write_figure
+    from fvlens.report import Loading
 
     if name not in STUDIES:
         raise ValueError(f"no study named {name!r}; expected one of {', '.join(STUDIES)}.")
@@ -660,8 +662,8 @@ def analogies(
 ) -> None:
     """Evaluate the analogies of a file: unsteered, with the composite, with its controls."""
     from fvlens.composition import evaluate_analogies
+    from fvlens.pages import write_figure
     from fvlens.relations import read_analogies
-    from fvlens.report import write_figure
 
     if folder is not None:
         _folder(folder)
@@ -707,7 +709,7 @@ def sensitivity(
 ) -> None:
     """The same analogies with parts of the basis dropped, merged, drowned in noise or removed."""
     from fvlens.composition import basis_study, library_analogies
-    from fvlens.report import write_figure
+    from fvlens.pages import write_figure
 
     folder = _folder(folder)
     network = _load(model, device)

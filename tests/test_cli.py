@@ -227,7 +227,9 @@ def test_run_with_default_settings_takes_less_than_a_minute(tmp_path):
 
 def test_the_way_a_model_is_loaded_reaches_it_and_the_files(call, model, monkeypatch, tmp_path):
     seen = {}
-    monkeypatch.setattr("fvlens.report.load_model", lambda name, **options: seen.update(name=name, **options) or model)
+    monkeypatch.setattr(
+        "fvlens.report._settings.load_model", lambda name, **options: seen.update(name=name, **options) or model
+    )
     code, _, err = call(
         "run", "plural", "--model", "some/folder", "--device", "cpu", "--dtype", "float16", "--revision", "v1",
         "--backend", "hooked", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, "--out", tmp_path, "--quiet",

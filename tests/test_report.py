@@ -569,7 +569,7 @@ def test_layer_and_labels_can_be_chosen(tiny):
 @pytest.mark.parametrize("part", ["indirect_effects", "layer_scale_sweep", "controls", "finetune"])
 def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
     """Its partial result would pass for the whole."""
-    room = find if part in ("indirect_effects", "layer_scale_sweep") else report
+    room = find if part in ("indirect_effects", "layer_scale_sweep") else report._run
     original = getattr(room, part)
 
     def interrupted(*args, **kwargs):
@@ -661,13 +661,13 @@ def test_training_is_of_the_pairs_epochs_and_place_that_are_asked_for(tiny):
 def test_other_relations_learn_their_own_task(model, monkeypatch):
     """What stands as a control is good at something."""
     seen = {}
-    train = report.finetune_many
+    train = report._run.finetune_many
 
     def watch(model, splits, **options):
         seen.update(splits=splits, found=train(model, splits, **options), **options)
         return seen["found"]
 
-    monkeypatch.setattr(report, "finetune_many", watch)
+    monkeypatch.setattr(report._run, "finetune_many", watch)
     result = run_relation(
         model, fvlens.load_relation("plural"), options=dataclasses.replace(SMALL, n_others=2), progress=False
     )
@@ -884,7 +884,7 @@ def test_code_hash_changes_with_any_file_of_the_package(model, monkeypatch, tmp_
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "sub" / "b.py").write_text("2")
     (tmp_path / "data.txt").write_text("3")
-    monkeypatch.setattr(report.resources, "files", lambda name: tmp_path)
+    monkeypatch.setattr(report._provenance.resources, "files", lambda name: tmp_path)
     digest = lambda: report.Provenance.of(model, {}).code_hash  # noqa: E731
     first = digest()
     (tmp_path / "data.txt").write_text("4")
@@ -909,7 +909,7 @@ def test_code_hash_changes_with_any_file_of_the_package(model, monkeypatch, tmp_
     ],
 )
 def test_loading_passes_on_what_was_given_and_nothing_else(monkeypatch, loading, expected):
-    monkeypatch.setattr(report, "load_model", lambda name, **options: (name, options))
+    monkeypatch.setattr(report._settings, "load_model", lambda name, **options: (name, options))
     assert loading.load() == expected
 
 
@@ -944,8 +944,8 @@ def folder(written, tmp_path):
 @pytest.fixture
 def remembered(first, monkeypatch):
     """The second run comes out like the first, without the work, and without its page."""
-    monkeypatch.setattr(report, "run_relation", lambda *args, **options: first)
-    monkeypatch.setattr(report, "write_report", lambda path, result: path)
+    monkeypatch.setattr(report._rerun, "run_relation", lambda *args, **options: first)
+    monkeypatch.setattr(report._files, "write_report", lambda path, result: path)
 
 
 def edit(folder, **changes):
@@ -988,6 +988,16 @@ def test_a_run_repeated_from_its_files_is_the_same(first, folder):
     results = {key: value for key, value in old.items() if key not in inputs}
     found = re.findall(r"(?<=[\[ ])-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[,\]}])", json.dumps(results))
     assert done.n_numbers == len(found) + 2 * first.fingerprint.d_model
+
+
+def test_numbers_are_put_together_once_a_run(first, folder, model, remembered, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(report._files, "results_json", lambda result: made.append(result) or results_json(result))
+    write_run(first, tmp_path / "other")
+    assert made == [first]
+    rerun(folder, model=model)
+    assert made == [first, first]
+    assert not hasattr(report._page, "results_json") and not hasattr(report._rerun, "results_json")
 
 
 def test_the_second_run_uses_the_settings_of_the_first(tiny, tmp_path):
@@ -1080,7 +1090,8 @@ def test_a_changed_relation_changes_the_numbers_too(folder, model, monkeypatch):
     relation = fvlens.load_relation("plural")
     shorter = dataclasses.replace(relation, pairs=relation.pairs[:50])
     load = fvlens.load_relation
-    monkeypatch.setattr(report, "load_relation", lambda name: shorter if name == "plural" else load(name))
+    for module in (report._recorded, report._provenance):
+        monkeypatch.setattr(module, "load_relation", lambda name: shorter if name == "plural" else load(name))
     done = rerun(folder, model=model, progress=False)
     kinds = defaultdict(set)
     for one in done.differences:

@@ -1,0 +1,42 @@
+"""The whole chain on one relation, its files, a report page that works offline, and the same run again.
+
+:func:`run_relation` goes from word pairs to a controlled function vector, :func:`write_run` writes
+``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json`` and ``report.html``. ``results.json`` names
+everything that the numbers depend on, so that :func:`rerun` can repeat the run from it and say what differs.
+"""
+
+from fvlens.report._differences import Difference
+from fvlens.report._files import TUNED_FILE, VECTOR_FILE, write_run
+from fvlens.report._numbers import SCHEMA, results_json
+from fvlens.report._page import write_report
+from fvlens.report._provenance import PACKAGES, Provenance
+from fvlens.report._recorded import RecordedRun, read_run
+from fvlens.report._rerun import Rerun, rerun
+from fvlens.report._result import RunResult, Source, Tuned
+from fvlens.report._run import other_relations, run_relation
+from fvlens.report._settings import Backend, Loading, Precision, RunOptions
+
+__all__ = [
+    "PACKAGES",
+    "SCHEMA",
+    "TUNED_FILE",
+    "VECTOR_FILE",
+    "Backend",
+    "Difference",
+    "Loading",
+    "Precision",
+    "Provenance",
+    "RecordedRun",
+    "Rerun",
+    "RunOptions",
+    "RunResult",
+    "Source",
+    "Tuned",
+    "other_relations",
+    "read_run",
+    "rerun",
+    "results_json",
+    "run_relation",
+    "write_report",
+    "write_run",
+]

@@ -1,0 +1,175 @@
+"""The page of a run: what ``templates/run.html`` shows, figure by figure and table by table."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fvlens.metrics import Interval
+from fvlens.pages import FigureBlock, write_page
+from fvlens.report._numbers import options_json
+from fvlens.report._result import RunResult, Tuned
+
+
+def write_report(path: str | Path, result: RunResult) -> Path:
+    """Write the report page: one HTML file with its figures and scripts inside, readable without a network.
+
+    Args:
+        path: the file; one that is there is replaced at once.
+        result: the run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    tuned = result.tuned
+    decoded = () if tuned is None else zip(result.decoded, tuned.decoded, strict=True)
+    return write_page(
+        path,
+        "report/run.html",
+        result=result,
+        figures=_figures(result),
+        training="" if tuned is None else _training(result, tuned),
+        tuned_rows=[] if tuned is None else _tuned_rows(result, tuned),
+        decoded=list(decoded),
+        samples=_samples(result),
+        provenance=_provenance(result, Path(path).parent),
+    )
+
+
+def _figures(result: RunResult) -> list[FigureBlock]:
+    """The figures in the order of the chain: heads, place, controls, decoded words."""
+    from fvlens import plots
+
+    figures = [
+        FigureBlock(
+            f"Which heads carry the task ({ranking} labels)",
+            "Each cell is one head: how much the answer's probability rises on a corrupted prompt when the head's "
+            "output is replaced by its mean over clean prompts. Hover for the value and its standard error.",
+            effects.plot(n_top=result.options.n_heads),
+        )
+        for ranking, effects in result.effects.items()
+    ]
+    figures += [
+        FigureBlock(
+            f"Where the vector works ({result.described(source)})",
+            "Zero-shot top-1 on the validation pairs with the vector, times each scale, added after each layer.",
+            sweep.plot(),
+        )
+        for source, sweep in result.sweeps.items()
+    ]
+    controls = FigureBlock(
+        "The vector against its controls",
+        "Top-1 on the test pairs with 95% bootstrap intervals.",
+        result.controls.plot(),
+    )
+    words, scores = zip(*result.decoded, strict=True)
+    decoded = FigureBlock(
+        "What the vector decodes to",
+        "Tokens whose unembedding the vector points to most. Descriptive only: a vector can steer without decoding "
+        "to readable words.",
+        plots.decoded(list(words), list(scores)),
+    )
+    return [*figures, controls, decoded]
+
+
+def _training(result: RunResult, tuned: Tuned) -> str:
+    """How the fine-tuned vector came about, in words."""
+    run, vector = tuned.run, tuned.vector
+    epoch = f"epoch {run.best_epoch} of {tuned.epochs}" + ("" if run.best_epoch else ", the start: none was better")
+    return (
+        f"The function vector, trained further on the bare queries of {result.n_trained} training pairs; the "
+        f"model stays as it is. Chosen on the {len(result.split.valid)} validation pairs: {epoch}. Added "
+        f"after layer {vector.layer}, as the function vector is; cosine similarity to it "
+        f"{vector.cosine(result.vector):.2f}; norm {vector.norm():.2f}, of the function vector "
+        f"{result.vector.norm():.2f}. Trained in {run.seconds:.1f}\N{NO-BREAK SPACE}s."
+    )
+
+
+def _tuned_rows(result: RunResult, tuned: Tuned) -> list[tuple[str, float, Interval | None]]:
+    """The fine-tuned vector between the bare query and the demonstrations."""
+    steered, score = result.steered[result.source], tuned.evaluation
+    rows: list[tuple[str, float, Interval | None]] = [
+        ("bare query", result.zero_shot.top1, result.zero_shot.interval),
+        ("function vector", steered.top1, steered.interval),
+        ("fine-tuned vector", score.top1, score.interval),
+    ]
+    if tuned.other is not None:
+        rows.append((f"fine-tuned vectors of other relations ({', '.join(result.others)})", *tuned.other))
+    rows.append((f"{result.options.n_shots} clean demonstrations", result.icl.top1, result.icl.interval))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A test query, its answer, and what the model says to it.
+
+    Attributes:
+        query, expected: the pair.
+        answers: predicted word and whether it is right: bare, with the function vector, fine-tuned if there is one, and
+            after demonstrations.
+    """
+
+    query: str
+    expected: str
+    answers: tuple[tuple[str, bool], ...]
+
+
+def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
+    """The first test queries."""
+    tuned = () if result.tuned is None else (result.tuned.evaluation,)
+    evaluations = (result.zero_shot, result.steered[result.source], *tuned, result.icl)
+    columns = [list(zip(shown.predictions, shown.correct.tolist(), strict=True)) for shown in evaluations]
+    return [
+        _Sample(pair.input, pair.output, tuple((column[i][0].strip(), column[i][1]) for column in columns))
+        for i, pair in enumerate(result.split.test[:n])
+    ]
+
+
+def _provenance(result: RunResult, folder: Path) -> dict[str, str]:
+    """Where the numbers come from, row by row, and how to get them again from the files in a folder."""
+    mark, source, loading = result.fingerprint, result.provenance, result.loading
+    shared = "word" if result.split.disjoint == "both" else "input word"
+    other_data = [f"{name} {digest}" for name, digest in source.relations.items() if name != result.relation]
+    rows = {
+        "model": f"{result.model_name} (revision {mark.revision}, weights {mark.weights}, {mark.dtype})",
+        "relation": f"{result.relation} (data {result.data_hash}; no {shared} in two parts of its split)",
+        "pairs": f"{len(result.split.train)} train, {len(result.split.valid)} valid, {result.n_test} test",
+        "other data": ", ".join([*other_data, f"whole library {source.library_hash}"]),
+    }
+    if result.given is not None:
+        names = ", ".join(map(str, result.given.heads))
+        rows["heads"] = f"{names}, from {result.given.path} (file {result.given.hash}; {result.given.note})"
+
+    # settings and vectors
+    rows["options"] = json.dumps(options_json(result))
+    if loading is not None:
+        rows["loaded with"] = ", ".join(f"{key} {value}" for key, value in asdict(loading).items() if value is not None)
+    rows |= {
+        "attribution path": result.path or "none: the heads were given",
+        "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, scale {result.scale:g}, "
+        f"norm {result.vector.norm():.2f}",
+    }
+    if result.tuned is not None:
+        run = result.tuned.run
+        rows["fine-tuned vector"] = (
+            f"{result.n_trained} pairs, epoch {run.best_epoch} of {result.tuned.epochs}, learning rate {run.lr:.3g}, "
+            f"order of pairs by seed {run.seed}, path {run.path}, {run.seconds:.1f} seconds"
+        )
+
+    # software, machine, and the run again
+    versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
+    rows |= {
+        "versions": f"{versions} (code {source.code_hash})",
+        "machine": ", ".join(f"{key} {value}" for key, value in source.platform.items() if value is not None),
+        "seconds": f"{result.seconds:.1f}",
+    }
+    if result.command is not None:
+        rows["command"] = shlex.join(result.command)
+    if loading is not None:
+        rows["again"] = f"fvlens rerun {shlex.quote(folder.as_posix())}"
+    else:
+        rows["again"] = f"fvlens.report.rerun({str(folder)!r}, model=model)"
+    return rows

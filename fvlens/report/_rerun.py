@@ -1,0 +1,150 @@
+"""The same run again, from its files."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fvlens.report._differences import Difference, count_numbers, differences, outcomes, vector_differences
+from fvlens.report._fields import Fields
+from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
+from fvlens.report._recorded import RecordedRun, read_run
+from fvlens.report._result import RunResult
+from fvlens.report._run import run_relation
+from fvlens.vectors import FunctionVector
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """A run repeated from its files, and what differs.
+
+    Attributes:
+        folder: the files of the first run.
+        out: the files of the second.
+        tolerance: largest :attr:`Difference.size` at which two numbers count as the same.
+        n_numbers: numbers compared.
+        differences: everything that is not exactly the same: what the numbers depend on first, then the numbers.
+        result: the second run.
+        files: the files written.
+    """
+
+    folder: Path
+    out: Path
+    tolerance: float
+    n_numbers: int
+    differences: tuple[Difference, ...]
+    result: RunResult
+    files: tuple[Path, ...]
+
+    @property
+    def largest(self) -> float:
+        """Largest :attr:`Difference.size`; 0 if all numbers are equal."""
+        sizes = [difference.size for difference in self.differences if difference.size is not None]
+        return max(sizes, default=0.0)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every result is the same, numbers within the tolerance."""
+        return self.largest <= self.tolerance and not any(row.kind == "result" for row in self.differences)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a difference: ``kind, name, old, new, size``."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.differences), columns=list(Difference._fields))
+
+
+def rerun(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    model: Any = None,
+    tolerance: float = 1e-5,
+    announce: Callable[[Sequence[Difference]], None] | None = None,
+    command: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Rerun:
+    """Repeat a run from its files, with the same settings and seed, and compare every number.
+
+    On the same machine and versions all numbers come out equal, as long as the batches do. The vectors' files are
+    compared too. Heads that came from a file are taken from ``results.json``, so a file that has changed or gone is
+    only reported.
+
+    Args:
+        folder: what ``fvlens run`` or :func:`write_run` wrote.
+        out: folder for the files of the second run; by default the first one's name with ``-rerun``.
+        model: the model; by default the one that ``results.json`` names is loaded as it was.
+        tolerance: numbers a and b count as the same if ``|a - b| <= tolerance * max(1, |a|, |b|)``.
+        announce: called before the run with what it depends on and is not as it was.
+        command: the command line, recorded as it is.
+        progress: show progress bars.
+
+    Returns:
+        :class:`Rerun`, its ``.differences`` in the order: what the numbers depend on, then the numbers.
+
+    Raises:
+        ValueError: what :func:`read_run` refuses; a damaged vector file; ``out`` is ``folder`` or a file; a bad
+            ``tolerance``; a run that names no model, when none is given; or a model that cannot be loaded.
+    """
+    # everything that can be refused is read and checked before the model is loaded and run
+    folder = Path(folder)
+    recorded = read_run(folder)
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"rerun: tolerance: expected a number of at least 0, got {tolerance}.")
+    out = _folder_of_second(folder, out)
+    names = [VECTOR_FILE, *([TUNED_FILE] if recorded.options.epochs else [])]
+    old_vectors = {name: FunctionVector.load(folder / name) if (folder / name).exists() else None for name in names}
+    model = _model_of(recorded) if model is None else model
+
+    changes = recorded.changes(model)
+    if announce is not None:
+        announce(changes)
+    result = run_relation(
+        model,
+        recorded.relation,
+        options=recorded.options,
+        heads=recorded.heads,
+        model_name=Fields(folder / RESULTS_FILE, recorded.content).get("model", str),
+        loading=recorded.loading,
+        command=command,
+        progress=progress,
+    )
+    files = write_run(result, out)
+
+    # the second run's numbers as its file has them, since the first one's come from a file too
+    old, new = outcomes(recorded.content), outcomes(json.loads((out / RESULTS_FILE).read_bytes()))
+    differing = [*changes, *differences(old, new)]
+    new_vectors = [result.vector, *([] if result.tuned is None else [result.tuned.vector])]
+    for (name, before), after in zip(old_vectors.items(), new_vectors, strict=True):
+        differing += vector_differences(name, before, after)
+    n_numbers = count_numbers(new) + sum(len(vector.vector) for vector in old_vectors.values() if vector is not None)
+    return Rerun(folder, out, float(tolerance), n_numbers, tuple(differing), result, tuple(files))
+
+
+def _folder_of_second(folder: Path, out: str | Path | None) -> Path:
+    """Where the second run's files go: not where the first one's are."""
+    if out is None:
+        # ".." has no name of its own
+        whole = folder.resolve() if folder.name in ("", "..") else folder
+        out = whole.with_name(f"{whole.name}-rerun")
+    out = Path(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"rerun: {out} holds the run itself; give another folder for the second one.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"rerun: {out} is a file; give a folder.")
+    return out
+
+
+def _model_of(recorded: RecordedRun) -> Any:
+    """The model that the run names, loaded as it was."""
+    if recorded.loading is None:
+        raise ValueError(
+            f"{recorded.folder / RESULTS_FILE}: loading: the run was started from Python and names no model to load; "
+            "call fvlens.report.rerun(folder, model=model)."
+        )
+    return recorded.loading.load()

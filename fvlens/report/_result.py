@@ -1,0 +1,154 @@
+"""What a run found."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fvlens.attribution import IndirectEffects
+from fvlens.evaluation import Controls, Evaluation, Kind, LayerScaleSweep
+from fvlens.find import Ranking
+from fvlens.finetuning import FineTuned
+from fvlens.metrics import Interval
+from fvlens.models import Fingerprint
+from fvlens.relations import Split
+from fvlens.report._provenance import Provenance
+from fvlens.report._settings import Loading, RunOptions
+from fvlens.universal import GivenHeads
+from fvlens.vectors import FunctionVector
+
+Source = Literal["permuted", "random", "file"]
+"""Where a vector's heads come from: a ranking, or a file of heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The fine-tuned vector of a run, and what it does on the test pairs.
+
+    Attributes:
+        run: the training.
+        vector: what it gave.
+        evaluation: its scores on bare queries.
+        others: the same queries under each fine-tuned vector of another relation.
+        other: mean top-1 under those and its 95% interval over queries; None without other relations.
+        decoded: the tokens it decodes to, with their logits.
+    """
+
+    run: FineTuned
+    vector: FunctionVector
+    evaluation: Evaluation
+    others: tuple[Evaluation, ...]
+    other: tuple[float, Interval] | None
+    decoded: tuple[tuple[str, float], ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were run."""
+        return len(self.run.history) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Everything a run found.
+
+    ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: the ranking asked for, after it the
+    other one if both were, or ``"file"`` alone if the heads were given. The vectors have their scale in them.
+    ``effects`` has the rankings, and is empty for given heads. ``at_scale_one`` are the scores of the saved vector at
+    scale 1, at its best layer for that; None if a scale was given. ``tuned`` is None if ``options.epochs`` is 0.
+    ``cautions`` says of each ranking, and of the vectors of other relations, if heads were taken that do not help
+    (:meth:`~fvlens.attribution.IndirectEffects.caution`).
+    """
+
+    relation: str
+    model_name: str
+    options: RunOptions
+    split: Split
+    icl: Evaluation
+    shuffled: Evaluation
+    zero_shot: Evaluation
+    steered: dict[Source, Evaluation]
+    vectors: dict[Source, FunctionVector]
+    effects: dict[Ranking, IndirectEffects]
+    sweeps: dict[Source, LayerScaleSweep]
+    at_scale_one: Evaluation | None
+    controls: Controls
+    others: tuple[str, ...]
+    decoded: tuple[tuple[str, float], ...]
+    fingerprint: Fingerprint
+    data_hash: str
+    seconds: float
+    provenance: Provenance
+    given: GivenHeads | None = None
+    loading: Loading | None = None
+    command: tuple[str, ...] | None = None
+    tuned: Tuned | None = None
+    cautions: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str | None:
+        """The path that the indirect effects took; None if the heads were given."""
+        return next((effects.path for effects in self.effects.values()), None)
+
+    @property
+    def source(self) -> Source:
+        """Where the saved vector's heads come from: ``options.labels``, or ``"file"``."""
+        return self.options.labels if self.given is None else "file"
+
+    @property
+    def vector(self) -> FunctionVector:
+        """The vector that is saved."""
+        return self.vectors[self.source]
+
+    @property
+    def scale(self) -> float:
+        """The scale that the saved vector has in it."""
+        return self.sweeps[self.source].best_scale
+
+    def described(self, source: Source) -> str:
+        """Where heads come from, in words."""
+        if self.given is None or source != "file":
+            return f"heads by {source} labels"
+        return f"heads from {Path(self.given.path).name}"
+
+    @property
+    def n_test(self) -> int:
+        """Number of test pairs."""
+        return len(self.split.test)
+
+    @property
+    def n_trained(self) -> int:
+        """Number of pairs that the fine-tuned vector was trained on."""
+        return len(self.split.train[: self.options.n_train])
+
+    def control(self, kind: Kind) -> tuple[float, Interval]:
+        """Mean top-1 and interval of one kind of control, ``"random_vector"`` or ``"other_relation"``."""
+        return self.controls.summary(kind)
+
+    def summary(self) -> list[tuple[str, float, Interval | None]]:
+        """Rows (name, top-1, 95% interval) of the table that the command line and the report show."""
+        shots = self.options.n_shots
+        # prompting, and the bare query
+        rows: list[tuple[str, float, Interval | None]] = [
+            (f"{shots} clean demonstrations", self.icl.top1, self.icl.interval),
+            (f"{shots} demonstrations, labels permuted", self.shuffled.top1, self.shuffled.interval),
+            ("bare query", self.zero_shot.top1, self.zero_shot.interval),
+        ]
+        # the vector of each ranking; of the saved one also what it does unscaled
+        for source, vector in self.vectors.items():
+            score, scale = self.steered[source], self.sweeps[source].best_scale
+            text = f"function vector, {len(vector.heads)} {self.described(source)}, layer {vector.layer}"
+            rows.append((f"{text}, scale {scale:g}", score.top1, score.interval))
+            unscaled = self.at_scale_one
+            if source == self.source and scale != 1 and unscaled is not None:
+                rows.append((f"the same at scale 1, layer {unscaled.vector_layer}", unscaled.top1, unscaled.interval))
+        tuned = self.tuned
+        if tuned is not None:
+            text = f"fine-tuned vector, {self.n_trained} pairs, {tuned.epochs} epochs, layer {tuned.vector.layer}"
+            rows.append((text, tuned.evaluation.top1, tuned.evaluation.interval))
+        # what is no vector of this relation
+        rows.append((f"{self.options.n_random} random vectors of the same norm", *self.control("random_vector")))
+        if self.others:
+            rows.append((f"vectors of other relations ({', '.join(self.others)})", *self.control("other_relation")))
+        if tuned is not None and tuned.other is not None:
+            rows.append(("fine-tuned vectors of the same other relations", *tuned.other))
+        rows.append((f"{self.options.n_random} sets of random heads", *self.control("random_heads")))
+        return rows
