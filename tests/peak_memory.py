@@ -100,7 +100,7 @@ def steered(paths, *bounds):
         given = some.tokens, some.attention_mask, some.answer_tokens
         kept = SteeredPrompts(model, *given, 0, path=path, max_memory=max_memory)
         vector = torch.zeros(model.cfg.d_model, requires_grad=True)
-        for rows in torch.arange(len(some)).split(min(20, kept.rows_at_once)):
+        for rows in torch.arange(len(some)).split(min(20, kept.tokens_at_once // int(kept.n_tokens.max()))):
             kept.read(rows, vector)[0].sum().backward()
 
     for path in paths.split(","):

@@ -75,7 +75,7 @@ def test_thousands_of_queries_go_in_slices_inside_the_bound(model, prompts, path
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert bound // 8 < most <= bound // 2
-    assert max(runs) <= kept.rows_at_once
+    assert max(runs) <= kept.tokens_at_once
     assert len(runs) > len(kept._slices)  # some went and were run again
 
 

@@ -307,7 +307,9 @@ def test_counted_gain_equals_the_tokens_that_really_go_through_the_blocks(genera
     assert rows["class"] in (one_run, 2 * one_run)  # nothing of the effects goes through the class's own blocks
     saved = 0.5 * len(prompts) * (n_pos - 1)  # of the last block, only the suffix has a use
     tokens, mask = prompts.tokens.tolist(), prompts.attention_mask.tolist()
-    beginnings = {tuple(row[: i + 1]) if own[i] else () for row, own in zip(tokens, mask) for i in range(n_pos)}
+    beginnings = {
+        tuple(row[: i + 1]) if own[i] else () for row, own in zip(tokens, mask, strict=True) for i in range(n_pos)
+    }
     n_shared = len(prompts) * n_pos - len(beginnings)  # positions that go through with those of another prompt
     saved += 0.5 * n_shared * (2 * n_layers - 1)  # heads of all blocks, and the rest of all but the last
     counted_rows = rows["engine"] + saved

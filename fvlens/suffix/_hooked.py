@@ -111,7 +111,7 @@ class WeightsRun(SuffixRun):
         walk: the model's blocks over the suffix.
     """
 
-    kept: Float[Tensor, "prompt layer two_kv prefix d_head"]
+    kept: Float[Tensor, "prompt _layer two_kv prefix d_head"]
     layout: Layout
     walk: Walk = field(init=False)
 
@@ -207,7 +207,7 @@ def passes(
         resid, rotations = resid[first], [(cos[first], sin[first]) for cos, sin in rotations]
     del embedded
 
-    def spread(x: Float[Tensor, "row *axes"]) -> Float[Tensor, "prompt pos *axes"]:
+    def spread(x: Float[Tensor, "_row ..."]) -> Float[Tensor, "prompt pos ..."]:
         return x[places] if is_shared else x.view(*places.shape, *x.shape[1:])
 
     for layer, block in enumerate(layout.blocks):

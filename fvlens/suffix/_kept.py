@@ -106,7 +106,10 @@ class SteeredPrompts:
 
     def _bytes(self, n: int, whole: Int[Tensor, "own pos"], n_answer: int) -> int:
         """Bytes that are kept of ``n`` such prompts."""
-        return n * Estimate.of(self.model).kept(whole.shape[1], n_answer, **self._kept_part())
+        estimate, n_pos = Estimate.of(self.model), whole.shape[1]
+        if self.path == "weights":
+            return n * estimate.steps(n_pos, n_answer, self.layer + 1)
+        return n * estimate.kept(n_pos, n_answer)
 
     def _size(self, i: int) -> int:
         """Bytes that are kept of a slice."""

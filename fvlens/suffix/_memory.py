@@ -153,6 +153,12 @@ class Estimate:
         share = (self.n_layers - from_layer) / self.n_layers
         return int(share * (self.cache(n_pos) + n_suffix * self.size * self.n_layers * width)) + 1
 
+    def steps(self, n_pos: int, n_suffix: int, from_layer: int) -> int:
+        """What remains of it for steps that start at one layer: keys and values from there on, two residual streams."""
+        return (
+            self.cache(n_pos) * (self.n_layers - from_layer) // self.n_layers + 2 * n_suffix * self.size * self.d_model
+        )
+
     def prefix(self, n_pos: int, n_suffix: int, path: Route, *, from_layer: int = 0, keep_z: bool = True) -> int:
         """A prompt's run, with what is kept of it; on the kv path that is copied out of the run's cache."""
         kept = self.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)

@@ -31,7 +31,8 @@ class SuffixRun(abc.ABC):
         model: the model.
         path: ``"weights"`` or ``"kv"``.
         from_layer: suffixes can start at this layer or above; nothing is kept of those below.
-        resid_pre: the residual stream before each layer from there on, at the suffix.
+        resid_pre: the residual stream before each layer from there on, at the suffix; of the first of them alone where
+            suffixes start nowhere else.
         z: every head's output in these layers at the suffix; None where it was not kept.
         resid_final: the residual stream after the last layer at the suffix.
         attention_mask: 1 for real tokens of prefix and suffix, 0 for padding.

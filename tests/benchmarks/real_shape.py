@@ -395,8 +395,8 @@ def training_agrees(real, *, whole, n_relations=4, n_pairs=5, lr=0.1):
     everything = loops.joined(data.train)
     losses = [plain.score(*everything)]
     for _ in range(2):
+        losses.append(plain.score(*everything))  # an epoch's loss is that of its steps, before each
         plain.step(*everything)
-        losses.append(plain.score(*everything))
     expected, vectors = torch.stack(losses, dim=1), plain.vectors.detach()
     ours = torch.stack([run.history.train_loss for run in runs])
     matrix = torch.stack([run.vector.vector for run in runs])
@@ -408,7 +408,7 @@ def training_agrees(real, *, whole, n_relations=4, n_pairs=5, lr=0.1):
                 1e-3,
             ),
         },
-        {"largest fall of a loss, in nats": (float((expected[:, 0] - expected[:, 2]).max()), 0.01)},
+        {"largest fall of a loss, in nats": (float((expected[:, 1] - expected[:, 2]).max()), 0.01)},
     )
 
 
@@ -419,14 +419,13 @@ def _moments_checked(moments, n):
 
 
 def epoch(real, *, whole=False, full=False, n_turns=2, n_relations=14):
-    """An epoch of one vector a relation: 4 steps, then the losses of training and validation pairs."""
+    """An epoch of one vector a relation: 4 steps, then the losses of the validation pairs."""
     data = Pairs(real, n_relations, whole=whole)
     plain, shape = data.plain(real), real.shape
     attention = faster_attention(real.plain, lambda: plain.score(data.train[0], torch.zeros(N_TRAIN, dtype=torch.long)))
     n_epochs = 4 if full else 2
     some = range(N_STEPS) if full else range(2)
-    part = data.train if full else data.train[: n_relations // 2]
-    steps, scores_train, scores_valid = [], [], []
+    steps, scores = [], []
 
     def fast(_):
         with step_times() as moments:
@@ -439,36 +438,28 @@ def epoch(real, *, whole=False, full=False, n_turns=2, n_relations=14):
 
     def slow(_):
         steps.extend(seconds(lambda step=step: plain.step(*data.minibatch(step)))[0] for step in some)
-        scores_train.append(len(data.train) / len(part) * seconds(lambda: plain.score(*loops.joined(part)))[0])
-        scores_valid.append(seconds(lambda: plain.score(*loops.joined(data.valid)))[0])
+        scores.append(seconds(lambda: plain.score(*loops.joined(data.valid)))[0])
 
     _, results = in_turns(n_turns, fast=fast, slow=slow)
-    fast_seconds = median(results["fast"])
-    without = N_STEPS * median(steps) + median(scores_valid)
     row = [data.counted(n_relations * BATCH_SIZE)] * N_STEPS
-    scored = [data.counted(n_relations * (N_TRAIN + N_VALID))]
+    scored = [data.counted(n_relations * N_VALID)]
     name = "epoch-whole" if whole else "epoch"
     comparison = Comparison(
         f"training epoch, {n_relations} relations x {N_TRAIN} pairs behind layer {LAYER}, minibatch {BATCH_SIZE}",
         Side(
             "fvlens.finetune_many",
-            fast_seconds,
+            median(results["fast"]),
             f"from the last step of one epoch to that of the next, {n_turns} trainings",
             training_by_suffix(shape, LAYER, row, scored),
         ),
         Side(
             "the loop over plain Hugging Face",
-            without + median(scores_train),
-            f"from {len(some)} of {N_STEPS} steps, and the training pairs' scores from {len(part)} of {n_relations} "
-            f"relations, {n_turns} times; {attention}",
+            N_STEPS * median(steps) + median(scores),
+            f"from {len(some)} of {N_STEPS} steps and the whole scoring, {n_turns} times; {attention}",
             training_by_passes(shape, LAYER, row, scored),
         ),
         BARS[name],
-        (
-            f"{data.describe()}; {n_relations * N_VALID} validation pairs",
-            f"both sides score the training pairs again after the epoch; a plain loop that does not: "
-            f"{without / fast_seconds:.2f} times",
-        ),
+        (f"{data.describe()}; {n_relations * N_VALID} validation pairs",),
     )
     return Row([comparison], *training_agrees(real, whole=whole))
 
@@ -549,7 +540,7 @@ def many(real, machine, *, full=False, n_relations=145, n_epochs=20):
     _moments_checked(moments, run_epochs * N_STEPS)
     one = (moments[-1] - moments[N_STEPS - 1]) / (run_epochs - 1)
     total = spent + (n_epochs - run_epochs) * one
-    row, scored = data.counted(n_relations * BATCH_SIZE), data.counted(n_relations * (N_TRAIN + N_VALID))
+    row, scored = data.counted(n_relations * BATCH_SIZE), data.counted(n_relations * N_VALID)
     counted = n_epochs * training_by_suffix(real.shape, LAYER, [row] * N_STEPS, [scored])
     share, _ = counted.shares(machine, total)
     return (

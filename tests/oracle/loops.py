@@ -156,14 +156,14 @@ class VectorTraining:
             return total / relation.bincount(minlength=len(self.vectors))
 
     def epoch(self, train, valid, batch_size, generator):
-        """Every training pair once, then the losses of training and validation pairs [relation].
+        """Every training pair once, then the losses of the validation pairs [relation].
 
         ``train`` and ``valid`` are the rows of each relation.
         """
         orders = [rows[torch.randperm(len(rows), generator=generator)] for rows in train]
         for minibatches in zip(*(order.split(batch_size) for order in orders), strict=True):
             self.step(*joined(minibatches))
-        return self.score(*joined(train)), self.score(*joined(valid))
+        return self.score(*joined(valid))
 
 
 def joined(rows_of):
