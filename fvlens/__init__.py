@@ -17,11 +17,11 @@ from fvlens.evaluation import (
     layer_sweep,
 )
 from fvlens.find import find_vector
-from fvlens.finetuning import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.interventions import ablate, inject
 from fvlens.models import fingerprint, load_model
 from fvlens.prompts import build_prompts
 from fvlens.relations import Analogy, Relation, list_relations, load_relation
+from fvlens.training import TrainableVector, VectorSet, finetune, finetune_many
 from fvlens.types import Head
 from fvlens.universal import universal_heads
 from fvlens.vectors import (

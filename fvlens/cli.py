@@ -292,8 +292,8 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """A fine-tuned vector against prompting, activation addition, soft prompts and LoRA."""
-    from fvlens.finetuning import compare as compare_methods
     from fvlens.report import Loading
+    from fvlens.training import compare as compare_methods
 
     found = load_relation(relation)
     folder = _folder(folder or Path(f"fvlens-{relation}"))
@@ -356,9 +356,9 @@ def study(
 ) -> None:
     """What a fine-tuned vector depends on: training pairs, layer, scale, l2 or start."""
     from fvlens.find import find_vector
-    from fvlens.finetuning import STUDIES, Settings
     from fvlens.pages import write_figure
     from fvlens.report import Loading
+    from fvlens.training import STUDIES, Settings
 
     if name not in STUDIES:
         raise ValueError(f"no study named {name!r}; expected one of {', '.join(STUDIES)}.")

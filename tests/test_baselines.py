@@ -16,13 +16,17 @@ from scipy.stats import entropy
 from torch.nn import functional as F
 
 import fvlens
-from fvlens.finetuning import (
+from fvlens.metrics import kl_divergence
+from fvlens.models import embedded_folder, fingerprint
+from fvlens.prompts import Template
+from fvlens.suffix import has_hooks
+from fvlens.training import (
     Adapted,
     LoRA,
     SoftPrompt,
     TrainableVector,
+    _adaptations,
     _baselines,
-    _changes,
     _compare,
     act_add,
     collateral_change,
@@ -34,11 +38,7 @@ from fvlens.finetuning import (
     soft_prompt,
     unrelated_prompts,
 )
-from fvlens.finetuning._changes import Steered, Unchanged, why_not_low_rank
-from fvlens.metrics import kl_divergence
-from fvlens.models import embedded_folder, fingerprint
-from fvlens.prompts import Template
-from fvlens.suffix import has_hooks
+from fvlens.training._adaptations import Steered, Unchanged, why_not_low_rank
 
 N_TRAIN = 12
 
@@ -673,7 +673,7 @@ def table(model, asked):
             asked.append((tuple(queries), {pair for shown in demonstrations for pair in shown}))
             return real(model, queries, demonstrations, **how)
 
-        for module in (fvlens.prompts, _changes, _compare):
+        for module in (fvlens.prompts, _adaptations, _compare):
             patch.setattr(module, "render_prompts", spy)
         return compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)
 

@@ -21,11 +21,11 @@ import fvlens
 from fvlens import FunctionVector, cli
 from fvlens.evaluation import copied, layer_scale_sweep
 from fvlens.find import relation_effects
-from fvlens.finetuning import STUDIES, Settings
 from fvlens.models import fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import held_out
 from fvlens.report import Loading, RunOptions
+from fvlens.training import STUDIES, Settings
 from fvlens.universal import UniversalHeads
 
 DATA = Path(fvlens.__file__).parent / "relations" / "data"
@@ -521,7 +521,7 @@ def test_study_refuses(refused, tmp_path):
 
 
 def test_an_interrupted_study_writes_what_is_finished(call, model, tmp_path, monkeypatch):
-    own = fvlens.finetuning._studies.finetune_many
+    own = fvlens.training._studies.finetune_many
     count = itertools.count()
 
     def train(*args, **kwargs):
@@ -529,7 +529,7 @@ def test_an_interrupted_study_writes_what_is_finished(call, model, tmp_path, mon
             raise KeyboardInterrupt
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(fvlens.finetuning._studies, "finetune_many", train)
+    monkeypatch.setattr(fvlens.training._studies, "finetune_many", train)
     with pytest.warns(UserWarning, match="the study was interrupted: 2 of 4 layers are done"):
         code, _, _ = call("study", "layer", "plural", "--out", tmp_path, "--n-train", 2, "--layer", 0, *FEW)
     assert code == 130

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import fvlens
-from fvlens.finetuning import (
+from fvlens.interventions import inject, resid_hook, z_hook
+from fvlens.models import embedded_folder, fingerprint
+from fvlens.prompts import TEMPLATES, Template
+from fvlens.relations import Pair, Relation, Split
+from fvlens.suffix import has_hooks
+from fvlens.training import (
     FineTunedSet,
     History,
     Settings,
@@ -31,13 +36,8 @@ from fvlens.finetuning import (
     finetune_many,
     frozen,
 )
-from fvlens.finetuning import _training as training_module
-from fvlens.finetuning._training import RELATIVE_LR, Task, Training, VectorAdapter, prompts_of
-from fvlens.interventions import inject, resid_hook, z_hook
-from fvlens.models import embedded_folder, fingerprint
-from fvlens.prompts import TEMPLATES, Template
-from fvlens.relations import Pair, Relation, Split
-from fvlens.suffix import has_hooks
+from fvlens.training import _training as training_module
+from fvlens.training._training import RELATIVE_LR, Task, Training, VectorAdapter, prompts_of
 from fvlens.vectors import DistributedVector, FunctionVector
 
 PAIRS = tuple(Pair(*pair) for pair in WORDS)
@@ -1218,7 +1218,7 @@ def test_vector_set_errors(small, models, some, tmp_path, unchecked):
 )
 def test_damaged_vector_sets_are_refused(some, tmp_path, damage, told, unchecked):
     from fvlens.files import read_tensors, write_tensors
-    from fvlens.finetuning._set import SET_FORMAT
+    from fvlens.training._set import SET_FORMAT
 
     file = some.save(tmp_path / "set.safetensors")
     tensors, header = read_tensors(file, SET_FORMAT)
@@ -1355,7 +1355,7 @@ def test_an_own_template_goes_from_prompts_to_the_tuned_vectors_scores(small, tm
 
     asked = tuple(f"Pairs:\n {pair.input} is to" for pair in VALID)
     texts = []
-    for module in ("fvlens.evaluation._prompting", "fvlens.finetuning._compare", "fvlens.finetuning._training"):
+    for module in ("fvlens.evaluation._prompting", "fvlens.training._compare", "fvlens.training._training"):
         original = __import__(module, fromlist=["build_prompts"]).build_prompts
 
         def watched(*args, original=original, **given):

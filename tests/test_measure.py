@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fvlens
-import fvlens.finetuning
+import fvlens.training
 from fvlens.relations import list_relations, load_relation
 from fvlens.zoo import measure as zoo_measure
 
@@ -130,7 +130,7 @@ def test_fine_tuned_by_layers_equals_single_runs(model, starts):
         assert {runs[name].vector.layer for name in names} == {layer}
     generator = torch.Generator().manual_seed(5)  # draws the seed of verb-past as the batched run of one did
     split = splits["verb-past"]
-    alone = fvlens.finetuning.finetune(
+    alone = fvlens.training.finetune(
         model,
         split.train[:20],
         init=starts["verb-past"],

@@ -9,7 +9,10 @@ import torch
 
 import fvlens
 from fvlens.evaluation import evaluate
-from fvlens.finetuning import (
+from fvlens.metrics import Interval, bootstrap_interval
+from fvlens.models import fingerprint
+from fvlens.relations import Split
+from fvlens.training import (
     STUDIES,
     Point,
     Settings,
@@ -21,11 +24,8 @@ from fvlens.finetuning import (
     scale_study,
     training_size_study,
 )
-from fvlens.finetuning import _studies as studies_module
-from fvlens.finetuning._training import Training
-from fvlens.metrics import Interval, bootstrap_interval
-from fvlens.models import fingerprint
-from fvlens.relations import Split
+from fvlens.training import _studies as studies_module
+from fvlens.training._training import Training
 from fvlens.vectors import FunctionVector, random_vector_like
 
 FAST = Settings(epochs=2, lr=3.0)

@@ -17,11 +17,11 @@ import torch
 from conftest import needs_hooked, random_model
 
 import fvlens
-from fvlens.finetuning import LoRA, frozen
 from fvlens.interventions import ablate, hooked, inject, resid_hook, z_hook
 from fvlens.interventions._context import _Dispatcher
 from fvlens.screens import _quiet_norms
 from fvlens.suffix import choose_route, has_hooks, open_reader
+from fvlens.training import LoRA, frozen
 
 TOKENS = torch.tensor([[0, 11, 12, 13], [0, 21, 22, 23]])
 

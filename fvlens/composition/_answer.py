@@ -10,9 +10,9 @@ from torch import Tensor
 from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Explanation
 from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
-from fvlens.finetuning import frozen
 from fvlens.metrics import best_tokens
 from fvlens.relations import Analogy, Pair
+from fvlens.training import frozen
 
 
 @dataclass(frozen=True, slots=True)

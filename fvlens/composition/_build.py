@@ -11,9 +11,9 @@ from fvlens.composition._fit_gate import fit_gate
 from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map, fit_composite
 from fvlens.composition._queries import Setting
-from fvlens.finetuning import finetune_many
 from fvlens.prompts import Template
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
+from fvlens.training import finetune_many
 
 
 def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relation]:

@@ -14,11 +14,11 @@ from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Seen
 from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, given_or_scored, shown_pairs
 from fvlens.composition._rules import RULES
-from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.prompts import Template
 from fvlens.relations import Analogy, Pair
 from fvlens.suffix import Route
+from fvlens.training import frozen
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,10 +23,10 @@ from fvlens.composition._queries import (
     given_or_scored,
     shown_pairs,
 )
-from fvlens.finetuning import frozen
 from fvlens.metrics import best_token
 from fvlens.relations import Analogy
 from fvlens.suffix import Route
+from fvlens.training import frozen
 
 LOWERED_BY, LOWERINGS = 0.25, 200
 """Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""

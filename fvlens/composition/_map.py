@@ -25,10 +25,10 @@ from fvlens.composition._queries import (
 )
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
-from fvlens.finetuning import VectorSet, frozen
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
+from fvlens.training import VectorSet, frozen
 from fvlens.vectors import FunctionVector, vector_from, vector_header
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.finetuning import TrainableVector, VectorAdapter, VectorSet, frozen
 from fvlens.metrics import is_best
 from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
 from fvlens.suffix import Route, choose_route
+from fvlens.training import TrainableVector, VectorAdapter, VectorSet, frozen
 
 Setting = Literal["zero_shot", "one_shot"]
 SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")

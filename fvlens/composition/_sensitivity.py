@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from fvlens.composition._evaluate import Unseen, evaluate_analogies
 from fvlens.composition._map import CompositeMap, fit_composite
 from fvlens.composition._queries import Setting
-from fvlens.finetuning import VectorSet
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
 from fvlens.suffix import Route
+from fvlens.training import VectorSet
 from fvlens.vectors import random_vector_like
 
 if TYPE_CHECKING:

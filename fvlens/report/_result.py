@@ -7,12 +7,12 @@ from typing import Literal
 from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import Controls, Evaluation, Kind, LayerScaleSweep
 from fvlens.find import Ranking
-from fvlens.finetuning import FineTuned
 from fvlens.metrics import Interval
 from fvlens.models import Fingerprint
 from fvlens.relations import Split
 from fvlens.report._provenance import Provenance
 from fvlens.report._settings import Loading, RunOptions
+from fvlens.training import FineTuned
 from fvlens.universal import GivenHeads
 from fvlens.vectors import FunctionVector
 

@@ -16,13 +16,13 @@ import torch
 
 from fvlens.evaluation import SCALES, Evaluation, controls, copied, evaluate
 from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
-from fvlens.finetuning import FineTuned, finetune, finetune_many
 from fvlens.metrics import bootstrap_interval
 from fvlens.models import fingerprint
 from fvlens.relations import Relation, Split, disjoint_relations, load_relation
 from fvlens.report._provenance import Provenance
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._settings import Loading, RunOptions
+from fvlens.training import FineTuned, finetune, finetune_many
 from fvlens.universal import GivenHeads
 from fvlens.vectors import FunctionVector, function_vector
 

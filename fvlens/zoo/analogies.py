@@ -36,10 +36,10 @@ from fvlens.composition import (
     library_parts,
     source_scores,
 )
-from fvlens.finetuning import VectorSet
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
+from fvlens.training import VectorSet
 from fvlens.zoo._table import markdown, mean_with_interval
 
 log = logging.getLogger("fvlens.zoo")

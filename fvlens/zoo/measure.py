@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from fvlens.evaluation import evaluate
 from fvlens.find import RANKINGS, find_vector
-from fvlens.finetuning import FineTuned, finetune_many
 from fvlens.metrics import bootstrap_interval, paired_difference
 from fvlens.models import load_model
 from fvlens.relations import Split, disjoint_relations, list_relations, load_relation
+from fvlens.training import FineTuned, finetune_many
 from fvlens.vectors import FunctionVector, random_vector_like
 
 N_TRAIN = 20

@@ -2,7 +2,7 @@
 
 Plain: as anyone would write it. The model's parameters take no gradient; its forward runs on the whole batch under a
 hook that adds the vector at the last token; the loss is the cross-entropy of the last logits; Adam steps on the vector.
-Suffix: one step of ``fvlens.finetuning``'s training, prefixes kept from before. Both take the same pairs.
+Suffix: one step of ``fvlens.training``'s training, prefixes kept from before. Both take the same pairs.
 
 Steps are measured in turns on one thread, in seconds of the processor, so that a busy machine changes little; the
 medians count. Whole trainings are measured by the clock, with the threads that the machine has.
@@ -19,10 +19,10 @@ from conftest import needs_hooked, random_model
 from torch.nn import functional as F
 
 import fvlens
-from fvlens.finetuning import Settings, TrainableVector, finetune, finetune_many, frozen
-from fvlens.finetuning._training import Task, Training, VectorAdapter, prompts_of
 from fvlens.interventions import resid_hook
 from fvlens.models import fingerprint
+from fvlens.training import Settings, TrainableVector, finetune, finetune_many, frozen
+from fvlens.training._training import Task, Training, VectorAdapter, prompts_of
 
 N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
 """Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.

@@ -159,7 +159,7 @@ METHODS = (
 
 @functools.cache
 def antonym_compared():
-    from fvlens.finetuning import compare
+    from fvlens.training import compare
 
     return compare(embedded(), "antonym", progress=False, **COMPARE)
 

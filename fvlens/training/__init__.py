@@ -4,9 +4,9 @@ What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune
 ``VectorSet``. Baselines, the comparison and the studies are here.
 """
 
-from fvlens.finetuning._baselines import Adapted, Baseline, act_add, few_shot, lora, soft_prompt
-from fvlens.finetuning._changes import LoRA, SoftPrompt
-from fvlens.finetuning._compare import (
+from fvlens.training._adaptations import LoRA, SoftPrompt
+from fvlens.training._baselines import Adapted, Baseline, act_add, few_shot, lora, soft_prompt
+from fvlens.training._compare import (
     Collateral,
     Comparison,
     collateral_change,
@@ -14,9 +14,9 @@ from fvlens.finetuning._compare import (
     evaluate_adapted,
     unrelated_prompts,
 )
-from fvlens.finetuning._finetune import FineTuned, FineTunedSet, finetune, finetune_many
-from fvlens.finetuning._set import VectorSet
-from fvlens.finetuning._studies import (
+from fvlens.training._finetune import FineTuned, FineTunedSet, finetune, finetune_many
+from fvlens.training._set import VectorSet
+from fvlens.training._studies import (
     STUDIES,
     Point,
     Study,
@@ -26,8 +26,8 @@ from fvlens.finetuning._studies import (
     scale_study,
     training_size_study,
 )
-from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
-from fvlens.finetuning._training import History, Settings, TrainingState, VectorAdapter
+from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
+from fvlens.training._training import History, Settings, TrainingState, VectorAdapter
 
 __all__ = [
     "STUDIES",

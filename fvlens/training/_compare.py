@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from fvlens.evaluation import Evaluation, evaluations
 from fvlens.find import Ranking, find_vector, finished
-from fvlens.finetuning._baselines import Adapted, Baseline, act_add, as_change, few_shot, lora, soft_prompt
-from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchanged, read_prompts
-from fvlens.finetuning._finetune import finetune
 from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.scoring import Scores, score
+from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
+from fvlens.training._baselines import Adapted, Baseline, act_add, as_adaptation, few_shot, lora, soft_prompt
+from fvlens.training._finetune import finetune
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
@@ -49,7 +49,7 @@ def _template_of(adapted: Any) -> Template | str | None:
 def evaluate_adapted(
     model: Any,
     pairs: Pairs,
-    adapted: Adapted | Steering | Change | None,
+    adapted: Adapted | Steering | Adaptation | None,
     *,
     template: Template | str | None = None,
     relation: str | None = None,
@@ -81,7 +81,7 @@ def evaluate_adapted(
 
     Example:
         >>> import torch, fvlens
-        >>> from fvlens.finetuning import evaluate_adapted, few_shot
+        >>> from fvlens.training import evaluate_adapted, few_shot
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> g = torch.Generator().manual_seed(0)
         >>> split = fvlens.load_relation("antonym").split(g)
@@ -89,7 +89,7 @@ def evaluate_adapted(
         >>> shown.top1 > evaluate_adapted(model, split.test, None, generator=g).top1
         True
     """
-    change = as_change(adapted)
+    change = as_adaptation(adapted)
     if check:
         change.check(model)
     template = template_or(template, _template_of(adapted))
@@ -107,7 +107,7 @@ def evaluate_adapted(
     return replaced(found, vector_kind=kind, fingerprint=getattr(change, "fingerprint", None))
 
 
-def _read_scores(model: Any, change: Change, prompts: Prompts, batch_size: int | None) -> Scores:
+def _read_scores(model: Any, change: Adaptation, prompts: Prompts, batch_size: int | None) -> Scores:
     """Scores under a change that acts on whole prompts, by whole passes."""
     ranks, logs, best = [], [], []
     largest = 0
@@ -203,7 +203,7 @@ def unrelated_prompts(
 
 def collateral_change(
     model: Any,
-    adapted: Adapted | Steering | Change | None,
+    adapted: Adapted | Steering | Adaptation | None,
     prompts: Prompts,
     *,
     batch_size: int | None = None,
@@ -233,18 +233,18 @@ def collateral_change(
 
     Example:
         >>> import torch, fvlens
-        >>> from fvlens.finetuning import collateral_change, unrelated_prompts
+        >>> from fvlens.training import collateral_change, unrelated_prompts
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> g = torch.Generator().manual_seed(0)
         >>> prompts = unrelated_prompts(model, fvlens.load_relation("antonym"), n=4, generator=g)
         >>> collateral_change(model, None, prompts, generator=g).mean
         0.0
     """
-    change = as_change(adapted)
+    change = as_adaptation(adapted)
     if check:
         change.check(model)
 
-    def logits(of: Change, asked: Prompts) -> Iterator[Tensor]:
+    def logits(of: Adaptation, asked: Prompts) -> Iterator[Tensor]:
         parts = read_prompts(model, of, asked, n_answer=1, batch_size=batch_size, what="collateral_change")
         return (part[:, 0].cpu() for _, part in parts)
 

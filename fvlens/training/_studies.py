@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from fvlens.evaluation import copied
 from fvlens.find import finished
-from fvlens.finetuning._finetune import FineTunedSet, finetune_many
-from fvlens.finetuning._training import Anchor, Settings
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.prompts import build_prompts
 from fvlens.relations import Pair, Relation, Split
 from fvlens.scoring import score
+from fvlens.training._finetune import FineTunedSet, finetune_many
+from fvlens.training._training import Anchor, Settings
 from fvlens.vectors import FunctionVector, random_vector_like
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def training_size_study(
         init: what training starts from, at its layer.
         sizes: numbers of training pairs.
         n_seeds: trainings of each size.
-        settings: how to train; by default as :func:`~fvlens.finetuning.finetune` does.
+        settings: how to train; by default as :func:`~fvlens.training.finetune` does.
         relation: the relation's name; by default that of ``pairs`` or ``init``.
         generator: source of randomness: split, training pairs, trainings, bootstrap.
         progress: show a progress bar. Interrupting returns what is finished, with a warning.
@@ -191,11 +191,11 @@ def training_size_study(
 
     Raises:
         ValueError: no sizes, or the smallest is not in the range of the training part; ``n_seeds`` is below 1; whatever
-            :func:`~fvlens.finetuning.finetune` refuses.
+            :func:`~fvlens.training.finetune` refuses.
 
     Example:
         >>> import torch, fvlens
-        >>> from fvlens.finetuning import Settings, training_size_study
+        >>> from fvlens.training import Settings, training_size_study
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> start = fvlens.FunctionVector(torch.zeros(model.cfg.d_model), 1, (), "antonym", fvlens.fingerprint(model))
         >>> study = training_size_study(

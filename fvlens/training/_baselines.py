@@ -22,8 +22,21 @@ from torch import Tensor, nn
 
 from fvlens.activations import mean_residuals
 from fvlens.evaluation import evaluate
-from fvlens.finetuning._changes import Change, Demonstrations, LoRA, SoftPrompt, Steered, Unchanged, why_not_low_rank
-from fvlens.finetuning._training import (
+from fvlens.interventions import resid_pre_hook
+from fvlens.models import fingerprint
+from fvlens.prompts import Prompts, Template, build_prompts
+from fvlens.relations import Pair, Relation
+from fvlens.suffix import plan_slices
+from fvlens.training._adaptations import (
+    Adaptation,
+    Demonstrations,
+    LoRA,
+    SoftPrompt,
+    Steered,
+    Unchanged,
+    why_not_low_rank,
+)
+from fvlens.training._training import (
     Adapter,
     History,
     Loss,
@@ -35,11 +48,6 @@ from fvlens.finetuning._training import (
     prompts_of,
     run_training,
 )
-from fvlens.interventions import resid_pre_hook
-from fvlens.models import fingerprint
-from fvlens.prompts import Prompts, Template, build_prompts
-from fvlens.relations import Pair, Relation
-from fvlens.suffix import plan_slices
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
@@ -58,7 +66,7 @@ LORA_LR = 0.1
 
 @runtime_checkable
 class Adapted(Protocol):
-    """A model made to do a relation; :class:`Baseline` and :class:`~fvlens.finetuning.FineTuned` are such.
+    """A model made to do a relation; :class:`Baseline` and :class:`~fvlens.training.FineTuned` are such.
 
     Attributes:
         method: name of the method.
@@ -72,7 +80,7 @@ class Adapted(Protocol):
     def method(self) -> str: ...
 
     @property
-    def change(self) -> Change: ...
+    def change(self) -> Adaptation: ...
 
     @property
     def n_trainable(self) -> int: ...
@@ -106,7 +114,7 @@ class Baseline:
 
     method: str
     relation: str
-    change: Change
+    change: Adaptation
     n_trainable: int
     seconds: float
     history: History | None = None
@@ -164,7 +172,7 @@ class Baseline:
         return self.history
 
 
-def as_change(given: Adapted | Steering | Change | None) -> Change:
+def as_adaptation(given: Adapted | Steering | Adaptation | None) -> Adaptation:
     """What a result of any method does to a forward pass; None is the model as it is.
 
     Raises:
@@ -172,7 +180,7 @@ def as_change(given: Adapted | Steering | Change | None) -> Change:
     """
     if given is None:
         return Unchanged()
-    if isinstance(given, Change):
+    if isinstance(given, Adaptation):
         return given
     if isinstance(given, Steering):
         return Steered(given)
@@ -333,11 +341,11 @@ def act_add(
 # --- trained ---
 
 
-class ChangeAdapter(Adapter):
+class AdaptationAdapter(Adapter):
     """Trains the numbers of a change, by whole passes."""
 
     @abc.abstractmethod
-    def change(self) -> Change:
+    def change(self) -> Adaptation:
         """The change with the parameters as they are now."""
 
     def logits(
@@ -347,7 +355,7 @@ class ChangeAdapter(Adapter):
         return self.change().read(self.model, self.tokens[rows], self.mask[rows], n_read=self.n_suffix)
 
 
-class SoftPromptAdapter(ChangeAdapter):
+class SoftPromptAdapter(AdaptationAdapter):
     """Offsets of soft tokens."""
 
     relative_lr = SOFT_PROMPT_LR
@@ -380,7 +388,7 @@ class SoftPromptAdapter(ChangeAdapter):
         return SoftPrompt(self.soft, self.offsets, self.mark)
 
 
-class LoRAAdapter(ChangeAdapter):
+class LoRAAdapter(AdaptationAdapter):
     """Low-rank updates of query and value projections."""
 
     relative_lr = LORA_LR
@@ -435,7 +443,7 @@ def soft_prompt(
     """A soft prompt: a few input embeddings behind BOS, trained with the model frozen.
 
     The embeddings start as those of random tokens of the vocabulary. One of them has as many numbers as a vector of the
-    residual stream. See :class:`~fvlens.finetuning.SoftPrompt` for what exactly is added where. All later tokens move
+    residual stream. See :class:`~fvlens.training.SoftPrompt` for what exactly is added where. All later tokens move
     by ``n_tokens`` positions, which a small model with learned positions may not bear: on the embedded one, 1 soft
     token fails, and 8 work, the length of a demonstration.
 
@@ -444,7 +452,7 @@ def soft_prompt(
         pairs: training pairs.
         n_tokens: soft tokens.
         valid, loss, epochs, batch_size, schedule, patience, template, relation, progress: as for
-            :func:`~fvlens.finetuning.finetune`.
+            :func:`~fvlens.training.finetune`.
         lr: learning rate; by default 10% of the root mean square of what the first block reads.
         generator: draws the seed of the minibatches' order, then the tokens.
 
@@ -512,7 +520,7 @@ def lora(
         rank: rank of each update.
         layers: the layers that have them; by default all.
         valid, loss, epochs, batch_size, schedule, patience, template, relation, progress: as for
-            :func:`~fvlens.finetuning.finetune`.
+            :func:`~fvlens.training.finetune`.
         lr: learning rate; by default 10% of ``1 / sqrt(d_model)``, the root mean square of A at the start.
         generator: draws the seed of the minibatches' order, then A.
 
@@ -589,7 +597,7 @@ def _train(task: Task, adapter: Adapter, settings: Settings, what: str, progress
 
 
 def _trained(
-    method: str, task: Task, change: Change, outcome: Outcome, settings: Settings, complete: bool, seconds: float
+    method: str, task: Task, change: Adaptation, outcome: Outcome, settings: Settings, complete: bool, seconds: float
 ) -> Baseline:
     return Baseline(
         method=method,

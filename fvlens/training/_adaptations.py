@@ -24,7 +24,7 @@ from fvlens.types import Steering, is_bridge
 from fvlens.vectors import check_model
 
 
-class Change(abc.ABC):
+class Adaptation(abc.ABC):
     """What a method does to a model's forward pass."""
 
     def on(self, model: Any, prompts: Prompts) -> Prompts:
@@ -43,7 +43,7 @@ class Change(abc.ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Unchanged(Change):
+class Unchanged(Adaptation):
     """The model as it is."""
 
     def read(
@@ -56,7 +56,7 @@ class Unchanged(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Demonstrations(Change):
+class Demonstrations(Adaptation):
     """Demonstrations in front of whatever a prompt shows itself.
 
     Attributes:
@@ -100,7 +100,7 @@ class Demonstrations(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Steered(Change):
+class Steered(Adaptation):
     """A steering's tensors, added at the prompt's last token.
 
     Attributes:
@@ -130,7 +130,7 @@ class Steered(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class SoftPrompt(Change):
+class SoftPrompt(Adaptation):
     """Tokens whose embeddings are trained, right behind BOS, or in front where there is none.
 
     Soft token i is the embedding of a token of the vocabulary plus an offset, added to what the first block reads. So
@@ -179,7 +179,7 @@ class SoftPrompt(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class LoRA(Change):
+class LoRA(Adaptation):
     """Low-rank updates of the query and value projections: ``W_Q + A_Q B_Q`` and ``W_V + A_V B_V``, at every token.
 
     ``x A B`` is added to what the projection gives, before any norm of the queries and any rotation. Heads are those of
@@ -276,14 +276,14 @@ def why_not_low_rank(model: Any, layers: Sequence[int]) -> str | None:
 
 
 def read_prompts(
-    model: Any, change: Change, prompts: Prompts, *, n_answer: int, batch_size: int | None, what: str
+    model: Any, change: Adaptation, prompts: Prompts, *, n_answer: int, batch_size: int | None, what: str
 ) -> Iterator[tuple[slice, Float[Tensor, "batch read d_vocab"]]]:
     """Logits behind the prompts, and behind the next ``n_answer - 1`` tokens of their answers, in batches.
 
     Args:
         model: the model.
         change: what is done to it.
-        prompts: the prompts, as :meth:`Change.on` writes them.
+        prompts: the prompts, as :meth:`Adaptation.on` writes them.
         n_answer: answer tokens that are scored.
         batch_size: prompts run together; by default chosen from what memory is free, and halved where it runs out.
         what: the function that the user called, for messages.

@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from fvlens.files import read_tensors, write_tensors
-from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.metrics import is_best
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import PAD_ANSWER, TEMPLATES, Prompts, Template, build_prompts, get_template, with_answers
 from fvlens.relations import Pair
 from fvlens.suffix import Route, SteeredPrompts, Weights, open_reader, plan_slices, portions, power_above
+from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fvlens.finetuning._changes import Steered
-from fvlens.finetuning._set import VectorSet
-from fvlens.finetuning._trainable import TrainableDistributedVector, TrainableVector, frozen
-from fvlens.finetuning._training import (
+from fvlens.models import fingerprint, model_device
+from fvlens.prompts import Template, template_or
+from fvlens.relations import Pair, Relation, Split, load_relation
+from fvlens.suffix import Route, Weights, choose_route
+from fvlens.training._adaptations import Steered
+from fvlens.training._set import VectorSet
+from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
+from fvlens.training._training import (
     Adapter,
     Anchor,
     DistributedAdapter,
@@ -29,10 +33,6 @@ from fvlens.finetuning._training import (
     prompts_of,
     run_training,
 )
-from fvlens.models import fingerprint, model_device
-from fvlens.prompts import Template, template_or
-from fvlens.relations import Pair, Relation, Split, load_relation
-from fvlens.suffix import Route, Weights, choose_route
 from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
