@@ -26,7 +26,6 @@ from fvlens.training import (
     SoftPrompt,
     TrainableVector,
     _adaptations,
-    _baselines,
     _compare,
     act_add,
     collateral_change,
@@ -38,7 +37,9 @@ from fvlens.training import (
     soft_prompt,
     unrelated_prompts,
 )
-from fvlens.training._adaptations import Steered, Unchanged, why_not_low_rank
+from fvlens.training._adaptations import Steered, Unchanged
+from fvlens.training._loop import Training
+from fvlens.training._lora import why_not_low_rank
 
 N_TRAIN = 12
 
@@ -167,11 +168,12 @@ def test_soft_tokens_come_first_where_there_is_no_bos(model, words):
 
 
 def hand_trained(plain, rows, answers, tokens, seed, lr, epochs, size):
-    """A soft prompt trained in a plain loop, one query at a time; offsets after each epoch."""
+    """A soft prompt trained in a plain loop, one query at a time; offsets after each epoch, and losses of its steps."""
     offsets = torch.zeros(len(tokens), plain.config.n_embd, requires_grad=True)
     optimiser = torch.optim.Adam([offsets], lr=lr)
-    g, after = seeded(seed), [offsets.detach().clone()]
+    g, after, of_steps = seeded(seed), [offsets.detach().clone()], []
     for _ in range(epochs):
+        seen = []
         order = torch.randperm(len(rows), generator=g).tolist()
         for start in range(0, len(rows), size):
             batch = order[start : start + size]
@@ -181,10 +183,12 @@ def hand_trained(plain, rows, answers, tokens, seed, lr, epochs, size):
                 losses.append(-hf.answer_log_probability(logits[-len(answers[i]) :], answers[i]))
             optimiser.zero_grad()
             torch.stack(losses).mean().backward()
+            seen += torch.stack(losses).tolist()
             optimiser.step()
         after.append(offsets.detach().clone())
+        of_steps.append(sum(seen) / len(seen))
     plain.zero_grad(set_to_none=True)
-    return after
+    return after, of_steps
 
 
 def test_training_a_soft_prompt_equals_a_loop_by_hand(model, plain, words):
@@ -194,22 +198,20 @@ def test_training_a_soft_prompt_equals_a_loop_by_hand(model, plain, words):
         progress=False,
     )  # fmt: skip
     rows, answers = rows_of(words)
-    after = hand_trained(plain, rows, answers, trained.change.tokens, trained.seed, 0.02, 3, 3)
+    after, of_steps = hand_trained(plain, rows, answers, trained.change.tokens, trained.seed, 0.02, 3, 3)
     close(trained.change.offsets, after[-1], 1e-3)
     assert trained.best_epoch == 3  # without validation pairs the last
     norms = torch.stack([offsets.norm() for offsets in after])
     assert torch.allclose(trained.history.norm, norms, rtol=1e-3)
-    losses = []
     with torch.no_grad():
-        for offsets in after:
-            per_pair = [
-                -hf.answer_log_probability(
-                    with_soft(plain, row + answer[:-1], trained.change.tokens, offsets)[-len(answer) :], answer
-                )
-                for row, answer in zip(rows, answers, strict=True)
-            ]
-            losses.append(torch.stack(per_pair).mean())
-    assert torch.allclose(trained.history.train_loss, torch.stack(losses), rtol=1e-3)
+        at_start = [
+            -hf.answer_log_probability(
+                with_soft(plain, row + answer[:-1], trained.change.tokens, after[0])[-len(answer) :], answer
+            )
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    losses = torch.tensor([float(torch.stack(at_start).mean()), *of_steps])
+    assert torch.allclose(trained.history.train_loss, losses, rtol=1e-3)
 
 
 def test_the_default_rate_of_a_soft_prompt_follows_what_the_first_block_reads(model, plain, words):
@@ -558,7 +560,7 @@ def test_training_leaves_the_model_alone(split):
 
 def test_an_interrupted_training_gives_the_best_so_far(model, split, monkeypatch):
     n = 0
-    real = _baselines.Training.one_epoch
+    real = Training.one_epoch
 
     def some(self):
         nonlocal n
@@ -567,7 +569,7 @@ def test_an_interrupted_training_gives_the_best_so_far(model, split, monkeypatch
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(_baselines.Training, "one_epoch", some)
+    monkeypatch.setattr(Training, "one_epoch", some)
     with pytest.warns(UserWarning, match="2 of 5 epochs are finished"):
         found = soft_prompt(model, split.train[:6], epochs=5, generator=seeded(), progress=False)
     assert not found.complete and len(found.history) == 3

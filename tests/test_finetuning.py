@@ -24,20 +24,26 @@ from fvlens.prompts import TEMPLATES, Template
 from fvlens.relations import Pair, Relation, Split
 from fvlens.suffix import has_hooks
 from fvlens.training import (
+    CrossEntropy,
     FineTunedSet,
     History,
     Settings,
+    SteerablePrompts,
+    Task,
     TrainableDistributedVector,
     TrainableVector,
+    Training,
     TrainingState,
+    VectorChange,
     VectorSet,
+    Wants,
+    _loop,
+    _prepared,
     evaluate_adapted,
     finetune,
     finetune_many,
     frozen,
 )
-from fvlens.training import _training as training_module
-from fvlens.training._training import RELATIVE_LR, Task, Training, VectorAdapter, prompts_of
 from fvlens.vectors import DistributedVector, FunctionVector
 
 PAIRS = tuple(Pair(*pair) for pair in WORDS)
@@ -83,6 +89,11 @@ def seeded(seed=0):
 def vector_of(model, layer=1, seed=0, relation="r", scale=1.0, **fields):
     values = scale * torch.randn(model.cfg.d_model, generator=seeded(seed))
     return FunctionVector(values, layer, (), relation, fingerprint(model), **fields)
+
+
+def vector_change(model, tasks, trainable, path):
+    prompts = SteerablePrompts.of(model, tasks, "qa", layer=trainable.layer, path=path)
+    return VectorChange(prompts, trainable)
 
 
 def split_of(train, valid=(), test=()):
@@ -204,11 +215,13 @@ def test_losses_and_gradients_equal_a_plain_forward(models, name, path, layer):
     model = models(name)
     start = 0.5 * torch.randn(model.cfg.d_model, generator=seeded())
     trainable = TrainableVector(start[None], layer)
-    adapter = VectorAdapter(model, prompts_of(model, [Task("", PAIRS, (), 0)], "qa"), trainable, path)
-    assert adapter.n_suffix > 1  # answers of several tokens
+    change = vector_change(model, [Task("", PAIRS, (), 0)], trainable, path)
+    assert change.prompts.n_suffix > 1  # answers of several tokens
     plain = start.clone().requires_grad_()
     with frozen(model):
-        logs, right = adapter.scores(torch.arange(len(PAIRS)), torch.zeros(len(PAIRS), dtype=torch.long))
+        rows, relation = torch.arange(len(PAIRS)), torch.zeros(len(PAIRS), dtype=torch.long)
+        readout = change.read(rows, relation, Wants(first=True))
+        logs, right = readout.log_probs, CrossEntropy().is_right(readout)
         logs.sum().backward()
         expected = [plain_log_probs(model, pair, layer, plain) for pair in PAIRS]
         sum(one.sum() for one in expected).backward()
@@ -282,11 +295,11 @@ def test_default_learning_rate_is_a_share_of_the_residual_stream(models, small):
         query, _ = tokenised(small, pair)
         with small.hooks(fwd_hooks=[(resid_hook(1), lambda resid, hook: seen.append(resid[0, -1].detach()) or None)]):
             small(torch.tensor([query]))
-    expected = RELATIVE_LR * torch.stack(seen).square().mean().sqrt()
+    expected = VectorChange.relative_lr * torch.stack(seen).square().mean().sqrt()
     for path in (None, "naive"):
         tuned = finetune(small, TRAIN, init="zero", layer=1, epochs=1, path=path, generator=seeded(), progress=False)
         assert tuned.lr == pytest.approx(float(expected), rel=1e-5)
-    assert RELATIVE_LR == 0.03
+    assert VectorChange.relative_lr == 0.03
 
 
 def test_loss_is_without_its_penalty(small):
@@ -334,8 +347,8 @@ def test_best_epoch_is_that_of_the_best_validation_score(model):
 def test_top1_comes_before_the_loss_and_the_first_epoch_before_later_ones(small, monkeypatch):
     task = Task("", TRAIN[:1], VALID[:1], 0)
     trainable = TrainableVector(torch.zeros(1, small.cfg.d_model), 1)
-    adapter = VectorAdapter(small, prompts_of(small, [task], "qa"), trainable, "naive")
-    training = Training([task], adapter, Settings(lr=1.0, patience=2))
+    change = vector_change(small, [task], trainable, "naive")
+    training = Training([task], change, Settings(lr=1.0, patience=2))
     scores = iter([(0.5, 2.0), (0.5, 3.0), (0.75, 9.0), (0.75, 9.0), (0.5, 1.0)])
 
     def score(rows):
@@ -438,7 +451,7 @@ def compare(together, alone):
 def test_many_equal_separate_runs(small, monkeypatch, settings, at_once):
     """Relations of 5, 3 and 1 pairs, with answers of several tokens and of one, with a patience that stops some."""
     if at_once is not None:
-        monkeypatch.setattr(training_module, "_MOST_ROWS", at_once)
+        monkeypatch.setattr(_prepared, "_MOST_ROWS", at_once)
     splits = {"a": split_of(TRAIN, VALID), "b": split_of(MORE[:3], MORE[3:]), "c": split_of(PAIRS[:1], TRAIN[1:2])}
     init = {name: vector_of(small, seed=i, scale=0.2) for i, name in enumerate(splits)}
     together, alone = many(small, splits, init, lr=0.4, epochs=8, batch_size=2, patience=2, **settings)
@@ -543,10 +556,10 @@ def test_half_precision_is_trained_in_single_precision(small, models, tmp_path):
         assert tuned.history.train_loss[-1] < tuned.history.train_loss[0]
         # a vector far below the residual stream's precision still moves, by sums in the wider of the two
         assert float(tuned.vector.vector.abs().max()) > 0
-        adapter = VectorAdapter(half, prompts_of(half, [Task("", TRAIN, (), 0)], "qa"),
-                                TrainableVector(torch.zeros(1, half.cfg.d_model), 1), tuned.path)  # fmt: skip
+        trainable = TrainableVector(torch.zeros(1, half.cfg.d_model), 1)
+        change = vector_change(half, [Task("", TRAIN, (), 0)], trainable, tuned.path)
         with torch.no_grad():
-            logits = adapter.logits(torch.arange(2), torch.zeros(2, dtype=torch.long))
+            logits = change.read(torch.arange(2), torch.zeros(2, dtype=torch.long), Wants(logits=True)).logits
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, logits.bfloat16().float())  # nowhere rounded to the model's precision
 
@@ -607,7 +620,7 @@ def test_the_model_is_left_as_it_was(models, small, monkeypatch, end, path):
         if self.epoch == 1 and end == "interrupt":
             raise KeyboardInterrupt
         if self.epoch == 1 and end == "error inside a forward":
-            monkeypatch.setattr(training_module.F, "cross_entropy", lambda *a, **k: 1 / 0)
+            monkeypatch.setattr(F, "cross_entropy", lambda *a, **k: 1 / 0)
 
     monkeypatch.setattr(Training, "one_epoch", one_epoch)
     kinds = {"success": (), "error": RuntimeError, "interrupt": (), "error inside a forward": ZeroDivisionError}
@@ -725,7 +738,7 @@ def test_many_resume_with_relations_that_have_stopped(small, monkeypatch):
 def test_interruption_between_layers_gives_the_best_of_those_done(small, monkeypatch):
     settings = dict(init="zero", valid=VALID, lr=0.3, epochs=2, progress=False)
     first = finetune(small, TRAIN, layer=0, generator=seeded(), **settings)
-    own = training_module.SteeredPrompts
+    own = _prepared.SteeredPrompts
     calls = itertools.count()
 
     def kept(*args, **kwargs):
@@ -733,12 +746,12 @@ def test_interruption_between_layers_gives_the_best_of_those_done(small, monkeyp
             raise KeyboardInterrupt
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(training_module, "SteeredPrompts", kept)
+    monkeypatch.setattr(_prepared, "SteeredPrompts", kept)
     with pytest.warns(UserWarning, match="finetune was interrupted: 1 of 3 layers are done"):
         part = finetune(small, TRAIN, layer=range(3), generator=seeded(), **settings)
     assert not part.complete and len(part.layer_scores) == 1
     assert torch.equal(part.vector.vector, first.vector.vector)
-    monkeypatch.setattr(training_module, "SteeredPrompts", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(_prepared, "SteeredPrompts", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # nothing is done yet
         finetune(small, TRAIN, layer=range(3), generator=seeded(), **settings)
 
@@ -748,7 +761,7 @@ def test_interruption_inside_a_later_layer_is_not_complete(small, monkeypatch):
     own = Training.one_epoch
 
     def one_epoch(self):
-        if self.adapter.trainable.layer == 1:
+        if self.change.prompts.layer == 1:
             raise KeyboardInterrupt
         own(self)
 
@@ -861,7 +874,7 @@ def test_checkpoint_folder_is_asked_for_before_the_work(small, tmp_path, monkeyp
 def test_one_bar_counts_epochs(small, monkeypatch):
     bars = []
 
-    class Bar(training_module.tqdm):
+    class Bar(_loop.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append((kwargs, self))
@@ -870,7 +883,7 @@ def test_one_bar_counts_epochs(small, monkeypatch):
             self.counted = getattr(self, "counted", 0) + n
             return super().update(n)
 
-    monkeypatch.setattr(training_module, "tqdm", Bar)
+    monkeypatch.setattr(_loop, "tqdm", Bar)
     splits = {"a": split_of(TRAIN), "b": split_of(MORE)}
     finetune_many(small, splits, init="zero", layer=1, epochs=3, generator=seeded())
     ((settings, bar),) = bars
@@ -1044,7 +1057,9 @@ def test_default_learning_rate_of_heads_is_a_share_of_their_z(small):
             with small.hooks(fwd_hooks=[(z_hook(layer), see)]):
                 small(torch.tensor([query]))
     tuned = finetune(small, TRAIN, init=init, epochs=1, generator=seeded(), progress=False)
-    assert tuned.lr == pytest.approx(RELATIVE_LR * float(torch.stack(seen).square().mean().sqrt()), rel=1e-5)
+    assert tuned.lr == pytest.approx(
+        VectorChange.relative_lr * float(torch.stack(seen).square().mean().sqrt()), rel=1e-5
+    )
 
 
 def test_distributed_errors(small, unchecked):
@@ -1278,11 +1293,21 @@ def test_pairs_and_models_are_checked(small, models, unchecked, monkeypatch):
         finetune(small, TRAIN, generator=seeded(), **(SHORT | dict(init=foreign)))
     tuned = finetune(small, TRAIN, check=False, generator=seeded(), **(SHORT | dict(init=foreign, epochs=1)))
     assert tuned.vector.fingerprint == fingerprint(small)
-    monkeypatch.setattr(training_module, "_MOST_ROWS", 2)
+    monkeypatch.setattr(_prepared, "_MOST_ROWS", 2)
     with pytest.raises(
         ValueError, match=re.escape("finetune: a step of 3 pairs of this relation does not fit the mem")
     ):
-        finetune(small, TRAIN, generator=seeded(), **(SHORT | dict(batch_size=3)))
+        finetune(small, TRAIN, generator=seeded(), **(SHORT | dict(batch_size=3, loss="perplexity")))
+
+
+def test_a_step_of_more_than_fits_adds_up_the_gradients_of_its_parts(small, monkeypatch):
+    settings = SHORT | dict(batch_size=5, l2=0.01)
+    whole = finetune(small, TRAIN, generator=seeded(), **settings)
+    monkeypatch.setattr(_prepared, "_MOST_ROWS", 2)
+    parts = finetune(small, TRAIN, generator=seeded(), **settings)
+    assert parts.batch_size < 5 <= whole.batch_size
+    close(parts.vector.vector, whole.vector.vector)
+    torch.testing.assert_close(curves_of(parts.history), curves_of(whole.history), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_relations_of_many_are_checked(small, unchecked):
@@ -1355,7 +1380,7 @@ def test_an_own_template_goes_from_prompts_to_the_tuned_vectors_scores(small, tm
 
     asked = tuple(f"Pairs:\n {pair.input} is to" for pair in VALID)
     texts = []
-    for module in ("fvlens.evaluation._prompting", "fvlens.training._compare", "fvlens.training._training"):
+    for module in ("fvlens.evaluation._prompting", "fvlens.training._compare", "fvlens.training._prepared"):
         original = __import__(module, fromlist=["build_prompts"]).build_prompts
 
         def watched(*args, original=original, **given):

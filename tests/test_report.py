@@ -78,7 +78,7 @@ def watched(model):
         return build
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("find", "evaluation._prompting", "training._training"):
+        for module in ("find", "evaluation._prompting", "training._prepared"):
             target = f"fvlens.{module}.build_prompts"
             patch.setattr(target, spy(module, fvlens.build_prompts))
         began = time.monotonic()
@@ -398,10 +398,10 @@ def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
         if prompts.labels != "random":  # random labels are answers of other relations
             assert not test & {pair.output for pair in shown}
         assert set(prompts.queries) <= set(split.valid)
-    trained, trained_other = [call.prompts for _, call in found if call.module == "training._training"]
+    trained, trained_other = [call.prompts for _, call in found if call.module == "training._prepared"]
     assert trained.queries == split.train[:20] + split.valid
     assert set(trained_other.queries) <= set(fvlens.load_relation(result.others[0]).pairs)
-    others = {call.prompts.relation for _, call in found if call.module != "training._training"} - {"antonym"}
+    others = {call.prompts.relation for _, call in found if call.module != "training._prepared"} - {"antonym"}
     assert others == set(result.others)
     for i in scored:  # the demonstrations of the scores are train pairs
         shown = {pair.input for row in calls[i].prompts.demonstrations for pair in row}

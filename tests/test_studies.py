@@ -25,7 +25,7 @@ from fvlens.training import (
     training_size_study,
 )
 from fvlens.training import _studies as studies_module
-from fvlens.training._training import Training
+from fvlens.training._loop import Training
 from fvlens.vectors import FunctionVector, random_vector_like
 
 FAST = Settings(epochs=2, lr=3.0)

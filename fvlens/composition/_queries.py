@@ -13,7 +13,7 @@ from fvlens.metrics import is_best
 from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
 from fvlens.suffix import Route, choose_route
-from fvlens.training import TrainableVector, VectorAdapter, VectorSet, frozen
+from fvlens.training import SteerablePrompts, VectorSet, frozen
 
 Setting = Literal["zero_shot", "one_shot"]
 SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")
@@ -24,8 +24,8 @@ def shown_pairs(sources: Sequence[Pair], setting: Setting) -> list[list[Pair]] |
     return [[source] for source in sources] if setting == "one_shot" else None
 
 
-class Queries:
-    """Prompts whose answers are scored with vectors added after one layer, at the prompt's last token.
+class Queries(SteerablePrompts):
+    """Pairs as prompts whose answers are scored with vectors added after one layer, at the prompt's last token.
 
     Args:
         model: the model.
@@ -48,54 +48,18 @@ class Queries:
         max_memory: int | None = None,
     ) -> None:
         shown = [()] * len(queries) if demonstrations is None else demonstrations
-        n_shots = max(map(len, shown))
-        prompts = render_prompts(model, queries, shown, template=template, n_shots=n_shots)
+        prompts = render_prompts(model, queries, shown, template=template, n_shots=max(map(len, shown)))
         with frozen(model):
-            self.path, _ = choose_route(model, path)
-            self._adapter = VectorAdapter(
-                model, prompts, TrainableVector(torch.zeros(model.cfg.d_model), layer), self.path, max_memory
-            )
-        self.model = model
+            super().__init__(model, prompts, layer, path=choose_route(model, path)[0], max_memory=max_memory)
         self.n_tokens = prompts.answer_mask.sum(dim=1)
 
-    def __len__(self) -> int:
-        """Number of prompts."""
-        return len(self.n_tokens)
-
-    def portions(self, rows: Int[Tensor, " row"]) -> list[slice]:
-        """Slices of ``rows`` that go through the model together."""
-        return self._adapter.portions(rows)
-
     def parts(self, rows: Int[Tensor, " row"]) -> list[Int[Tensor, " _row"]]:
-        """``rows``, cut into such slices."""
+        """``rows``, cut into slices that go through the model together."""
         return [rows[part] for part in self.portions(rows)]
-
-    @property
-    def targets(self) -> Int[Tensor, "prompt answer_pos"]:
-        """The answers' tokens, -1 behind their end."""
-        return self._adapter.targets
-
-    def first_logits(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row d_vocab"]:
-        """Logits at the prompts' last tokens; differentiable in the vectors: one for all rows, or one for each."""
-        return self._adapter.steered_first_logits(rows, vectors)
-
-    def log_probs(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row answer_pos"]:
-        """Log-probability of each answer token in nats, 0 behind the answer's end; differentiable."""
-        return self._adapter.steered_log_probs(rows, vectors)
-
-    def scores(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"]]:
-        """The same, and the logits at the prompts' last tokens."""
-        return self._adapter.steered_scores(rows, vectors)
 
     def right(self, first_logits: Float[Tensor, "row d_vocab"], rows: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
         """Whether the first token of each answer is the best one under such logits; on the CPU."""
-        return is_best(first_logits, self.targets[rows.to(self.targets.device), 0].to(first_logits.device)).cpu()
+        return is_best(first_logits, self.targets_of(rows)[:, 0].to(first_logits.device)).cpu()
 
 
 @dataclass(frozen=True, slots=True)

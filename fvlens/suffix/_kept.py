@@ -181,6 +181,17 @@ class SteeredPrompts:
         steps, final, order = self._final(rows, vectors)
         return steps.run.logits(final[_firsts(order).to(final.device)])
 
+    def logits(
+        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "row answer_pos d_vocab"]:
+        """Logits at the last tokens and behind the answers' tokens, 0 behind an answer's end; differentiable."""
+        steps, final, order = self._final(rows, vectors)
+        logits = steps.run.logits(final)
+        width = self.answers.shape[1]
+        places = _places(order, width).to(logits.device)
+        padded = torch.zeros(len(rows) * width, logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        return padded.index_put((places,), logits).view(len(rows), width, -1)
+
     def read(
         self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"], *, first: bool = False
     ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"] | None]:
@@ -200,7 +211,7 @@ class SteeredPrompts:
         if len(order) == 1 and order[0][1] == width:  # in order, and of the full length
             found = logs.view(len(rows), width)
         else:
-            places = torch.cat([(own[:, None] * width + torch.arange(n)).flatten() for own, n in order]).to(device)
+            places = _places(order, width).to(device)
             found = torch.zeros(len(rows) * width, device=device).index_put((places,), logs)
             found = found.view(len(rows), width)
         if not first:
@@ -215,3 +226,8 @@ def _firsts(order: Sequence[tuple[Int[Tensor, " _row"], int]]) -> Int[Tensor, " 
         starts.append(at + n_answer * torch.arange(len(own)))
         at += n_answer * len(own)
     return torch.cat(starts)[torch.cat([own for own, _ in order]).argsort()]
+
+
+def _places(order: Sequence[tuple[Int[Tensor, " _row"], int]], width: int) -> Int[Tensor, " token"]:
+    """Where each token of all parts lies among the rows, were these padded to ``width`` tokens."""
+    return torch.cat([(own[:, None] * width + torch.arange(n_answer)).flatten() for own, n_answer in order])

@@ -1,11 +1,12 @@
-"""Fine-tuned function vectors: train the vector, one relation or all of them at once.
+"""Training on a few pairs with the model frozen: one loop, whatever is changed and whatever is made small.
 
 What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune_many``, ``TrainableVector`` and
-``VectorSet``. Baselines, the comparison and the studies are here.
+``VectorSet``. The seams (:class:`Change`, :class:`Objective`), baselines, the comparison and the studies are here.
 """
 
-from fvlens.training._adaptations import LoRA, SoftPrompt
-from fvlens.training._baselines import Adapted, Baseline, act_add, few_shot, lora, soft_prompt
+from fvlens.training._adaptations import Adaptation, AdaptationChange
+from fvlens.training._adapted import Adapted, Baseline
+from fvlens.training._change import Change, Readout, Wants
 from fvlens.training._compare import (
     Collateral,
     Comparison,
@@ -15,7 +16,15 @@ from fvlens.training._compare import (
     unrelated_prompts,
 )
 from fvlens.training._finetune import FineTuned, FineTunedSet, finetune, finetune_many
+from fvlens.training._loop import Outcome, Trained, Training, train
+from fvlens.training._lora import LoRA, lora
+from fvlens.training._objective import OBJECTIVES, CrossEntropy, Objective, Perplexity
+from fvlens.training._options import Running, TrainingOptions
+from fvlens.training._prepared import PreparedPrompts, SteerablePrompts
 from fvlens.training._set import VectorSet
+from fvlens.training._settings import History, Settings, Task
+from fvlens.training._soft_prompt import SoftPrompt, soft_prompt
+from fvlens.training._state import TrainingState
 from fvlens.training._studies import (
     STUDIES,
     Point,
@@ -27,27 +36,47 @@ from fvlens.training._studies import (
     training_size_study,
 )
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
-from fvlens.training._training import History, Settings, TrainingState, VectorAdapter
+from fvlens.training._untrained import act_add, few_shot
+from fvlens.training._vector_changes import DistributedChange, SteeringChange, VectorChange
 
 __all__ = [
+    "OBJECTIVES",
     "STUDIES",
+    "Adaptation",
+    "AdaptationChange",
     "Adapted",
     "Baseline",
+    "Change",
     "Collateral",
     "Comparison",
+    "CrossEntropy",
+    "DistributedChange",
     "FineTuned",
     "FineTunedSet",
     "History",
     "LoRA",
+    "Objective",
+    "Outcome",
+    "Perplexity",
     "Point",
+    "PreparedPrompts",
+    "Readout",
+    "Running",
     "Settings",
     "SoftPrompt",
+    "SteerablePrompts",
+    "SteeringChange",
     "Study",
+    "Task",
     "TrainableDistributedVector",
     "TrainableVector",
+    "Trained",
+    "Training",
+    "TrainingOptions",
     "TrainingState",
-    "VectorAdapter",
+    "VectorChange",
     "VectorSet",
+    "Wants",
     "act_add",
     "collateral_change",
     "compare",
@@ -62,6 +91,7 @@ __all__ = [
     "lora",
     "scale_study",
     "soft_prompt",
+    "train",
     "training_size_study",
     "unrelated_prompts",
 ]

@@ -22,8 +22,11 @@ from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, tem
 from fvlens.relations import Pair, Relation, list_relations, load_relation
 from fvlens.scoring import Scores, score
 from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
-from fvlens.training._baselines import Adapted, Baseline, act_add, as_adaptation, few_shot, lora, soft_prompt
+from fvlens.training._adapted import Adapted, Baseline, as_adaptation
 from fvlens.training._finetune import finetune
+from fvlens.training._lora import lora
+from fvlens.training._soft_prompt import soft_prompt
+from fvlens.training._untrained import act_add, few_shot
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 

@@ -4,35 +4,23 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
-from torch import Tensor
 
-from fvlens.models import fingerprint, model_device
-from fvlens.prompts import Template, template_or
+from fvlens.models import model_device
+from fvlens.prompts import Template
 from fvlens.relations import Pair, Relation, Split, load_relation
 from fvlens.suffix import Route, Weights, choose_route
 from fvlens.training._adaptations import Steered
+from fvlens.training._loop import Outcome, Trained, Training, train
+from fvlens.training._options import Running, TrainingOptions, settled
+from fvlens.training._prepared import PreparedPrompts, SteerablePrompts, prompts_of
 from fvlens.training._set import VectorSet
+from fvlens.training._settings import History, Settings, Task
+from fvlens.training._state import TrainingState
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
-from fvlens.training._training import (
-    Adapter,
-    Anchor,
-    DistributedAdapter,
-    History,
-    Loss,
-    Outcome,
-    Schedule,
-    Settings,
-    Task,
-    Training,
-    TrainingState,
-    VectorAdapter,
-    prompts_of,
-    run_training,
-)
+from fvlens.training._vector_changes import DistributedChange, VectorChange
 from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
@@ -172,14 +160,6 @@ class FineTunedSet:
         return pd.concat([run.to_dataframe() for run in self.runs], ignore_index=True)
 
 
-def _start(model: Any, init: FunctionVector | Literal["zero"], layer: int, check: bool) -> Tensor:
-    if isinstance(init, FunctionVector):
-        if check:
-            init.check(model)
-        return init.vector
-    return torch.zeros(model.cfg.d_model)
-
-
 def finetune(
     model: Any,
     pairs: Pairs,
@@ -187,23 +167,10 @@ def finetune(
     init: Init,
     layer: int | Sequence[int] | None = None,
     valid: Pairs | None = None,
-    loss: Loss = "cross_entropy",
-    l2: float = 0.0,
-    anchor: Anchor = "zero",
-    lr: float | None = None,
-    epochs: int = 20,
-    batch_size: int | None = 5,
-    schedule: Schedule = "cosine",
-    patience: int | None = None,
-    template: Template | str | None = None,
     relation: str | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    resume: TrainingState | str | FilePath | None = None,
-    checkpoint: str | FilePath | None = None,
-    check: bool = True,
+    settings: Settings | None = None,
     generator: torch.Generator,
-    progress: bool = True,
+    **options: Unpack[TrainingOptions],
 ) -> FineTuned:
     """Train a function vector on a few word pairs, with the model frozen.
 
@@ -220,6 +187,10 @@ def finetune(
             ``fvlens.random_vector_like(vector, generator)``.
         layer: the vector is added after this layer; by default that of ``init``. Of several, the best on ``valid``.
         valid: validation pairs. Without them the last epoch is taken, and one layer must be given.
+        relation: name of the result; by default that of ``pairs`` or ``init``.
+        settings: how it is trained; by default the defaults of :class:`Settings`, with the template of ``init``.
+        generator: draws the seed of the minibatches' order.
+        options: fields of :class:`Settings`, which go before ``settings``, and of :class:`Running`:
         loss: ``"cross_entropy"`` or ``"perplexity"``.
         l2: weight of ``||v - anchor||^2``.
         anchor: ``"zero"``, or ``"init"``.
@@ -229,13 +200,11 @@ def finetune(
         schedule: ``"cosine"`` (down to zero over all epochs) or ``"constant"``.
         patience: stop after this many epochs without a better validation score.
         template: how queries are written; by default as the prompts behind ``init`` were, else ``"qa"``.
-        relation: name of the result; by default that of ``pairs`` or ``init``.
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: bytes for activations; by default chosen from what is free.
         resume: a state, or a file of one, to go on from; all settings must be those it was saved under.
         checkpoint: write the state to this file after every epoch.
         check: ask ``init`` whether it was made on this model.
-        generator: draws the seed of the minibatches' order.
         progress: show a progress bar. Interrupting gives the best vector so far, with a warning.
 
     Returns:
@@ -265,18 +234,14 @@ def finetune(
         relation = pairs.name if isinstance(pairs, Relation) else "" if isinstance(init, str) else init.relation
     seed = _seeds(1, generator)[0]
     task = Task(relation, _pairs(pairs), _pairs(valid or ()), seed)
-    settings = Settings(
-        loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
-        patience=patience, template=template_or(template, getattr(init, "template", None)),
-    )  # fmt: skip
-    options = _Options(path, max_memory, resume, checkpoint, check, progress)
+    how, running = settled("finetune", settings, options, getattr(init, "template", None))
     if isinstance(init, DistributedVector):
         if layer is not None:
             raise ValueError("finetune: a distributed vector acts at its heads' own layers; leave layer= out.")
-        return _finetune_distributed(model, task, init, settings, options)
+        return _finetune_distributed(model, task, init, how, running)
     if isinstance(init, str) and init != "zero":
         raise ValueError(f"finetune: init={init!r}; expected a vector or 'zero'.")
-    return _finetune_over(model, [task], [init], layer, settings, options).runs[0]
+    return _finetune_over(model, [task], [init], layer, how, running).runs[0]
 
 
 def finetune_many(
@@ -286,22 +251,9 @@ def finetune_many(
     init: Mapping[str, FunctionVector] | Sequence[FunctionVector] | Literal["zero"],
     layer: int | Sequence[int] | None = None,
     n_train: int | None = 20,
-    loss: Loss = "cross_entropy",
-    l2: float = 0.0,
-    anchor: Anchor = "zero",
-    lr: float | None = None,
-    epochs: int = 20,
-    batch_size: int | None = 5,
-    schedule: Schedule = "cosine",
-    patience: int | None = None,
-    template: Template | str | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    resume: TrainingState | str | FilePath | None = None,
-    checkpoint: str | FilePath | None = None,
-    check: bool = True,
+    settings: Settings | None = None,
     generator: torch.Generator,
-    progress: bool = True,
+    **options: Unpack[TrainingOptions],
 ) -> FineTunedSet:
     """Train the vectors of many relations in one batched run.
 
@@ -314,8 +266,7 @@ def finetune_many(
         init: the start of each vector: by name, in the order of ``relations``, or ``"zero"``.
         layer: the layer of all vectors; by default that of ``init``. Of several, the best in mean validation top-1.
         n_train: training pairs of each relation, the first of its train part; None for all.
-        loss, l2, anchor, lr, epochs, batch_size, schedule, patience, template, path, max_memory, resume, checkpoint,
-            check, generator, progress: as for :func:`finetune`.
+        settings, generator, options: as for :func:`finetune`.
 
     Returns:
         :class:`FineTunedSet`; ``.vectors`` is a :class:`VectorSet`.
@@ -343,24 +294,10 @@ def finetune_many(
         Task(name, _pairs(split.train[:n_train]), _pairs(split.valid), seed)
         for (name, split), seed in zip(splits.items(), seeds, strict=True)
     ]
-    settings = Settings(
-        loss=loss, l2=l2, anchor=anchor, lr=lr, epochs=epochs, batch_size=batch_size, schedule=schedule,
-        patience=patience, template=template_or(template or _shared_template(starts)),
-    )  # fmt: skip
-    options = _Options(path, max_memory, resume, checkpoint, check, progress)
-    return _finetune_over(model, tasks, starts, layer, settings, options)
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """How a training runs, none of which changes its numbers."""
-
-    path: Route | None
-    max_memory: int | None
-    resume: TrainingState | str | FilePath | None
-    checkpoint: str | FilePath | None
-    check: bool
-    progress: bool
+    is_said = settings is not None or options.get("template") is not None
+    template = None if is_said else _shared_template(starts)
+    how, running = settled("finetune_many", settings, options, template)
+    return _finetune_over(model, tasks, starts, layer, how, running)
 
 
 def _seeds(n: int, generator: torch.Generator) -> list[int]:
@@ -424,19 +361,19 @@ def _finetune_over(
     starts: Sequence[FunctionVector | Literal["zero"]],
     layer: int | Sequence[int] | None,
     settings: Settings,
-    options: _Options,
+    running: Running,
 ) -> FineTunedSet:
     """The best layer's training: best mean top-1 on the validation pairs, then lowest mean loss."""
     layers = _layers(model, layer, starts, all(task.valid for task in tasks))
     if len(layers) == 1:
-        return _finetune_at(model, tasks, starts, layers[0], settings, options)
-    if options.resume is not None or options.checkpoint is not None:
+        return _finetune_at(model, tasks, starts, layers[0], settings, running)
+    if running.resume is not None or running.checkpoint is not None:
         raise ValueError(f"finetune: resume and checkpoint are for the training of one layer, got layers {layers}.")
     results: list[FineTunedSet] = []
     scores: list[tuple[int, float, float]] = []
-    for one in layers:
+    for tried in layers:
         try:
-            result = _finetune_at(model, tasks, starts, one, settings, options)
+            result = _finetune_at(model, tasks, starts, tried, settings, running)
         except KeyboardInterrupt:  # before its first epoch
             if not results:
                 raise
@@ -445,7 +382,7 @@ def _finetune_over(
         results.append(result)
         top1 = [float(run.history.valid_top1[run.best_epoch]) for run in result]
         losses = [float(run.history.valid_loss[run.best_epoch]) for run in result]
-        scores.append((one, sum(top1) / len(top1), sum(losses) / len(losses)))
+        scores.append((tried, sum(top1) / len(top1), sum(losses) / len(losses)))
         if not result.complete:
             break
     best = max(range(len(results)), key=lambda i: (scores[i][1], -scores[i][2]))
@@ -464,76 +401,69 @@ def _finetune_at(
     starts: Sequence[FunctionVector | Literal["zero"]],
     layer: int,
     settings: Settings,
-    options: _Options,
+    running: Running,
 ) -> FineTunedSet:
-    for task in tasks:
-        if not task.train:
-            raise ValueError(f"finetune: no training pairs of {task.name or 'this relation'}.")
-    if options.check:
-        for start in starts:
-            if isinstance(start, FunctionVector):
+    """All relations at one layer."""
+    _want_pairs(tasks)
+    known = [start if isinstance(start, FunctionVector) else None for start in starts]
+    if running.check:
+        for start in known:
+            if start is not None:
                 start.check(model)
-    rows = [torch.zeros(model.cfg.d_model) if isinstance(start, str) else start.vector for start in starts]
+    rows = [torch.zeros(model.cfg.d_model) if start is None else start.vector for start in known]
     trainable = TrainableVector(torch.stack(rows), layer, device=model_device(model))
     what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
     prompts = prompts_of(model, tasks, settings.template)
     with frozen(model):
-        path, reason = choose_route(model, options.path)
-        if path == "naive" and options.path is None:
+        path, reason = choose_route(model, running.path)
+        if path == "naive" and running.path is None:
             warnings.warn(f"finetune takes whole forward passes, which is slow ({reason}).", stacklevel=4)
-        training = Training(tasks, VectorAdapter(model, prompts, trainable, path, options.max_memory), settings)
-        state, complete, seconds = _run(training, options, what)
-    mark = fingerprint(model)
+        kept = SteerablePrompts(model, prompts, layer, path=path, max_memory=running.max_memory)
+        training = Training(tasks, VectorChange(kept, trainable), settings)
+        trained = _trained(training, running, what)
     runs = []
     at = 0
-    for task, start, outcome in zip(tasks, starts, training.outcomes(), strict=True):
+    for task, start, outcome in zip(tasks, known, trained.outcomes, strict=True):
         n_pairs = len(task.train) + len(task.valid)
-        vector = FunctionVector(
-            vector=outcome.values,
-            layer=layer,
-            heads=start.heads if isinstance(start, FunctionVector) else (),
-            relation=task.name,
-            fingerprint=mark,
-            kind="fine-tuned",
-            template=settings.template,
-            data_hash=prompts.select(range(at, at + n_pairs)).data_hash,
-            seed=task.seed,
-        )
+        heads = () if start is None else start.heads
+        data_hash = prompts.select(range(at, at + n_pairs)).data_hash
+        vector = dataclasses.replace(outcome.result, heads=heads, data_hash=data_hash)
         at += n_pairs
-        runs.append(_fine_tuned(vector, task, outcome, settings, state, complete, seconds, training.adapter))
-    return FineTunedSet(tuple(runs), seconds)
+        runs.append(_fine_tuned(vector, task, outcome, settings, trained, kept))
+    return FineTunedSet(tuple(runs), trained.seconds)
 
 
 def _finetune_distributed(
-    model: Any, task: Task, init: DistributedVector, settings: Settings, options: _Options
+    model: Any, task: Task, init: DistributedVector, settings: Settings, running: Running
 ) -> FineTuned:
-    if not task.train:
-        raise ValueError(f"finetune: no training pairs of {task.name or 'this relation'}.")
-    if options.check:
+    """One relation's numbers of chosen heads."""
+    _want_pairs([task])
+    if running.check:
         init.check(model)
-    if options.path not in (None, "naive"):
+    if running.path not in (None, "naive"):
         raise ValueError(
-            f"finetune: path={options.path!r}, but a distributed vector is trained by whole passes ('naive')."
+            f"finetune: path={running.path!r}, but a distributed vector is trained by whole passes ('naive')."
         )
     trainable = TrainableDistributedVector(init).to(model_device(model))
-    prompts = prompts_of(model, [task], settings.template)
     with frozen(model):
-        adapter = DistributedAdapter(model, prompts, trainable, options.max_memory)
-        training = Training([task], adapter, settings)
-        state, complete, seconds = _run(training, options, f"fine-tuning {task.name or 'heads'}")
-    outcome = training.outcomes()[0]
-    with torch.no_grad():
-        trainable.values.copy_(outcome.values.view_as(trainable.values))
-    vector = dataclasses.replace(trainable.to_vector(model, relation=task.name), template=settings.template)
-    return _fine_tuned(vector, task, outcome, settings, state, complete, seconds, adapter)
+        prompts = PreparedPrompts.of(model, [task], settings.template, max_memory=running.max_memory)
+        training = Training([task], DistributedChange(prompts, trainable), settings)
+        trained = _trained(training, running, f"fine-tuning {task.name or 'heads'}")
+    outcome = trained.outcomes[0]
+    return _fine_tuned(outcome.result, task, outcome, settings, trained, prompts)
 
 
-def _run(training: Training, options: _Options, what: str) -> tuple[TrainingState, bool, float]:
-    if options.resume is not None:
-        state = options.resume
-        training.restore(state if isinstance(state, TrainingState) else TrainingState.load(state))
-    checkpoint = None if options.checkpoint is None else FilePath(options.checkpoint)
-    return run_training(training, progress=options.progress, what=what, checkpoint=checkpoint)
+def _want_pairs(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if not task.train:
+            raise ValueError(f"finetune: no training pairs of {task.known_as}.")
+
+
+def _trained(training: Training, running: Running, what: str) -> Trained:
+    return train(
+        training, progress=running.progress, what=what, resume=running.resume, checkpoint=running.checkpoint,
+        stacklevel=6,
+    )  # fmt: skip
 
 
 def _fine_tuned(
@@ -541,10 +471,8 @@ def _fine_tuned(
     task: Task,
     outcome: Outcome,
     settings: Settings,
-    state: TrainingState,
-    complete: bool,
-    seconds: float,
-    adapter: Adapter,
+    trained: Trained,
+    prompts: PreparedPrompts,
 ) -> FineTuned:
     return FineTuned(
         vector=vector,
@@ -554,10 +482,10 @@ def _fine_tuned(
         settings=settings,
         lr=outcome.lr,
         seed=task.seed,
-        seconds=seconds,
-        path=adapter.path,
-        batch_size=min(adapter.most_at_once, len(adapter.prompts)),
-        weights=adapter.weights,
-        complete=complete,
-        state=state,
+        seconds=trained.seconds,
+        path=prompts.path,
+        batch_size=min(prompts.most_at_once, len(prompts)),
+        weights=prompts.weights,
+        complete=trained.complete,
+        state=trained.state,
     )

@@ -23,7 +23,7 @@ from fvlens.prompts import build_prompts
 from fvlens.relations import Pair, Relation, Split
 from fvlens.scoring import score
 from fvlens.training._finetune import FineTunedSet, finetune_many
-from fvlens.training._training import Anchor, Settings
+from fvlens.training._settings import Anchor, Settings
 from fvlens.vectors import FunctionVector, random_vector_like
 
 if TYPE_CHECKING:

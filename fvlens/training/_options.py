@@ -1,0 +1,81 @@
+"""The keywords that everything trainable takes, once."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, TypedDict
+
+from fvlens.prompts import Template, template_or
+from fvlens.suffix import Route
+from fvlens.training._settings import Anchor, Loss, Schedule, Settings
+from fvlens.training._state import TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a training runs, none of which changes its numbers beyond rounding.
+
+    Attributes:
+        path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
+        max_memory: bytes for activations; by default chosen from what is free.
+        resume: a state, or a file of one, to go on from; all settings must be those it was saved under.
+        checkpoint: write the state to this file after every epoch.
+        check: ask what the training starts from whether it was made on this model.
+        progress: show a progress bar. Interrupting gives the best so far, with a warning.
+    """
+
+    path: Route | None = None
+    max_memory: int | None = None
+    resume: TrainingState | str | FilePath | None = None
+    checkpoint: str | FilePath | None = None
+    check: bool = True
+    progress: bool = True
+
+
+class TrainingOptions(TypedDict, total=False):
+    """Fields of :class:`Settings` and :class:`Running` as keywords, for type checkers."""
+
+    loss: Loss
+    l2: float
+    anchor: Anchor
+    lr: float | None
+    epochs: int
+    batch_size: int | None
+    schedule: Schedule
+    patience: int | None
+    template: Template | str | None
+    path: Route | None
+    max_memory: int | None
+    resume: TrainingState | str | FilePath | None
+    checkpoint: str | FilePath | None
+    check: bool
+    progress: bool
+
+
+def settled(
+    function: str,
+    settings: Settings | None,
+    options: TrainingOptions,
+    template: Template | str | None = None,
+) -> tuple[Settings, Running]:
+    """Settings and ways to run from keywords.
+
+    Args:
+        function: whose keywords they are.
+        settings: what the keywords are changes of; by default the defaults.
+        options: the keywords.
+        template: the one to fall back on where neither says one.
+
+    Raises:
+        TypeError: a keyword is none of them.
+        ValueError: a setting is out of range.
+    """
+    given: dict[str, Any] = dict(options)
+    running = {field.name: given.pop(field.name) for field in dataclasses.fields(Running) if field.name in given}
+    known = {field.name for field in dataclasses.fields(Settings)}
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
+    if given.get("template") is None:
+        given["template"] = template_or(template) if settings is None else settings.template
+    return dataclasses.replace(settings or Settings(), **given), Running(**running)
