@@ -17,6 +17,7 @@ from fvlens.composition._evaluate import (
     mcnemar,
 )
 from fvlens.composition._fit_gate import fit_gate, gate_signals
+from fvlens.composition._fit_map import default_rank, fit_composite
 from fvlens.composition._gate import GATES, SIGNALS, Gate
 from fvlens.composition._map import (
     MAPS,
@@ -25,8 +26,6 @@ from fvlens.composition._map import (
     Explanation,
     FitHistory,
     Seen,
-    default_rank,
-    fit_composite,
 )
 from fvlens.composition._queries import SETTINGS, Queries, SourceScores, source_scores
 from fvlens.composition._rules import (

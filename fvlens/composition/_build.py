@@ -8,9 +8,11 @@ import torch
 
 from fvlens.composition._evaluate import plain_pair
 from fvlens.composition._fit_gate import fit_gate
+from fvlens.composition._fit_map import fit_composite
 from fvlens.composition._gate import GateKind
-from fvlens.composition._map import CompositeMap, Map, fit_composite
+from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import Setting
+from fvlens.find import finished
 from fvlens.prompts import Template
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
 from fvlens.training import finetune_many
@@ -117,7 +119,7 @@ def library_composite(
         gate: ``"logistic"``, ``"threshold"``, ``"learned"`` (see :func:`fit_gate`) or None.
         template: how queries are written.
         generator: all randomness.
-        progress: show bars.
+        progress: show bars. Interrupting passes on: a part is no composite.
 
     Raises:
         ValueError: an unknown relation or choice; numbers out of range.
@@ -134,10 +136,11 @@ def library_composite(
     division = held_out()
     chosen = division.relations() if names is None else list(names)
     splits = {name: division.split(load_relation(name)) for name in chosen}
-    basis = finetune_many(
+    tuned = finetune_many(
         model, splits, init="zero", layer=model.cfg.n_layers // 3 if layer is None else layer, n_train=n_train,
         epochs=epochs, template=template, generator=generator, progress=progress,
-    ).vectors  # fmt: skip
+    )  # fmt: skip
+    basis = finished(tuned).vectors
     pairs = [pair for split in splits.values() for part in (split.train[:n_train], split.valid) for pair in part]
     drawn: dict[str, Any] = dict(generator=generator, names=chosen, n_foils=0)
     if map == "none":
@@ -149,9 +152,10 @@ def library_composite(
             valid=library_analogies("valid", n=max(2, n_analogies // 10), kind=kind, **drawn), epochs=epochs,
             template=template, basis_pairs=pairs, generator=generator, progress=progress,
         )  # fmt: skip
+        finished(composite)
     if gate is not None:
         analogies = library_analogies("valid", n=max(2, n_analogies // 5), **drawn)
         composite = fit_gate(
             model, composite, analogies, kind=gate, setting=setting, generator=generator, progress=progress
         )
-    return composite
+    return finished(composite)

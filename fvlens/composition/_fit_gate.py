@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from fvlens.composition._affine import folded, minimise, scale_of
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
@@ -26,7 +26,7 @@ from fvlens.composition._queries import (
 from fvlens.metrics import best_token
 from fvlens.relations import Analogy
 from fvlens.suffix import Route
-from fvlens.training import frozen
+from fvlens.training import Settings, SteeringChange, Task, Training, TrainingState, filled, frozen, train
 
 LOWERED_BY, LOWERINGS = 0.25, 200
 """Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""
@@ -133,6 +133,8 @@ def fit_gate(
     sources: SourceScores | None = None,
     path: Route | None = None,
     max_memory: int | None = None,
+    resume: TrainingState | str | FilePath | None = None,
+    checkpoint: str | FilePath | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> CompositeMap:
@@ -158,8 +160,9 @@ def fit_gate(
         l2, lr, epochs, batch_size: of the learned gate; Adam.
         sources: :func:`source_scores` of the source pairs, where several gates share them; counted here by default.
         path, max_memory: as for :func:`fvlens.finetune`.
+        resume, checkpoint: of the learned gate; as for :func:`fit_composite`.
         generator: order of the minibatches.
-        progress: show a bar.
+        progress: show a bar. Interrupting gives the learned gate so far, with a warning.
 
     Returns:
         The composite with this gate, and with the analogies among what it has seen.
@@ -190,8 +193,17 @@ def fit_gate(
         find = _threshold if kind == "threshold" else _logistic
         gate = find(signals, plain, _hits(model, queries, vectors), near, setting)
     else:
-        with frozen(model), torch.enable_grad():
-            gate = _learned(queries, signals, vectors, setting, l2, lr, epochs, batch_size, generator, progress)
+        change = GateChange(queries, signals, vectors, setting, float(lr))
+        targets = tuple(one.target_pair for one in analogies)
+        task = Task("the gate", targets, (), generator.initial_seed(), generator)
+        how = Settings(l2=float(l2), epochs=max(1, epochs), batch_size=batch_size, template=composite.template)
+        trained = train(
+            Training([task], change, how, whose="fit_gate"), epochs=epochs, progress=progress, what="gate",
+            resume=resume, checkpoint=checkpoint, stacklevel=3,
+        )  # fmt: skip
+        gate = trained.outcomes[0].result
+        composite = dataclasses.replace(composite, complete=trained.complete, state=trained.state)
+        # lower it until near analogies are not made worse
         for _ in range(LOWERINGS):
             solved = _hits(model, queries, gate.strength(signals)[:, None] * vectors)
             if int(solved[near].sum()) >= int(plain[near].sum()):
@@ -266,24 +278,52 @@ def _threshold(
     return chosen
 
 
-def _learned(
-    queries: Queries, signals: Tensor, vectors: Tensor, setting: Setting, l2: float, lr: float, epochs: int,
-    batch_size: int, generator: torch.Generator, progress: bool,
-) -> Gate:  # fmt: skip
-    centre, spread = scale_of(signals)
-    standard = (signals - centre) / spread
-    slope = torch.zeros(len(SIGNALS), requires_grad=True)
-    offset = torch.zeros((), requires_grad=True)
-    optimiser = torch.optim.Adam([slope, offset], lr=lr)
-    for epoch in tqdm(range(epochs), disable=not progress, desc="gate"):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        for rows in torch.randperm(len(queries), generator=generator).split(batch_size):
-            optimiser.zero_grad(set_to_none=True)
-            for part in queries.parts(rows):
-                factor = (standard[part] @ slope + offset).sigmoid()
-                (-queries.log_probs(part, factor[:, None] * vectors[part]).sum() / len(rows)).backward()
-            if l2:
-                (l2 * slope.square().sum()).backward()
-            optimiser.step()
-    return _over_plain_signals("learned", slope, offset, centre, spread, setting)
+class GateChange(SteeringChange):
+    """Composite vectors times ``sigmoid(u . f + k)``, f being the scaled signals; u and k are trained, from 0.
+
+    Args:
+        prompts: the targets' prompts.
+        signals: what the gate reads of each analogy.
+        composites: the vector of each.
+        setting: the prompts that it is for.
+        lr: the learning rate.
+    """
+
+    def __init__(
+        self,
+        prompts: Queries,
+        signals: Float[Tensor, "analogy signal"],
+        composites: Float[Tensor, "analogy d_model"],
+        setting: Setting,
+        lr: float,
+    ) -> None:
+        super().__init__(prompts)
+        self.centre, self.spread = scale_of(signals)
+        self.standard = (signals - self.centre) / self.spread
+        self.composites, self.setting, self.relative_lr = composites, setting, lr
+        self.slope, self.offset = nn.Parameter(torch.zeros(len(SIGNALS))), nn.Parameter(torch.zeros(()))
+
+    def parameters(self) -> list[list[nn.Parameter]]:
+        return [[self.slope, self.offset]]
+
+    def scale(self, rows: Int[Tensor, " row"]) -> float:
+        """Signals are scaled, so the learning rate is what it is."""
+        return 1.0
+
+    def vectors(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
+        factor = (self.standard[rows] @ self.slope + self.offset).sigmoid()
+        return factor[:, None] * self.composites[rows]
+
+    def penalty(
+        self, step: Sequence[Int[Tensor, " _row"]], anchors: Sequence[Float[Tensor, " number"]] | None
+    ) -> Float[Tensor, ""]:
+        """Squared slopes."""
+        return self.slope.square().sum()
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"layer": self.prompts.layer, "setting": self.setting, "lr": self.relative_lr}
+
+    def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> Gate:
+        """A gate over signals as they are."""
+        slope, offset = filled(self.parameters()[place], values)
+        return _over_plain_signals("learned", slope, offset, self.centre, self.spread, self.setting)

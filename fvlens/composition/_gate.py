@@ -6,15 +6,20 @@ related as A and B are, by the same scores under the basis. ``strength = sigmoid
 otherwise 1 where ``u . signals + k > 0`` and 0 elsewhere, over all signals (logistic) or one of them (threshold).
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.composition._queries import Setting
+from fvlens.files import read_tensors, write_tensors
 
+GATE_FORMAT = "fvlens-gate-1"
 GateKind = Literal["logistic", "threshold", "learned"]
 GATES: tuple[GateKind, ...] = ("logistic", "threshold", "learned")
 SIGNALS = (
@@ -43,6 +48,37 @@ class Gate:
             raise ValueError(f"Gate: kind={self.kind!r}; expected one of {', '.join(GATES)}.")
         if len(self.slopes) != len(SIGNALS):
             raise ValueError(f"Gate: expected {len(SIGNALS)} slopes ({', '.join(SIGNALS)}), got {len(self.slopes)}.")
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> "Gate":
+        """The gate of plain JSON values, as ``dataclasses.asdict`` gives them.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are none.
+        """
+        slopes = tuple(float(slope) for slope in header["slopes"])
+        return cls(header["kind"], slopes, float(header["offset"]), header["setting"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the gate to one file, all of it in the header. Replaces an existing file at once."""
+        header = {**dataclasses.asdict(self), "signals": list(SIGNALS)}
+        return write_tensors(Path(path), {"slopes": torch.tensor(self.slopes)}, header, GATE_FORMAT)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Gate":
+        """Read what :meth:`save` wrote. Nothing in the file is executed.
+
+        Raises:
+            ValueError: no such file; not a gate, or a damaged one; or one over other signals than :data:`SIGNALS`.
+        """
+        path = Path(path)
+        _, header = read_tensors(path, GATE_FORMAT)
+        try:
+            if header["signals"] != list(SIGNALS):
+                raise ValueError(f"expected slopes of {', '.join(SIGNALS)}, got those of {header['signals']}")
+            return cls.from_header(header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: damaged gate ({type(error).__name__}: {error}).") from error
 
     def strength(self, signals: Float[Tensor, "*row signal"]) -> Float[Tensor, "*row"]:
         """How much of the composite is injected, 0 to 1."""

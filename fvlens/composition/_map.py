@@ -1,7 +1,6 @@
 """Composite vectors: an affine map from source scores to weights, trained through the frozen model."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -10,25 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._gate import Gate
 from fvlens.composition._queries import (
     SETTINGS,
-    Queries,
     Setting,
-    SourceScores,
-    given_or_scored,
-    shown_pairs,
     source_scores,
 )
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
-from fvlens.relations import Analogy, Pair, list_relations, load_relation
-from fvlens.suffix import Route
-from fvlens.training import VectorSet, frozen
+from fvlens.relations import Analogy, Pair
+from fvlens.training import TrainingState, VectorSet
 from fvlens.vectors import FunctionVector, vector_from, vector_header
 
 if TYPE_CHECKING:
@@ -138,6 +130,8 @@ class CompositeMap:
         gates: at most one a setting; see :func:`fit_gate`.
         seen: what took part; evaluations refuse to score on it.
         history: of the training.
+        complete: False if the last training, of the map or of a gate, was interrupted.
+        state: to go on from, ``fit_composite(..., resume=state)``, or ``fit_gate``; it has a file of its own.
     """
 
     basis: VectorSet
@@ -153,6 +147,8 @@ class CompositeMap:
     seen: Seen = field(default_factory=Seen)
     history: FitHistory = field(default_factory=lambda: FitHistory((), (), ()))
     transfer: Float[Tensor, "relation relation"] | None = None
+    complete: bool = True
+    state: TrainingState | None = None
 
     def __post_init__(self) -> None:
         n = len(self.basis)
@@ -168,10 +164,10 @@ class CompositeMap:
                 f"CompositeMap: a basis of {n} needs a matrix [{n} {n}] and a shift [{n}], got "
                 f"{list(self.matrix.shape)} and {list(self.shift.shape)}."
             )
-        _check_choice("map", self.map, MAPS)
-        _check_choice("scores", self.scores, SCORES)
-        _check_choice("rule", self.rule, tuple(RULES))
-        _check_choice("setting", self.setting, SETTINGS)
+        check_choice("map", self.map, MAPS)
+        check_choice("scores", self.scores, SCORES)
+        check_choice("rule", self.rule, tuple(RULES))
+        check_choice("setting", self.setting, SETTINGS)
         object.__setattr__(self, "template", get_template(self.template))
         gated = [gate.setting for gate in self.gates]
         if len(set(gated)) < len(gated):
@@ -270,6 +266,7 @@ class CompositeMap:
             "seen": {"relations": sorted(self.seen.relations), "pairs": sorted(map(list, self.seen.pairs))},
             "history": dataclasses.asdict(self.history),
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
+            "complete": self.complete,
             **{name: getattr(self, name) for name in _PLAIN},
             **template_header(self.template),
         }
@@ -304,10 +301,8 @@ class CompositeMap:
                 shift=tensors["shift"],
                 transfer=tensors.get("transfer"),
                 seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
-                gates=tuple(
-                    Gate(one["kind"], tuple(map(float, one["slopes"])), float(one["offset"]), one["setting"])
-                    for one in header["gates"]
-                ),
+                gates=tuple(Gate.from_header(gate) for gate in header["gates"]),
+                complete=bool(header.get("complete", True)),  # version 0.1 saved no other
                 history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
                 template=template_or(template_from(header, template)),
@@ -322,189 +317,6 @@ class CompositeMap:
 _PLAIN = ("map", "strength", "scores", "rule", "setting")
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(known)}.")
-
-
-def families_of(basis: VectorSet) -> list[str]:
-    """The library family of every basis relation, ``""`` for one that the library does not know."""
-    known = set(list_relations())
-    return [load_relation(name).family if name in known else "" for name in basis.names]
-
-
-def default_rank(basis: VectorSet) -> int:
-    """The number of families among the basis's library relations (at least 1): what a map between domains needs."""
-    return max(1, len(set(families_of(basis)) - {""}))
-
-
-def fit_composite(
-    model: Any,
-    basis: VectorSet,
-    analogies: Sequence[Analogy],
-    *,
-    map: Map = "diagonal",
-    valid: Sequence[Analogy] = (),
-    scores: ScoreKind = "log_probability",
-    rule: str = "softmax",
-    setting: Setting = "zero_shot",
-    rank: int | None = None,
-    learn_strength: bool = False,
-    l2: float | None = None,
-    lr: float | None = None,
-    epochs: int = 20,
-    batch_size: int = 128,
-    template: Template | str | None = None,
-    basis_pairs: Sequence[Pair | tuple[str, str]] = (),
-    sources: SourceScores | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    generator: torch.Generator,
-    progress: bool = True,
-) -> CompositeMap:
-    """Train the affine map of a composite vector through the frozen model.
-
-    ``L = mean over analogies of -log P(D | C; resid_l += strength * sum_i w_i v_i) + l2 * |M - M_0|^2``, summed over
-    D's tokens, where ``w = rule(M s + c)`` and s are the scores of the source pair (A, B) under the basis. The paper
-    learns an affine map and a softmax [digest]; its shape is not known, so there are four [choice]. ``lowrank`` can
-    connect domains that no training analogy connects, which a diagonal map cannot and a full one gets no signal for.
-
-    ``transfer`` [choice] drops the limit that weights are at least 0 and sum to 1: ``w = T rule(M s + c)``. M and c
-    are fitted first, to name the relation of the source pair (logistic regression on the names in the analogies); then
-    T, from 0, through the frozen model: ``T = b 1 + F G + R`` with one number b, weights F that all source relations of
-    a library family share, and a single relation's own R, whose ridge is ``l2 * mean |sum_i (R p)_i v_i|^2``.
-
-    Args:
-        model: the model; its parameters and mode stay as they are.
-        basis: fine-tuned vectors of one layer.
-        analogies: training analogies.
-        map: ``"none"``, ``"diagonal"``, ``"full"``, ``"lowrank"`` or ``"transfer"``.
-        valid: analogies that choose the epoch (best top-1, then lowest loss); the last epoch without.
-        scores: ``"log_probability"``, or ``"probability"`` as in the paper.
-        rule: from affine scores to weights, a name of :data:`RULES`.
-        setting: what the composite is injected into while training: ``"zero_shot"`` (the bare C) or ``"one_shot"``.
-        rank: of ``"lowrank"``; by default the number of families in the basis.
-        learn_strength: train a factor on the mixture too (1 otherwise). Many basis vectors with small weights make a
-            short composite. T has a scale of its own, so a transfer map keeps 1.
-        l2: weight of the squared distance from the start, by default 1e-4; of the ridge on R, by default 3e-3.
-        lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
-        epochs, batch_size: passes over the analogies, analogies in a step.
-        template: how queries are written; by default as the basis was made with, else ``"qa"``.
-        basis_pairs: pairs that the basis was trained on; kept for the leak check.
-        sources: :func:`source_scores` of the source pairs of ``analogies`` and then of ``valid``, where several maps
-            share them; counted here by default.
-        path, max_memory: as for :func:`fvlens.finetune`.
-        generator: order of the minibatches.
-        progress: show a bar.
-
-    Returns:
-        :class:`CompositeMap`.
-
-    Raises:
-        ValueError: no analogies; an unknown map, score, rule or setting; numbers out of range; another model's basis;
-            a transfer map from analogies none of which names a source relation of the basis.
-
-    Example:
-        >>> import torch, fvlens
-        >>> from fvlens.relations import make_analogies
-        >>> g = torch.Generator().manual_seed(0)
-        >>> model = fvlens.load_model("rel-small", device="cpu")
-        >>> names = ["animal-young", "animal-home", "animal-sound"]
-        >>> splits = {name: fvlens.load_relation(name).split(g) for name in names}
-        >>> basis = fvlens.finetune_many(model, splits, init="zero", layer=1, generator=g, progress=False).vectors
-        >>> parts = [fvlens.Relation(name, split.train) for name, split in splits.items()]
-        >>> analogies = make_analogies(parts, kind="near", n=60, generator=g)
-        >>> composite = fvlens.fit_composite(model, basis, analogies, epochs=3, generator=g, progress=False)
-        >>> composite.explain(model, "cow", "calf").top(1)[0][0]
-        'animal-young'
-
-    References:
-        Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
-    """
-    for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
-                               ("setting", setting, SETTINGS)):  # fmt: skip
-        _check_choice(name, value, known)
-    l2 = (3e-3 if map == "transfer" else 1e-4) if l2 is None else l2
-    for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):
-        if not (math.isfinite(number) and number >= least):
-            raise ValueError(f"fit_composite: expected {name} of at least {least}, got {number}.")
-    if not analogies:
-        raise ValueError("fit_composite: expected at least one analogy, got none.")
-    basis.check(model)
-    place = {name: i for i, name in enumerate(basis.names)}
-    labels = torch.tensor([place.get(one.source_relation, -1) for one in analogies])
-    if map == "transfer" and not bool((labels >= 0).any()):
-        raise ValueError("fit_composite: a transfer map needs analogies that name source relations of the basis.")
-    rank = default_rank(basis) if rank is None else rank
-    if not 1 <= rank <= len(basis):
-        raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
-    every = [*analogies, *valid]
-    n_train = len(analogies)
-    template = template_or(template, basis.template)
-    options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
-    pairs = [one.source_pair for one in every]
-    sources = given_or_scored(sources, model, basis, pairs, whose="fit_composite", progress=progress, **options)
-    given = sources.log_probs
-    if scores == "probability":
-        given = given.exp()
-    shown = shown_pairs(pairs, setting)
-    queries = Queries(model, [one.target_pair for one in every], shown, layer=basis.layer, **options)
-    if map == "transfer":
-        rows = distinct(given[:n_train], labels)
-        found = recognition(given[:n_train][rows], labels[rows])
-        trainee = Transfer(*found, rule, basis.matrix, families_of(basis))
-    else:
-        trainee = Affine(map, given[:n_train], rule, rank, learn_strength)
-    trained = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
-    rate = lr or (0.05 if map == "diagonal" else 0.02)
-    optimiser = torch.optim.Adam(trained, lr=rate) if trained else None
-    matrix = basis.matrix
-
-    def vectors(rows: Tensor) -> Tensor:
-        return trainee(given[rows]) @ matrix
-
-    def score(start: int, end: int) -> tuple[float, float]:
-        """Mean loss and top-1 of some analogies."""
-        if start == end:
-            return math.nan, math.nan
-        losses, hits = [], []
-        with torch.no_grad():
-            for rows in queries.parts(torch.arange(start, end)):
-                logs, first = queries.scores(rows, vectors(rows))
-                losses.append(-logs.sum(dim=1).cpu())
-                hits.append(queries.right(first, rows))
-        return float(torch.cat(losses).double().mean()), float(torch.cat(hits).double().mean())
-
-    train_loss = [score(0, n_train)[0]]
-    curves = [score(n_train, len(every))]
-    best, best_key = {k: v.clone() for k, v in trainee.state_dict().items()}, (curves[0][1], -curves[0][0])
-    with frozen(model), torch.enable_grad(), tqdm(total=epochs, disable=not progress, desc="composite map") as bar:
-        for epoch in range(epochs if optimiser is not None else 0):
-            assert optimiser is not None
-            for group in optimiser.param_groups:
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-            total = 0.0
-            for rows in torch.randperm(n_train, generator=generator).split(batch_size):
-                optimiser.zero_grad(set_to_none=True)
-                for part in queries.parts(rows):
-                    loss = -queries.log_probs(part, vectors(part)).sum() / len(rows)
-                    loss.backward()
-                    total += float(loss.detach()) * len(rows)
-                if l2 and map != "none":
-                    (l2 * trainee.penalty(given[rows])).backward()
-                optimiser.step()
-            train_loss.append(total / n_train)
-            curves.append(score(n_train, len(every)))
-            key = (curves[-1][1], -curves[-1][0])
-            if not valid or key > best_key:
-                best, best_key = {k: v.clone() for k, v in trainee.state_dict().items()}, key
-            bar.update()
-    trainee.load_state_dict(best)
-    folded, shift = trainee.folded()
-    seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)
-    return CompositeMap(
-        basis=basis, map=map, matrix=folded, shift=shift, strength=trainee.strength(),
-        scores=scores, rule=rule, setting=setting, template=template, seen=seen,
-        history=FitHistory(tuple(train_loss), tuple(c[0] for c in curves), tuple(c[1] for c in curves)),
-        transfer=trainee.transfer().detach() if isinstance(trainee, Transfer) else None,
-    )  # fmt: skip

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.composition._evaluate import Unseen, evaluate_analogies
-from fvlens.composition._map import CompositeMap, fit_composite
+from fvlens.composition._fit_map import fit_composite
+from fvlens.composition._map import CompositeMap
 from fvlens.composition._queries import Setting
+from fvlens.find import finished
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
 from fvlens.suffix import Route
@@ -180,7 +182,7 @@ def basis_study(
                 setting=composite.setting, learn_strength=composite.strength != 1, epochs=epochs,
                 template=composite.template, path=path, max_memory=max_memory, generator=generator, progress=False,
             )  # fmt: skip
-            changed = dataclasses.replace(changed, seen=composite.seen.with_analogies(fit))
+            changed = dataclasses.replace(finished(changed), seen=composite.seen.with_analogies(fit))
         found = evaluate_analogies(model, asked, changed, controls=[], **shared)
         return found[f"composite, {label}"].right.double(), found.weights
 

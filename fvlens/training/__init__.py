@@ -6,7 +6,7 @@ What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune
 
 from fvlens.training._adaptations import Adaptation, AdaptationChange
 from fvlens.training._adapted import Adapted, Baseline
-from fvlens.training._change import Change, Readout, Wants
+from fvlens.training._change import Change, Readout, Wants, fill, filled
 from fvlens.training._compare import (
     Collateral,
     Comparison,
@@ -82,6 +82,8 @@ __all__ = [
     "compare",
     "evaluate_adapted",
     "few_shot",
+    "fill",
+    "filled",
     "finetune",
     "finetune_many",
     "frozen",

@@ -131,7 +131,7 @@ class Change(abc.ABC):
             step: the rows of each relation that the step is over.
             anchors: the start of each relation's numbers, if the training is to stay near it.
         """
-        values = torch.stack([nn.utils.parameters_to_vector(own) for own in self.parameters()])
+        values = torch.stack([flat(own) for own in self.parameters()])
         if anchors is not None:
             values = values - torch.stack(list(anchors))
         return values.square().sum()
@@ -147,6 +147,18 @@ class Change(abc.ABC):
 
 def _keep(activations: dict[str, Tensor], name: str, activation: Float[Tensor, "..."]) -> None:
     activations[name] = activation
+
+
+def flat(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " number"]:
+    """All numbers of the parameters, one after another; differentiable."""
+    return torch.cat([parameter.reshape(-1) for parameter in parameters]) if parameters else torch.zeros(0)
+
+
+def fill(parameters: Sequence[nn.Parameter], values: Float[Tensor, " number"]) -> None:
+    """Give the parameters these numbers, which :func:`flat` gave."""
+    with torch.no_grad():
+        for parameter, part in zip(parameters, filled(parameters, values), strict=True):
+            parameter.copy_(part)
 
 
 def filled(parameters: Sequence[nn.Parameter], values: Float[Tensor, " number"]) -> Iterator[Float[Tensor, "..."]]:

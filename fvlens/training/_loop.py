@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.models import fingerprint
 from fvlens.suffix import portions
-from fvlens.training._change import Change
+from fvlens.training._change import Change, fill, flat
 from fvlens.training._objective import OBJECTIVES, Objective
 from fvlens.training._settings import CURVES, History, Settings, Task
 from fvlens.training._state import Moment, TrainingState, copies, memory_of, remember
@@ -119,8 +119,7 @@ class Training:
 
     def _values(self, i: int) -> Float[Tensor, " number"]:
         """A copy of all numbers of a relation."""
-        own = self.parameters[i]
-        return nn.utils.parameters_to_vector(own).detach().clone() if own else torch.zeros(0)
+        return flat(self.parameters[i]).detach().clone()
 
     @property
     def epoch(self) -> int:
@@ -331,7 +330,7 @@ class Training:
                 own = {name.split(".", 1)[1]: t for name, t in state.tensors.items() if name.startswith(f"{i}.")}
                 vectors = [own[name].to(self.starts[i], copy=True).view_as(self.starts[i]) for name in _VECTORS]
                 value, self.starts[i], self.best[i] = vectors
-                nn.utils.vector_to_parameters(value, parameters)
+                fill(parameters, value)
                 self.curves[i] = own["curve"].tolist()
                 self.orders[i].set_state(own["generator"])
                 for k, parameter in enumerate(parameters):
@@ -349,6 +348,7 @@ class Training:
 def train(
     training: Training,
     *,
+    epochs: int | None = None,
     progress: bool = True,
     what: str = "training",
     resume: TrainingState | str | FilePath | None = None,
@@ -359,6 +359,7 @@ def train(
 
     Args:
         training: what to train, on what, and how.
+        epochs: stop after so many; by default those of the settings. The schedule is that of the settings.
         progress: show a bar over epochs.
         what: its text.
         resume: a state, or a file of one, to go on from.
@@ -378,7 +379,7 @@ def train(
     file = None if checkpoint is None else FilePath(checkpoint)
     if file is not None and not file.parent.is_dir():
         raise ValueError(f"{training.whose}: folder {file.parent} of the checkpoint does not exist; create it first.")
-    n_epochs = training.settings.epochs
+    n_epochs = training.settings.epochs if epochs is None else epochs
     complete = True
     with frozen(training.change.model), torch.enable_grad():
         if training.epoch < 0:
@@ -386,7 +387,7 @@ def train(
         moment = training.moment()
         with tqdm(total=n_epochs, initial=training.epoch, desc=what, disable=not progress, leave=False) as bar:
             try:
-                while not training.finished:
+                while not training.finished and training.epoch < n_epochs:
                     training.one_epoch()
                     training.record()
                     moment = training.moment()

@@ -36,6 +36,7 @@ from fvlens.composition import (
     library_parts,
     source_scores,
 )
+from fvlens.find import finished
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
@@ -99,12 +100,14 @@ def measure_seed(
                 model, plain.basis, train, valid=valid, map=map, setting=setting, learn_strength=map != "none",
                 epochs=epochs, basis_pairs=sorted(plain.seen.pairs), sources=given, generator=generator, progress=False,
             )  # fmt: skip
+            finished(fitted[map])
             log.info("seed %d, %s, map %s: %.0f s", seed, setting, map, time.monotonic() - began)
         chosen[setting] = {map: max(one.history.valid_top1) for map, one in fitted.items()}
         best = max(chosen[setting], key=lambda map: chosen[setting][map])
         gated = fit_gate(
             model, fitted[best], for_gate, setting=setting, sources=of_gate, generator=generator, progress=False
         )
+        finished(gated)
         log.info("seed %d, %s: map %s, gate %s", seed, setting, best, gated.gates[0].describe())
         for level, analogies in tests.items():
             shared: dict[str, Any] = dict(settings=[setting], generator=generator, progress=False)
