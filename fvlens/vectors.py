@@ -26,6 +26,7 @@ from fvlens.suffix import wide_logits
 from fvlens.types import Head, HeadLike, as_heads
 
 FORMAT = "fvlens-vector-1"
+DISTRIBUTED_FORMAT = "fvlens-distributed-vector-1"
 
 
 def check_model(made_on: Fingerprint, model: Any, what: str) -> None:
@@ -334,6 +335,53 @@ class DistributedVector:
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vector was made on another model."""
         check_model(self.fingerprint, model, f"the distributed vector of {self.relation!r}")
+
+    def save(self, path: str | Path) -> Path:
+        """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""
+        header = {
+            "heads": [list(head) for head in self.heads],
+            "relation": self.relation,
+            "kind": self.kind,
+            **template_header(self.template),
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+        }
+        return write_tensors(Path(path), {"values": self.values}, header, DISTRIBUTED_FORMAT)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, model: Any = None, template: Template | str | None = None
+    ) -> "DistributedVector":
+        """Read what :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+            model: if given, it must have been made on this model.
+            template: taken instead of the file's; see :meth:`FunctionVector.load`.
+
+        Raises:
+            ValueError: no such file; not a distributed vector, or a damaged one; or one of another model than
+                ``model``.
+        """
+        path = Path(path)
+        tensors, header = read_tensors(path, DISTRIBUTED_FORMAT)
+        try:
+            mark = Fingerprint.from_json(json.dumps(header["fingerprint"]))
+            values = tensors["values"]
+            if values.ndim != 3 or len(values) != mark.n_layers or not bool(torch.isfinite(values).all()):
+                raise ValueError(f"expected finite numbers [{mark.n_layers} head d_head], got {list(values.shape)}")
+            loaded = cls(
+                values=values,
+                heads=tuple(as_heads(((int(i), int(k)) for i, k in header["heads"]), *values.shape[:2])),
+                relation=str(header["relation"]),
+                fingerprint=mark,
+                kind=str(header["kind"]),
+                template=template_from(header, template),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: damaged distributed vector ({type(error).__name__}: {error}).") from error
+        if model is not None:
+            loaded.check(model)
+        return loaded
 
 
 def distributed_vector(

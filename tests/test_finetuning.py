@@ -1178,6 +1178,21 @@ def test_vector_set_round_trip(small, some, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["set.safetensors"]
 
 
+def test_a_set_says_its_model_once_and_sets_of_version_0_1_are_read(some, tmp_path):
+    """These held the fingerprint beside every vector."""
+    from fvlens.files import read_tensors, write_tensors
+    from fvlens.training._set import SET_FORMAT
+
+    renamed = dataclasses.replace(some[1].fingerprint, name="renamed")  # the same model by another name
+    some = VectorSet((some[0], dataclasses.replace(some[1], fingerprint=renamed), some[2]))
+    tensors, header = read_tensors(some.save(tmp_path / "set.safetensors"), SET_FORMAT)
+    assert ["fingerprint" in entry for entry in header["vectors"]] == [False, True, False]
+    shared = header.pop("fingerprint")
+    header["vectors"] = [{"fingerprint": shared} | entry for entry in header["vectors"]]
+    for file in (tmp_path / "set.safetensors", write_tensors(tmp_path / "old", tensors, header, SET_FORMAT)):
+        assert [one.fingerprint for one in VectorSet.load(file)] == [one.fingerprint for one in some]
+
+
 def test_vector_set_table_and_similarity(small, some):
     table = some.to_dataframe()
     assert list(table.columns) == ["relation", "category", "kind", "layer", "dimension", "value"]

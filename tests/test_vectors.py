@@ -623,3 +623,48 @@ def test_a_distributed_vector_knows_its_template(tiny, generator):
     means = fvlens.mean_head_activations(tiny, clean, progress=False)
     assert means.template == OWN
     assert fvlens.distributed_vector(tiny, means, heads=[(0, 1)]).template == OWN
+
+
+# --- files of distributed vectors ---
+
+
+@pytest.fixture
+def apart(tiny, generator):
+    """A distributed vector of two heads."""
+    values = torch.zeros(3, tiny.cfg.n_heads, tiny.cfg.d_head)
+    for head in (Head(0, 1), Head(2, 3)):
+        values[head] = torch.randn(tiny.cfg.d_head, generator=generator)
+    return DistributedVector(values, (Head(2, 3), Head(0, 1)), "antonym", fingerprint(tiny), "tuned", "arrow")
+
+
+def test_a_distributed_vector_comes_back_from_its_file(tiny, other, apart, tmp_path):
+    file = apart.save(tmp_path / "apart.safetensors")
+    loaded = DistributedVector.load(file, model=tiny)
+    assert torch.equal(loaded.values, apart.values)
+    for name in ("heads", "relation", "fingerprint", "kind", "template"):
+        assert getattr(loaded, name) == getattr(apart, name)
+    assert str(DistributedVector.load(file, template="colon").template) == "colon"
+    with pytest.raises(ValueError, match="the distributed vector of 'antonym' was made on model"):
+        DistributedVector.load(file, model=other)
+    with pytest.raises(ValueError, match="expected 'fvlens-vector-1'"):
+        FunctionVector.load(file)
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda t, h: t.pop("values"), "KeyError: 'values'"),
+        (lambda t, h: h.pop("heads"), "KeyError: 'heads'"),
+        (lambda t, h: h.update(heads=[[9, 0]]), "does not exist"),
+        (lambda t, h: t.update(values=t["values"][:2]), "expected finite numbers [3 head d_head], got [2, "),
+        (lambda t, h: t["values"].fill_(float("nan")), "expected finite numbers"),
+    ],
+)
+def test_damaged_distributed_vectors_are_refused(apart, tmp_path, damage, told, unchecked):
+    file = apart.save(tmp_path / "apart.safetensors")
+    tensors, header = files.read_tensors(file, vectors.DISTRIBUTED_FORMAT)
+    damage(tensors, header)
+    tensors.setdefault("other", torch.zeros(1))
+    files.write_tensors(file, tensors, header, vectors.DISTRIBUTED_FORMAT)
+    with pytest.raises(ValueError, match=f"apart.safetensors: damaged distributed vector \\(.*{re.escape(told)}"):
+        DistributedVector.load(file)

@@ -21,7 +21,7 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair
 from fvlens.training import TrainingState, VectorSet
-from fvlens.vectors import FunctionVector, vector_from, vector_header
+from fvlens.vectors import FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,8 +261,7 @@ class CompositeMap:
     def save(self, path: str | FilePath) -> FilePath:
         """Write everything to one safetensors file, metadata in its header. Replaces an existing file at once."""
         header = {
-            "vectors": [vector_header(vector) for vector in self.basis],
-            "categories": list(self.basis.categories),
+            **self.basis.header(),
             "seen": {"relations": sorted(self.seen.relations), "pairs": sorted(map(list, self.seen.pairs))},
             "history": dataclasses.asdict(self.history),
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
@@ -290,13 +289,9 @@ class CompositeMap:
         path = FilePath(path)
         tensors, header = read_tensors(path, MAP_FORMAT)
         try:
-            vectors = [
-                vector_from(row, entry, template)
-                for row, entry in zip(tensors["basis"], header["vectors"], strict=True)
-            ]
             pairs = frozenset((str(a), str(b)) for a, b in header["seen"]["pairs"])
             loaded = cls(
-                basis=VectorSet(tuple(vectors), tuple(map(str, header["categories"]))),
+                basis=VectorSet.from_header(tensors["basis"], header, template),
                 matrix=tensors["matrix"],
                 shift=tensors["shift"],
                 transfer=tensors.get("transfer"),

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from fvlens.metrics import is_best
 from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
-from fvlens.suffix import Route, choose_route
+from fvlens.suffix import Route
 from fvlens.training import SteerablePrompts, VectorSet, frozen
 
 Setting = Literal["zero_shot", "one_shot"]
@@ -49,8 +49,7 @@ class Queries(SteerablePrompts):
     ) -> None:
         shown = [()] * len(queries) if demonstrations is None else demonstrations
         prompts = render_prompts(model, queries, shown, template=template, n_shots=max(map(len, shown)))
-        with frozen(model):
-            super().__init__(model, prompts, layer, path=choose_route(model, path)[0], max_memory=max_memory)
+        super().__init__(model, prompts, layer, path=path, max_memory=max_memory)
         self.n_tokens = prompts.answer_mask.sum(dim=1)
 
     def parts(self, rows: Int[Tensor, " row"]) -> list[Int[Tensor, " _row"]]:

@@ -11,7 +11,7 @@ import torch
 from fvlens.models import model_device
 from fvlens.prompts import Template
 from fvlens.relations import Pair, Relation, Split, load_relation
-from fvlens.suffix import Route, Weights, choose_route
+from fvlens.suffix import Route, Weights
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._options import Running, TrainingOptions, settled
@@ -415,10 +415,9 @@ def _finetune_at(
     what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
     prompts = prompts_of(model, tasks, settings.template)
     with frozen(model):
-        path, reason = choose_route(model, running.path)
-        if path == "naive" and running.path is None:
-            warnings.warn(f"finetune takes whole forward passes, which is slow ({reason}).", stacklevel=4)
-        kept = SteerablePrompts(model, prompts, layer, path=path, max_memory=running.max_memory)
+        kept = SteerablePrompts(model, prompts, layer, path=running.path, max_memory=running.max_memory)
+        if kept.path == "naive" and running.path is None:
+            warnings.warn(f"finetune takes whole forward passes, which is slow ({kept.why_slow}).", stacklevel=4)
         training = Training(tasks, VectorChange(kept, trainable), settings)
         trained = _trained(training, running, what)
     runs = []

@@ -105,7 +105,8 @@ class Training:
                 at += len(part)
         self.parameters = change.parameters()
         self.starts = [self._values(i) for i in range(len(tasks))]
-        self.lrs = [settings.lr or change.relative_lr * change.scale(rows) for rows in self.train_rows]
+        with frozen(change.model):
+            self.lrs = [settings.lr or change.relative_lr * change.scale(rows) for rows in self.train_rows]
         groups = [{"params": own, "lr": lr} for own, lr in zip(self.parameters, self.lrs, strict=True)]
         self.optimiser = torch.optim.Adam(groups)
         self.orders = [torch.Generator().manual_seed(task.seed) if task.order is None else task.order for task in tasks]

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from fvlens.interventions import hooked, resid_hook
 from fvlens.models import model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, Template, build_prompts, with_answers
-from fvlens.suffix import Route, SteeredPrompts, Weights, open_reader, plan_slices, portions, power_above
+from fvlens.suffix import Route, SteeredPrompts, Weights, choose_route, open_reader, plan_slices, portions, power_above
 from fvlens.training._settings import Task
+from fvlens.training._trainable import frozen
 
 Edit = Callable[[Tensor], Tensor | None]
 """The activation at a hook -> a new one, or None to leave it."""
@@ -156,17 +157,23 @@ class SteerablePrompts(PreparedPrompts):
         model: the model.
         prompts: the prompts, with their answers.
         layer: vectors are added after this layer.
-        path: ``"weights"``, ``"kv"`` or ``"naive"``.
+        path: ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: as for :class:`PreparedPrompts`.
+
+    Attributes:
+        why_slow: what stands against a faster path, where there is one.
     """
 
-    def __init__(self, model: Any, prompts: Prompts, layer: int, *, path: Route, max_memory: int | None = None) -> None:
+    def __init__(
+        self, model: Any, prompts: Prompts, layer: int, *, path: Route | None = None, max_memory: int | None = None
+    ) -> None:
         self.layer = layer
-        self.path = path
+        with frozen(model):
+            self.path, self.why_slow = choose_route(model, path)
         self.kept: SteeredPrompts | None = None
-        if path != "naive":
+        if self.path != "naive":
             self.kept = SteeredPrompts(
-                model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, layer, path=path,
+                model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, layer, path=self.path,
                 max_memory=max_memory, most=_MOST_ROWS,
             )  # fmt: skip
             self.weights = self.kept.weights

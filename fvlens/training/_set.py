@@ -1,6 +1,6 @@
 """Many vectors of one model and one layer, in order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -166,11 +166,37 @@ class VectorSet:
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write the set to one safetensors file, metadata in its header. Replaces an existing file at once."""
-        header = {
-            "categories": list(self.categories),
-            "vectors": [vector_header(vector) for vector in self.vectors],
-        }
-        return write_tensors(FilePath(path), {"matrix": self.matrix}, header, SET_FORMAT)
+        return write_tensors(FilePath(path), {"matrix": self.matrix}, self.header(), SET_FORMAT)
+
+    def header(self) -> dict[str, Any]:
+        """All of the set but its numbers, as plain JSON values; the fingerprint that vectors share stands once."""
+        shared = vector_header(self.vectors[0])["fingerprint"]
+        entries = [vector_header(vector) for vector in self.vectors]
+        for entry in entries:
+            if entry["fingerprint"] == shared:
+                del entry["fingerprint"]
+        return {"categories": list(self.categories), "fingerprint": shared, "vectors": entries}
+
+    @classmethod
+    def from_header(
+        cls,
+        rows: Float[Tensor, "relation d_model"],
+        header: Mapping[str, Any],
+        template: Template | str | None = None,
+    ) -> "VectorSet":
+        """The set of these numbers and a header that :meth:`header` made; a ``template`` replaces the header's.
+
+        Raises:
+            KeyError, TypeError, ValueError: the header is damaged, or the numbers do not fit it.
+        """
+        entries = header["vectors"]
+        if len(rows) != len(entries):
+            raise ValueError(f"{len(rows)} rows, but {len(entries)} vectors in the header")
+        # version 0.1 wrote the fingerprint beside every vector
+        shared = {"fingerprint": header["fingerprint"]} if "fingerprint" in header else {}
+        each = zip(rows, entries, strict=True)
+        vectors = tuple(vector_from(row, {**shared, **entry}, template) for row, entry in each)
+        return cls(vectors, tuple(str(category) for category in header["categories"]))
 
     @classmethod
     def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "VectorSet":
@@ -187,11 +213,7 @@ class VectorSet:
         path = FilePath(path)
         tensors, header = read_tensors(path, SET_FORMAT)
         try:
-            rows, entries = tensors["matrix"], header["vectors"]
-            if len(rows) != len(entries):
-                raise ValueError(f"{len(rows)} rows, but {len(entries)} vectors in the header")
-            vectors = tuple(vector_from(row, entry, template) for row, entry in zip(rows, entries, strict=True))
-            loaded = cls(vectors, tuple(str(category) for category in header["categories"]))
+            loaded = cls.from_header(tensors["matrix"], header, template)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged vector set ({type(error).__name__}: {error}).") from error
         if model is not None:
