@@ -26,7 +26,9 @@ from fvlens.training import (
     SoftPrompt,
     TrainableVector,
     _adaptations,
+    _collateral,
     _compare,
+    _methods,
     act_add,
     collateral_change,
     compare,
@@ -675,7 +677,7 @@ def table(model, asked):
             asked.append((tuple(queries), {pair for shown in demonstrations for pair in shown}))
             return real(model, queries, demonstrations, **how)
 
-        for module in (fvlens.prompts, _adaptations, _compare):
+        for module in (fvlens.prompts, _adaptations, _collateral):
             patch.setattr(module, "render_prompts", spy)
         return compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)
 
@@ -760,7 +762,7 @@ def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_compare, "act_add", stop)
+    monkeypatch.setattr(_methods, "act_add", stop)
     with pytest.warns(UserWarning, match="compare was interrupted: 3 of 8 methods are finished"):
         part = compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)
     assert not part.complete and [row.name for row in part.rows] == NAMES[:3]
@@ -771,6 +773,23 @@ def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
     monkeypatch.setattr(_compare, "evaluate_adapted", stop)
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)
+
+
+def test_a_method_is_one_row_of_the_table(model, monkeypatch):
+    """What is planned there is made, scored and counted; keywords of trainings reach all that are trained."""
+
+    def borrowed(budget):
+        assert budget.settings.l2 == 0.5
+        return [_methods.Planned(lambda: budget.start, "borrowed", 100.0)]
+
+    monkeypatch.setattr(_compare, "METHODS", [_methods._untuned, borrowed, _methods._low_rank])
+    found = compare(model, "country-capital", n_unrelated=5, l2=0.5, progress=False, **QUICK)
+    assert [row.name for row in found.rows] == [NAMES[2], "borrowed", "LoRA, rank 1"] and found.complete
+    assert found.rows[1].seconds == 100.0 + found.rows[0].seconds
+    assert torch.equal(found.rows[1].evaluation.ranks, found.rows[0].evaluation.ranks)
+    assert found.rows[2].adapted.settings.l2 == 0.5
+    with pytest.raises(ValueError, match="compare: resume and checkpoint are for one training"):
+        compare(model, "country-capital", checkpoint="state")
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):

@@ -7,17 +7,12 @@ What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune
 from fvlens.training._adaptations import Adaptation, AdaptationChange
 from fvlens.training._adapted import Adapted, Baseline
 from fvlens.training._change import Change, Readout, Wants, fill, filled
-from fvlens.training._compare import (
-    Collateral,
-    Comparison,
-    collateral_change,
-    compare,
-    evaluate_adapted,
-    unrelated_prompts,
-)
+from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
+from fvlens.training._compare import Comparison, compare
 from fvlens.training._finetune import FineTuned, FineTunedSet, finetune, finetune_many
 from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._lora import LoRA, lora
+from fvlens.training._methods import METHODS, Budget, Planned
 from fvlens.training._objective import OBJECTIVES, CrossEntropy, Objective, Perplexity
 from fvlens.training._options import Running, TrainingOptions
 from fvlens.training._prepared import PreparedPrompts, SteerablePrompts
@@ -40,12 +35,14 @@ from fvlens.training._untrained import act_add, few_shot
 from fvlens.training._vector_changes import DistributedChange, SteeringChange, VectorChange
 
 __all__ = [
+    "METHODS",
     "OBJECTIVES",
     "STUDIES",
     "Adaptation",
     "AdaptationChange",
     "Adapted",
     "Baseline",
+    "Budget",
     "Change",
     "Collateral",
     "Comparison",
@@ -58,6 +55,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "Perplexity",
+    "Planned",
     "Point",
     "PreparedPrompts",
     "Readout",

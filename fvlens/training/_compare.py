@@ -3,265 +3,29 @@
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from fvlens.evaluation import Evaluation, evaluations
-from fvlens.find import Ranking, find_vector, finished
-from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
+from fvlens.evaluation import Evaluation
+from fvlens.find import Ranking, find_vector
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
-from fvlens.relations import Pair, Relation, list_relations, load_relation
-from fvlens.scoring import Scores, score
-from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
-from fvlens.training._adapted import Adapted, Baseline, as_adaptation
-from fvlens.training._finetune import finetune
-from fvlens.training._lora import lora
-from fvlens.training._soft_prompt import soft_prompt
-from fvlens.training._untrained import act_add, few_shot
-from fvlens.types import Steering
-from fvlens.vectors import FunctionVector
+from fvlens.relations import Relation, load_relation
+from fvlens.training._adaptations import Steered
+from fvlens.training._adapted import Adapted, Baseline
+from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
+from fvlens.training._methods import METHODS, Budget, Planned
+from fvlens.training._options import TrainingOptions, settled
+from fvlens.training._settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-Pairs = Relation | Sequence[Pair | tuple[str, str]]
-
-
-# --- what a method gains ---
-
-
-def _template_of(adapted: Any) -> Template | str | None:
-    """The template that a method was trained with, or that of its vector; None if it knows of none."""
-    settings = getattr(adapted, "settings", None)
-    if settings is not None:
-        return settings.template
-    steering = getattr(getattr(adapted, "change", adapted), "steering", adapted)
-    return getattr(steering, "template", None)
-
-
-def evaluate_adapted(
-    model: Any,
-    pairs: Pairs,
-    adapted: Adapted | Steering | Adaptation | None,
-    *,
-    template: Template | str | None = None,
-    relation: str | None = None,
-    batch_size: int | None = None,
-    check: bool = True,
-    generator: torch.Generator,
-) -> Evaluation:
-    """How well the model answers bare queries under any method; of a vector the numbers of :func:`fvlens.evaluate`.
-
-    Low-rank updates and soft prompts act on the whole prompt and on an answer's tokens, a vector at the prompt's last
-    token only.
-
-    Args:
-        model: the model.
-        pairs: the pairs asked, one query each.
-        adapted: what a baseline or ``finetune`` gave, a vector, or None for the model as it is.
-        template: how queries are written; by default as ``adapted`` was made with, else ``"qa"``.
-        relation: name recorded in the result; by default that of ``pairs``.
-        batch_size: prompts run together; by default chosen from what memory is free.
-        check: ask ``adapted`` whether it was made on this model.
-        generator: draws the bootstrap.
-
-    Returns:
-        :class:`~fvlens.evaluation.Evaluation`, whose setting is ``"icl"`` where the method is demonstrations.
-
-    Raises:
-        ValueError: no pairs; ``adapted`` is nothing of the kind, or of another model; ``batch_size`` below 1.
-        MemoryError: out of memory with a single prompt.
-
-    Example:
-        >>> import torch, fvlens
-        >>> from fvlens.training import evaluate_adapted, few_shot
-        >>> model = fvlens.load_model("rel-small", device="cpu")
-        >>> g = torch.Generator().manual_seed(0)
-        >>> split = fvlens.load_relation("antonym").split(g)
-        >>> shown = evaluate_adapted(model, split.test, few_shot(split.train, generator=g), generator=g)
-        >>> shown.top1 > evaluate_adapted(model, split.test, None, generator=g).top1
-        True
-    """
-    change = as_adaptation(adapted)
-    if check:
-        change.check(model)
-    template = template_or(template, _template_of(adapted))
-    bare = build_prompts(model, pairs, n_shots=0, template=template, relation=relation, generator=generator)
-    prompts = change.on(model, bare)
-    steering = change.steering if isinstance(change, Steered) else None
-    if isinstance(change, Steered | Unchanged | Demonstrations):
-        scores = score(model, prompts, [steering], batch_size=batch_size, check=check, what="evaluate_adapted")
-    else:
-        scores = _read_scores(model, change, prompts, batch_size)
-    (found,) = evaluations(model, prompts, [steering], [1.0], scores, generator)
-    if steering is not None:
-        return found
-    kind = None if isinstance(change, Unchanged | Demonstrations) else type(change).__name__
-    return replaced(found, vector_kind=kind, fingerprint=getattr(change, "fingerprint", None))
-
-
-def _read_scores(model: Any, change: Adaptation, prompts: Prompts, batch_size: int | None) -> Scores:
-    """Scores under a change that acts on whole prompts, by whole passes."""
-    ranks, logs, best = [], [], []
-    largest = 0
-    with torch.no_grad():
-        for rows, logits in read_prompts(
-            model, change, prompts, n_answer=prompts.answer_tokens.shape[1], batch_size=batch_size,
-            what="evaluate_adapted",
-        ):  # fmt: skip
-            wanted = prompts.answer_tokens[rows].to(logits.device)
-            ranks.append(rank(logits[:, 0], wanted[:, 0]).cpu())
-            logs.append(log_probability(logits, wanted.clamp(min=0)).masked_fill(wanted < 0, 0.0).cpu())
-            best.append(best_token(logits[:, 0]).cpu())
-            largest = max(largest, len(wanted))
-    every = torch.cat(logs)
-    first, rest = every[None, :, 0], every[None, :, 1:].sum(dim=-1)
-    columns = torch.arange(len(prompts))
-    return Scores(torch.cat(ranks)[None], first, rest, torch.cat(best)[None], columns, "naive", largest)
-
-
-# --- what it disturbs ---
-
-
-@dataclass(frozen=True, slots=True)
-class Collateral:
-    """How far a method changes predictions that it should leave alone.
-
-    Attributes:
-        divergences: ``KL(P_plain || P_adapted)`` of the next token after each prompt, in nats.
-        interval: 95% bootstrap interval of their mean.
-    """
-
-    divergences: Float[Tensor, " prompt"]
-    interval: Interval
-
-    @property
-    def mean(self) -> float:
-        """Mean divergence in nats; 0 where nothing changes."""
-        return self.divergences.double().mean().item()
-
-
-def unrelated_prompts(
-    model: Any,
-    relation: Relation,
-    *,
-    n: int = 200,
-    n_shots: int = 2,
-    template: Template | str = "qa",
-    generator: torch.Generator,
-) -> Prompts:
-    """Prompts that have nothing to do with a relation: other library relations, asked after demonstrations of them.
-
-    Each prompt draws a relation, other than this one and of another family, and from it the query and the
-    demonstrations, all of them pairs neither of whose words is a word of this relation [our choice].
-
-    Args:
-        model: the model.
-        relation: the relation to stay away from.
-        n: number of prompts.
-        n_shots: demonstrations in each; they say what is asked, so that there is something to disturb.
-        template: how prompts are written.
-        generator: draws everything.
-
-    Returns:
-        :class:`~fvlens.prompts.Prompts`.
-
-    Raises:
-        ValueError: ``n`` below 1; ``n_shots`` below 0; no other relation has that many pairs left.
-    """
-    if n < 1 or n_shots < 0:
-        raise ValueError(f"unrelated_prompts: expected n >= 1 and n_shots >= 0, got {n} and {n_shots}.")
-    words = {*relation.inputs, *relation.outputs}
-    pools = []
-    for name in list_relations():
-        other = load_relation(name)
-        if name == relation.name or (relation.family and other.family == relation.family):
-            continue
-        by_input = {pair.input: pair for pair in other.pairs if not words & {*pair}}
-        if len(by_input) > n_shots:
-            pools.append(list(by_input.values()))
-    if not pools:
-        raise ValueError(
-            f"unrelated_prompts: no library relation has {n_shots + 1} pairs without a word of {relation.name!r}; use "
-            "fewer shots."
-        )
-    queries, shown = [], []
-    for _ in range(n):
-        pool = pools[int(torch.randint(len(pools), (1,), generator=generator))]
-        picked = [pool[i] for i in torch.randperm(len(pool), generator=generator)[: n_shots + 1].tolist()]
-        queries.append(picked[0])
-        shown.append(picked[1:])
-    return render_prompts(model, queries, shown, template=template, n_shots=n_shots)
-
-
-def collateral_change(
-    model: Any,
-    adapted: Adapted | Steering | Adaptation | None,
-    prompts: Prompts,
-    *,
-    batch_size: int | None = None,
-    check: bool = True,
-    generator: torch.Generator,
-) -> Collateral:
-    """How far a method changes the next token after prompts that it was not made for.
-
-    ``KL(P_plain || P_adapted)`` in nats. The method acts as on its own queries: a vector at the last token, soft tokens
-    behind BOS, demonstrations in front of what the prompt shows itself, low-rank updates everywhere.
-
-    Args:
-        model: the model.
-        adapted: what a baseline or ``finetune`` gave, a vector, or None for the model as it is.
-        prompts: the prompts, such as :func:`unrelated_prompts`.
-        batch_size: prompts run together; by default chosen from what memory is free.
-        check: ask ``adapted`` whether it was made on this model.
-        generator: draws the bootstrap.
-
-    Returns:
-        :class:`Collateral`.
-
-    Raises:
-        ValueError: ``adapted`` is nothing of the kind, or of another model; ``batch_size`` below 1; a prompt is too
-            long for the context with what the method adds to it.
-        MemoryError: out of memory with a single prompt.
-
-    Example:
-        >>> import torch, fvlens
-        >>> from fvlens.training import collateral_change, unrelated_prompts
-        >>> model = fvlens.load_model("rel-small", device="cpu")
-        >>> g = torch.Generator().manual_seed(0)
-        >>> prompts = unrelated_prompts(model, fvlens.load_relation("antonym"), n=4, generator=g)
-        >>> collateral_change(model, None, prompts, generator=g).mean
-        0.0
-    """
-    change = as_adaptation(adapted)
-    if check:
-        change.check(model)
-
-    def logits(of: Adaptation, asked: Prompts) -> Iterator[Tensor]:
-        parts = read_prompts(model, of, asked, n_answer=1, batch_size=batch_size, what="collateral_change")
-        return (part[:, 0].cpu() for _, part in parts)
-
-    with torch.no_grad():
-        plain = torch.cat(list(logits(Unchanged(), prompts)))
-        found, at = [], 0
-        for part in logits(change, change.on(model, prompts)):
-            found.append(kl_divergence(plain[at : at + len(part)], part).float())
-            at += len(part)
-    divergences = torch.cat(found)
-    return Collateral(divergences, bootstrap_interval(divergences, generator=generator))
-
-
-# --- the table ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,17 +215,16 @@ def compare(
     n_prompts: int = 100,
     n_soft: Sequence[int] = (1, 8),
     ranks: Sequence[int] = (1,),
-    epochs: int = 20,
-    batch_size: int | None = 5,
     n_unrelated: int = 200,
-    template: Template | str = "qa",
     seed: int = 0,
-    progress: bool = True,
+    settings: Settings | None = None,
+    **options: Unpack[TrainingOptions],
 ) -> Comparison:
     """Every method on one relation: what it costs, its top-1 on test queries, and what it changes elsewhere.
 
-    Rows: the bare query; demonstrations; the untuned function vector; activation addition; the vector fine-tuned from
-    the function vector and from zero; soft prompts; low-rank updates. All see the same training pairs; layers, scales
+    Rows are those of :data:`~fvlens.training.METHODS`: the bare query; demonstrations; the untuned function vector;
+    activation addition; the vector fine-tuned from the function vector and from zero; soft prompts; low-rank updates.
+    All see the same training pairs; layers, scales
     and epochs are chosen on the validation pairs. Test pairs are used for the scores only. Collateral change is taken
     over :func:`unrelated_prompts`.
 
@@ -477,17 +240,17 @@ def compare(
         n_prompts: clean prompts behind the function vector.
         n_soft: numbers of soft tokens, a row each.
         ranks: ranks of the low-rank updates, a row each.
-        epochs, batch_size: of all that is trained.
         n_unrelated: prompts behind the collateral change.
-        template: how prompts are written.
         seed: of everything drawn.
-        progress: show progress bars. Interrupting gives the rows that are finished, with a warning.
+        settings, options: of all that is trained, as for :func:`~fvlens.training.finetune`; ``template`` is that of all
+            prompts. With ``progress``, interrupting gives the rows that are finished, with a warning.
 
     Returns:
         :class:`Comparison`.
 
     Raises:
-        ValueError: ``n_train`` below 1; whatever the methods refuse.
+        ValueError: ``n_train`` below 1; ``resume`` or ``checkpoint``, which are for one training; whatever the methods
+            refuse.
 
     References:
         Todd et al. 2024, arXiv:2310.15213 (function vector); Kang, Wu, Lu 2026, arXiv:2601.08169 (fine-tuned); Turner
@@ -496,6 +259,9 @@ def compare(
     """
     if n_train < 1:
         raise ValueError(f"compare: expected n_train of at least 1, got {n_train}.")
+    how, running = settled("compare", settings, options)
+    if running.resume is not None or running.checkpoint is not None:
+        raise ValueError("compare: resume and checkpoint are for one training; here there are many.")
     whole = load_relation(relation) if isinstance(relation, str) else relation
 
     def fresh() -> torch.Generator:
@@ -503,72 +269,54 @@ def compare(
 
     split = whole.split(fresh())
     split = replaced(split, train=split.train[:n_train])
-    named: dict[str, Any] = {"template": template, "relation": whole.name}
-    unrelated = unrelated_prompts(model, whole, n=n_unrelated, template=template, generator=fresh())
-
-    def row(name: str, adapted: Adapted | None, seconds: float) -> Row:
-        return Row(
-            name=name,
-            n_trainable=0 if adapted is None else adapted.n_trainable,
-            seconds=seconds,
-            evaluation=evaluate_adapted(model, split.test, adapted, check=False, generator=fresh(), **named),
-            collateral=collateral_change(model, adapted, unrelated, check=False, generator=fresh()),
-            adapted=adapted,
-        )
-
+    unrelated = unrelated_prompts(model, whole, n=n_unrelated, template=how.template, generator=fresh())
+    # the start that several methods share
     began = time.monotonic()
     found = find_vector(
         model, split, labels=labels, n_heads=n_heads, n_shots=n_shots, n_prompts=n_prompts,
-        layers=None if layer is None else [layer], seed=seed, generator=fresh(), progress=progress, **named,
+        layers=None if layer is None else [layer], template=how.template, relation=whole.name, seed=seed,
+        generator=fresh(), progress=running.progress,
     )  # fmt: skip
-    untuned = found.vector
     start = Baseline(
         method=f"function vector, {n_heads} heads",
         relation=whole.name,
-        change=Steered(untuned),
+        change=Steered(found.vector),
         n_trainable=0,
         seconds=time.monotonic() - began,
         seed=seed,
     )
+    budget = Budget(
+        model=model, relation=whole.name, split=split, start=start, vector=found.vector, layer=layer, n_shots=n_shots,
+        n_soft=tuple(n_soft), ranks=tuple(ranks), settings=how, running=running, seed=seed,
+    )  # fmt: skip
+    planned = [row for method in METHODS for row in method(budget)]
 
-    def rows() -> Iterator[Row]:
-        yield row("bare query", None, 0.0)
-        shown = few_shot(split.train, n_shots=n_shots, relation=whole.name, generator=fresh())
-        yield row(shown.method, shown, shown.seconds)
-        yield row(start.method, start, start.seconds)
-        added = act_add(model, split.train, layer=layer, valid=split.valid, n_shots=n_shots, generator=fresh(), **named)
-        yield row(added.method, added, added.seconds)
-        shared: dict[str, Any] = {
-            "valid": split.valid, "epochs": epochs, "batch_size": batch_size, "progress": progress, **named
-        }  # fmt: skip
-        starts: list[tuple[str, FunctionVector | Literal["zero"], float]] = [
-            ("vector", untuned, start.seconds),
-            ("zero", "zero", 0.0),
-        ]
-        for name, init, before in starts:
-            tuned = finished(finetune(model, split.train, init=init, layer=untuned.layer, generator=fresh(), **shared))
-            yield row(f"fine-tuned from {name}", tuned, before + tuned.seconds)
-        for n in n_soft:
-            soft = finished(soft_prompt(model, split.train, n_tokens=n, generator=fresh(), **shared))
-            yield row(soft.method, soft, soft.seconds)
-        for one in ranks:
-            updated = finished(lora(model, split.train, rank=one, generator=fresh(), **shared))
-            yield row(updated.method, updated, updated.seconds)
+    def made(row: Planned) -> Row:
+        adapted = row.make()
+        own = (0, 0.0, "") if adapted is None else (adapted.n_trainable, adapted.seconds, adapted.method)
+        scored: dict[str, Any] = {"template": how.template, "relation": whole.name, "check": False}
+        return Row(
+            name=row.name or own[2],
+            n_trainable=own[0],
+            seconds=row.seconds_before + own[1],
+            evaluation=evaluate_adapted(model, split.test, adapted, generator=fresh(), **scored),
+            collateral=collateral_change(model, adapted, unrelated, check=False, generator=fresh()),
+            adapted=adapted,
+        )
 
     done: list[Row] = []
-    total = 6 + len(n_soft) + len(ranks)
     try:
-        for one in tqdm(rows(), total=total, desc="comparison", disable=not progress, leave=False):
-            done.append(one)
+        for row in tqdm(planned, desc="comparison", disable=not running.progress, leave=False):
+            done.append(made(row))
     except KeyboardInterrupt:
         if not done:
             raise
-        warnings.warn(f"compare was interrupted: {len(done)} of {total} methods are finished.", stacklevel=2)
+        warnings.warn(f"compare was interrupted: {len(done)} of {len(planned)} methods are finished.", stacklevel=2)
     return Comparison(
         relation=whole.name,
         model_name=str(model.cfg.model_name),
         rows=tuple(done),
-        layer=untuned.layer,
+        layer=found.vector.layer,
         scale=found.scale,
         n_train=len(split.train),
         n_valid=len(split.valid),
@@ -576,6 +324,6 @@ def compare(
         seed=seed,
         fingerprint=fingerprint(model),
         data_hash=whole.data_hash,
-        complete=len(done) == total,
+        complete=len(done) == len(planned),
         caution=" ".join(found.cautions),
     )
