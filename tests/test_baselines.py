@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from fvlens.training import (
     _collateral,
     _compare,
     _methods,
+    _untrained,
     act_add,
     collateral_change,
     compare,
@@ -348,6 +350,22 @@ def test_activation_addition_chooses_layer_and_scale_on_validation_pairs(model, 
 
 
 # --- scores ---
+
+
+def test_activation_addition_takes_top1_before_the_loss_and_the_first_of_equals(model, split, monkeypatch):
+    scores = iter([(0.5, -1.0), (0.75, -9.0), (0.75, -3.0), (0.75, -3.0)])
+
+    def evaluate(*args, **kwargs):
+        top1, log_probability = next(scores)
+        return SimpleNamespace(top1=top1, answer_log_probability=log_probability)
+
+    monkeypatch.setattr(_untrained, "evaluate", evaluate)
+    added = act_add(
+        model, split.train[:4], layer=2, scales=(1, 2, 3, 4), valid=split.valid, n_shots=2, generator=seeded()
+    )
+    single = act_add(model, split.train[:4], layer=2, scales=(3,), n_shots=2, generator=seeded())
+    assert torch.equal(added.vector.vector, single.vector.vector)
+    assert [choice[2:] for choice in added.choices] == [(0.5, 1.0), (0.75, 9.0), (0.75, 3.0), (0.75, 3.0)]
 
 
 def test_scores_equal_evaluate_for_vectors_and_prompting(either, split):

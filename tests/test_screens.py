@@ -1,8 +1,10 @@
 """Gradient screens: against finite differences, plain autograd and a second implementation; and what they miss."""
 
 import dataclasses
+import inspect
 import math
 import re
+import typing
 
 import pytest
 import torch
@@ -795,3 +797,30 @@ def test_the_measured_table_is_made_of_what_a_screen_says(model):
     assert row["overlap"]["mean"] == pytest.approx(len(set(rough.top(10)) & set(exact.top(10))) / 10)
     assert row["first"]["mean"] == float(rough.top(1) == exact.top(1))
     assert row["cost"]["mean"] > 0
+
+
+# --- the table ---
+
+
+def test_a_screen_is_one_row_of_the_table(tiny, generator, monkeypatch):
+    """What stands there is run, named and checked like the others, and the command offers what stands there."""
+    from fvlens import cli, screens
+    from fvlens.attribution import METHODS
+
+    assert ("exact", *screens.SCREENS) == METHODS
+    offered = inspect.signature(cli.heads).parameters["method"].annotation
+    assert typing.get_args(typing.get_args(offered)[0]) == METHODS
+
+    def halves(screening, rows, request):
+        scores, baseline = screens.attribution_patching(screening, rows)
+        return scores / request.n_steps, baseline, "halves"
+
+    row = screens.Screen("Half a screen", "Half", halves, by_steps=True)
+    monkeypatch.setitem(screens.SCREENS, "half", row)
+    monkeypatch.setattr("fvlens.attribution._mediation.METHODS", (*METHODS, "half"))
+    prompts = word_prompts(tiny, generator)
+    means = fvlens.mean_head_activations(tiny, prompts, progress=False)
+    found = fvlens.indirect_effects(tiny, prompts, means, method="half", n_steps=2, progress=False)
+    plain = fvlens.indirect_effects(tiny, prompts, means, method="atp", progress=False)
+    torch.testing.assert_close(found.cie, plain.cie / 2)
+    assert (found.note, found.n_steps, found.score, found.unit) == ("halves", 2, "Half", "probability")

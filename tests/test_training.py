@@ -15,10 +15,12 @@ from torch.nn import functional as F
 import fvlens
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import hooked, resid_hook
+from fvlens.models import fingerprint
 from fvlens.relations import Pair
 from fvlens.training import (
     OBJECTIVES,
     Change,
+    DistributedChange,
     LoRA,
     Objective,
     PreparedPrompts,
@@ -27,6 +29,7 @@ from fvlens.training import (
     SoftPrompt,
     SteerablePrompts,
     Task,
+    TrainableDistributedVector,
     TrainableVector,
     Training,
     TrainingOptions,
@@ -42,6 +45,7 @@ from fvlens.training import (
 from fvlens.training._lora import LORA_FORMAT
 from fvlens.training._settings import LOSSES
 from fvlens.training._soft_prompt import SOFT_PROMPT_FORMAT
+from fvlens.vectors import DistributedVector
 
 README = Path(fvlens.__file__).parent / "training/README.md"
 WORDS = [("hot", "cold"), ("happy", "sad"), ("big", "a small one"), ("up", "down"), ("left", "right"), ("old", "young")]
@@ -281,6 +285,21 @@ def test_messages_name_the_function_that_was_called(tiny, tmp_path):
     damaged = TrainingState({**done.state.tensors, "0.value": torch.zeros(3)}, done.state.header)
     with pytest.raises(ValueError, match="somebody: the saved training is damaged"):
         train(two(tiny), resume=damaged, progress=False)
+
+
+def test_a_result_leaves_the_training_as_it_is(tiny):
+    """The best epoch may be an earlier one; what goes on is the last."""
+    heads = torch.zeros(tiny.cfg.n_layers, tiny.cfg.n_heads, tiny.cfg.d_head)
+    init = DistributedVector(heads, (fvlens.Head(0, 1),), "r", fingerprint(tiny))
+    tasks = [Task("r", PAIRS[:4], PAIRS[4:], 0)]
+    change = DistributedChange(PreparedPrompts.of(tiny, tasks), TrainableDistributedVector(init))
+    training = Training(tasks, change, Settings(epochs=3, lr=0.5))
+    train(training, epochs=2, progress=False)
+    before = training.state().tensors["0.value"]
+    training.best[0] = torch.zeros_like(training.best[0])
+    (outcome,) = training.outcomes()
+    assert torch.equal(training.state().tensors["0.value"], before) and before.abs().max() > 0
+    assert outcome.result.values.abs().max() == 0
 
 
 # --- options ---

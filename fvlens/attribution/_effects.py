@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from fvlens.activations import Positions
 from fvlens.metrics import Interval, spearman, top_k_overlap
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template, get_template
+from fvlens.screens import SCREENS
 from fvlens.suffix import (
     Route,
     Weights,
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-Method = Literal["exact", "atp", "ig", "lrp"]
-METHODS: tuple[Method, ...] = ("exact", "atp", "ig", "lrp")
-_NAMES = {
-    "exact": ("Average indirect effect", "AIE"),
-    "atp": ("Attribution patching", "AtP"),
-    "ig": ("Integrated gradients", "IG"),
-    "lrp": ("Attention relevance (LRP, in logits)", "LRP relevance"),
-}
-"""Method -> name of its average, and the short name beside a colour scale."""
+Method = str
+"""``"exact"``, or the name of a screen."""
+METHODS: tuple[Method, ...] = ("exact", *SCREENS)
+
+
+def _names(method: Method) -> tuple[str, str]:
+    """Name of a method's average, and the short name beside a colour scale."""
+    if method == "exact":
+        return "Average indirect effect", "AIE"
+    return SCREENS[method].title, SCREENS[method].short
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +135,12 @@ class IndirectEffects:
     @property
     def unit(self) -> str:
         """``"probability"``, or ``"logits"`` for ``lrp``, whose scores are no changes of anything."""
-        return "logits" if self.method == "lrp" else "probability"
+        return "probability" if self.method == "exact" else SCREENS[self.method].unit
 
     @property
     def score(self) -> str:
         """Short name of what :attr:`aie` holds: ``"AIE"``, or the name of the screen's score."""
-        return _NAMES[self.method][1]
+        return _names(self.method)[1]
 
     @property
     def aie(self) -> Float[Tensor, "layer head"]:
@@ -379,7 +381,7 @@ class IndirectEffects:
             self.aie,
             stderr=self.stderr,
             outlined=[head for head in self.ranking[:n_top] if head not in left_out],
-            title=f"{_NAMES[self.method][0]}, {self.relation or 'custom pairs'} ({what})",
+            title=f"{_names(self.method)[0]}, {self.relation or 'custom pairs'} ({what})",
             colorbar_title=self.score,
             outlined_label="top heads" if self.recheck is None else "top heads (rechecked exactly first)",
             hover=hover,

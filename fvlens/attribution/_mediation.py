@@ -17,7 +17,7 @@ from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import fingerprint, model_device
 from fvlens.prompts import Prompts, TokenClass, with_answers
-from fvlens.screens import Screening, attribution_patching, integrated_gradients, relevance
+from fvlens.screens import SCREENS, Request, Screening
 from fvlens.suffix import (
     Route,
     Weights,
@@ -149,7 +149,8 @@ def indirect_effects(
     differences = fingerprint(model).differences(means.fingerprint)
     if differences:
         raise ValueError(f"indirect_effects: the means come from another model ({'; '.join(differences)}).")
-    keys = _label_tokens(prompts) if method == "lrp" else None
+    screen = SCREENS.get(method)
+    keys = _label_tokens(prompts, method) if screen is not None and screen.by_labels else None
     chosen, reason = choose_route(model, path)
     check_compute("indirect_effects", model, chosen, compute)
     if compute is not None and method != "exact":
@@ -184,7 +185,7 @@ def indirect_effects(
         data_hash=prompts.data_hash,
         fingerprint=means.fingerprint,
         means_hash=means.data_hash,
-        n_steps=n_steps if method == "ig" else None,
+        n_steps=n_steps if screen is not None and screen.by_steps else None,
         note=note,
         batch_size=most,
         weights=work.weights[0] if work.weights else None,
@@ -222,21 +223,22 @@ def _check_screen(
             f"indirect_effects: path='weights' has no hooks to take the gradients of method={method!r} at; use "
             "path=None, 'kv' or 'naive'."
         )
-    if method == "lrp" and (positions, answer) != ("last", "first"):
+    if method in SCREENS and SCREENS[method].by_labels and (positions, answer) != ("last", "first"):
         raise ValueError(
-            "indirect_effects: method='lrp' scores attention from the last token by the logit of the answer's first "
-            f"token; expected positions='last' and answer='first', got {positions!r} and {answer!r}."
+            f"indirect_effects: method={method!r} scores attention from the last token by the logit of the answer's "
+            f"first token; expected positions='last' and answer='first', got {positions!r} and {answer!r}."
         )
 
 
-def _label_tokens(prompts: Prompts) -> Bool[Tensor, "prompt pos"]:
+def _label_tokens(prompts: Prompts, method: str) -> Bool[Tensor, "prompt pos"]:
     """The demonstrations' label tokens."""
     keys = prompts.token_classes == int(TokenClass.DEMONSTRATION_LABEL)
     empty = int((~keys.any(dim=1)).sum())
     if empty:
         raise ValueError(
-            f"indirect_effects: method='lrp' sums over the demonstrations' label tokens, but {empty} of {len(prompts)} "
-            f"prompts have none (they have {prompts.n_shots} demonstrations); give prompts with demonstrations."
+            f"indirect_effects: method={method!r} sums over the demonstrations' label tokens, but {empty} of "
+            f"{len(prompts)} prompts have none (they have {prompts.n_shots} demonstrations); give prompts with "
+            "demonstrations."
         )
     return keys
 
@@ -304,17 +306,13 @@ class _Work:
         """Scores ``[prompt layer head]`` and baselines; ``notes`` gets what must be said about them."""
         z = self.means.z
         screening = Screening(model, self.tokens, self.mask, self.targets, self.patched, z, path)
-        plan = screening.slices(n_steps if method == "ig" and path == "kv" else 1, self.max_memory)
+        screen = SCREENS[method]
+        plan = screening.slices(n_steps if screen.by_steps and path == "kv" else 1, self.max_memory)
 
         def run(rows: slice, at_once: int) -> tuple[Tensor, Tensor]:
-            if method == "atp":
-                return attribution_patching(screening, rows)
-            if method == "ig":
-                return integrated_gradients(screening, rows, n_steps=n_steps, at_once=at_once)
-            assert keys is not None
-            scores, baseline, missing = relevance(screening, rows, keys)
-            text = "AttnLRP rules for norms, activation functions, gates and attention products"
-            notes.append(text + (f"; plain gradient instead: {missing}" if missing else ""))
+            scores, baseline, note = screen.score(screening, rows, Request(n_steps, at_once, keys))
+            if note:
+                notes.append(note)
             return scores, baseline
 
         slices = plan.over_prompts(len(self.tokens))

@@ -1,5 +1,6 @@
 """Training the map of a composite, by the one training loop."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -92,9 +93,10 @@ class MapChange(SteeringChange):
         }
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> Affine | Transfer:
-        """The map with these numbers in it."""
-        fill(self.parameters()[place], values)
-        return self.trainee
+        """A map with these numbers in it; training may go on with its own."""
+        trainee = copy.deepcopy(self.trainee)
+        fill([parameter for parameter in trainee.parameters() if parameter.requires_grad], values)
+        return trainee
 
 
 def fit_composite(
@@ -234,6 +236,7 @@ def fit_composite(
     )  # fmt: skip
     # from the best epoch's numbers to plain matrices
     (outcome,) = trained.outcomes
+    trainee = outcome.result
     matrix, shift = trainee.folded()
     curves = (outcome.history.train_loss, outcome.history.valid_loss, outcome.history.valid_top1)
     seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)

@@ -137,7 +137,7 @@ class Change(abc.ABC):
         return values.square().sum()
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> Any:
-        """What the numbers of the relation at ``place`` make: by default themselves."""
+        """What the numbers of the relation at ``place`` make: by default themselves. Parameters stay as they are."""
         return values
 
     def identity(self) -> dict[str, Any]:

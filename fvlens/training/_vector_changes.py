@@ -1,6 +1,7 @@
 """Vectors as changes: one of the residual stream for each relation, or numbers of their own for chosen heads."""
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fvlens.interventions import z_hook
 from fvlens.models import fingerprint
-from fvlens.training._change import Change, Readout, Wants
+from fvlens.training._change import Change, Readout, Wants, fill
 from fvlens.training._prepared import Edit, PreparedPrompts, SteerablePrompts
 from fvlens.training._settings import Task
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector
@@ -108,7 +109,7 @@ class DistributedChange(Change):
         return super().identity() | {"heads": [list(head) for head in self.trainable.heads]}
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> DistributedVector:
-        with torch.no_grad():
-            self.trainable.values.copy_(values.view_as(self.trainable.values))
-        vector = self.trainable.to_vector(self.model, relation=task.name)
+        trainable = copy.deepcopy(self.trainable)
+        fill([trainable.values], values)
+        vector = trainable.to_vector(self.model, relation=task.name)
         return dataclasses.replace(vector, template=self.prompts.prompts.template)
