@@ -1395,7 +1395,7 @@ def test_an_own_template_goes_from_prompts_to_the_tuned_vectors_scores(small, tm
 
     asked = tuple(f"Pairs:\n {pair.input} is to" for pair in VALID)
     texts = []
-    for module in ("fvlens.evaluation._prompting", "fvlens.training._compare", "fvlens.training._prepared"):
+    for module in ("fvlens.evaluation._prompting", "fvlens.training._collateral", "fvlens.training._prepared"):
         original = __import__(module, fromlist=["build_prompts"]).build_prompts
 
         def watched(*args, original=original, **given):

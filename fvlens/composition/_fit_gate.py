@@ -300,7 +300,8 @@ class GateChange(SteeringChange):
         super().__init__(prompts)
         self.centre, self.spread = scale_of(signals)
         self.standard = (signals - self.centre) / self.spread
-        self.composites, self.setting, self.relative_lr = composites, setting, lr
+        self.composites, self.relative_lr = composites, lr
+        self.setting: Setting = setting
         self.slope, self.offset = nn.Parameter(torch.zeros(len(SIGNALS))), nn.Parameter(torch.zeros(()))
 
     def parameters(self) -> list[list[nn.Parameter]]:
