@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 import time
@@ -26,6 +25,7 @@ import torch
 
 from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import SCALES, Controls, Evaluation, Kind, LayerScaleSweep, controls, copied, evaluate
+from fvlens.files import read_json, write_json, write_text
 from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
 from fvlens.finetuning import FineTuned, finetune, finetune_many
 from fvlens.metrics import Interval, bootstrap_interval
@@ -669,24 +669,14 @@ def write_run(result: RunResult, folder: str | Path) -> list[Path]:
         files.append(result.tuned.vector.save(folder / TUNED_FILE))
     else:
         (folder / TUNED_FILE).unlink(missing_ok=True)
-    numbers = json.dumps(results_json(result), indent=2, allow_nan=False) + "\n"
-    files.append(_write_text(folder / "results.json", numbers))
+    files.append(write_json(folder / "results.json", results_json(result), indent=2))
     return [*files, write_report(folder / "report.html", result)]
 
 
 def write_figure(path: str | Path, figure: "go.Figure") -> Path:
     """Write one figure as an HTML page that works offline. Replaces an existing file at once."""
-    return _write_text(Path(path), figure.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
-
-
-def _write_text(path: Path, text: str) -> Path:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    page = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False}, div_id="figure")
+    return write_text(Path(path), page)
 
 
 @dataclass(frozen=True, slots=True)
@@ -765,7 +755,7 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         samples=_samples(result),
         provenance=_told(result, page_folder),
     )
-    return _write_text(Path(path), text)
+    return write_text(Path(path), text)
 
 
 def _row(name: str, value: float, interval: Interval | None) -> tuple[str, str, str]:
@@ -969,14 +959,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     """
     folder = Path(folder)
     path = folder / "results.json"
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror or error}); expected the folder of a finished `fvlens run`."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file, or a truncated one ({error}).") from error
+    content = read_json(path, "results of a finished `fvlens run`")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
     schema = content.get("schema")
@@ -1046,10 +1029,6 @@ def _made_by(content: Mapping[str, Any]) -> str:
     command = content.get("command")
     told = isinstance(command, list) and all(isinstance(word, str) for word in command)
     return f"`{shlex.join(command if told and command else ['fvlens', 'run'])}`"
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
 
 
 def _field(path: Path, content: dict[str, Any], name: str, expected: Any, prefix: str = "") -> Any:

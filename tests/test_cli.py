@@ -308,7 +308,7 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
 
 
 def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
-    assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
+    assert f"no results of a finished `fvlens run` at {tmp_path / 'results.json'}." in refused("rerun", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 2}')
     assert "results.json: schema: expected 4, got 2" in refused("rerun", tmp_path)
     content = json.loads((run_folder / "results.json").read_text())
@@ -412,7 +412,7 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
     assert "heads.json: heads: L9H0 does not exist: the model has layers 0..3" in refused(
         "run", "plural", "--heads", path
     )
-    assert f"{tmp_path / 'none'}: cannot be read" in refused("run", "plural", "--heads", tmp_path / "none")
+    assert f"no file of heads at {tmp_path / 'none'}." in refused("run", "plural", "--heads", tmp_path / "none")
     for option, *value in (("--n-heads", 10), ("--labels", "permuted"), ("--both-labels",)):
         message = refused("run", "plural", "--heads", path, option, *value)
         assert (
@@ -774,7 +774,7 @@ def test_a_run_in_an_own_template_and_again(call, tmp_path):
 
 def test_a_template_that_is_none_is_refused(call, tmp_path):
     code, _, err = call("heads", "plural", "--template", tmp_path / "none.json")
-    assert code == 2 and "none.json: cannot be read" in err
+    assert code == 2 and "none.json." in err and "no template at" in err
     code, _, err = call("heads", "plural", "--template", "nosuch")
     assert (
         code == 2 and "--template: no template named 'nosuch'; expected one of qa, arrow, colon, or a JSON file" in err
