@@ -117,15 +117,24 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
+def as_list(values: Any, what: str) -> list[Any]:
+    """What a list or a tuple holds; a text or an object, which could be gone through as well, is none.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{what}: expected a list, got {values!r}.")
+    return list(values)
+
+
 def as_texts(values: Any, what: str) -> tuple[str, ...]:
     """Texts, out of a list or a tuple; a single text is none.
 
     Raises:
         ValueError: something else.
     """
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{what}: expected a list of texts, got {values!r}.")
-    return tuple(as_text(value, what) for value in values)
+    return tuple(as_text(value, what) for value in as_list(values, what))
 
 
 def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Head]:

@@ -347,7 +347,7 @@ class UniversalHeads:
             loaded = cls(**fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
-        if content.get("heads") != [list(head) for head in loaded.heads]:
+        if json.dumps(content.get("heads")) != json.dumps(loaded.heads):  # as text, in which 1 and true are two things
             raise ValueError(
                 f"{name}: the heads do not follow from the effects beside them; to use heads of your own, write a file "
                 "with nothing but the list of [layer, head] pairs."

@@ -23,7 +23,7 @@ from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Template, known_template, template_from, template_header
 from fvlens.suffix import wide_logits
-from fvlens.types import Head, HeadLike, as_heads, as_text, as_whole
+from fvlens.types import Head, HeadLike, as_heads, as_list, as_text, as_whole
 
 FORMAT = "fvlens-vector-1"
 
@@ -257,7 +257,7 @@ def vector_from(
     mark = Fingerprint.from_fields(header["fingerprint"])
     return FunctionVector(
         vector=values,
-        heads=tuple(as_heads(header["heads"], mark.n_layers, mark.n_heads)),
+        heads=tuple(as_heads(as_list(header["heads"], "heads"), mark.n_layers, mark.n_heads)),
         fingerprint=mark,
         template=template_from(header, template),
         **plain,

@@ -18,7 +18,7 @@ from fvlens.files import Pieces, TensorFile, write_tensors
 from fvlens.models import Fingerprint
 from fvlens.prompts import LABELS, PAD_ANSWER, Prompts, Template, TokenClass
 from fvlens.relations import as_pair
-from fvlens.types import as_text, as_texts, as_whole
+from fvlens.types import as_list, as_text, as_texts, as_whole
 
 FORMAT = "fvlens-activations-1"
 WHAT = "activation cache"
@@ -76,17 +76,17 @@ def _cache_of(file: TensorFile, bound: int) -> ActivationCache:
     header = file.header
     sites = as_sites(as_texts(header["sites"], "sites"))
     mark = Fingerprint.from_fields(header["fingerprint"])
-    layers = as_layers([as_whole(layer, "layers", -sys.maxsize) for layer in header["layers"]], range(mark.n_layers))
+    listed = [as_whole(layer, "layers", -sys.maxsize) for layer in as_list(header["layers"], "layers")]
+    layers = as_layers(listed, range(mark.n_layers))
     expected = {*sites, *(f"prompts.{name}" for name in _PROMPT_TENSORS)}
     if set(file.entries) != expected:
         raise ValueError(f"expected the tensors {', '.join(sorted(expected))}, got {sorted(file.entries)}.")
     prompts = _prompts_of(file, header["prompts"], mark.d_vocab)
     if prompts.data_hash != header["data_hash"]:
         raise ValueError(f"the prompts hash to {prompts.data_hash}, but {header['data_hash']} were cached.")
-    named = header["positions"]
-    asked = (
-        named if named is None or isinstance(named, str) else [as_whole(i, "positions", -sys.maxsize) for i in named]
-    )
+    asked = header["positions"]
+    if asked is not None and not isinstance(asked, str):
+        asked = [as_whole(i, "positions", -sys.maxsize) for i in as_list(asked, "positions")]
     places = find_places(prompts, asked, as_whole(header["n_places"], "n_places", 1))
     dtypes = {file.entries[site].dtype for site in sites}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
@@ -120,7 +120,7 @@ def _token(text: str) -> int:
 def _part_of(given: Any, n_prompts: int) -> tuple[int, int] | None:
     if given is None:
         return None
-    first, total = (as_whole(number, "part") for number in given)
+    first, total = (as_whole(number, "part") for number in as_list(given, "part"))
     if first + n_prompts > total:
         raise ValueError(f"part: {n_prompts} prompts from prompt {first} on are not a part of {total}.")
     return first, total
@@ -186,9 +186,10 @@ def _prompts_of(file: TensorFile, header: dict[str, Any], d_vocab: int) -> Promp
         raise ValueError(f"labels={header['labels']!r}; expected one of {', '.join(LABELS)}.")
     return Prompts(
         **tensors,
-        queries=tuple(as_pair(pair, "queries") for pair in header["queries"]),
+        queries=tuple(as_pair(pair, "queries") for pair in as_list(header["queries"], "queries")),
         demonstrations=tuple(
-            tuple(as_pair(pair, "demonstrations") for pair in shown) for shown in header["demonstrations"]
+            tuple(as_pair(pair, "demonstrations") for pair in as_list(shown, "demonstrations"))
+            for shown in as_list(header["demonstrations"], "demonstrations")
         ),
         labels=header["labels"],
         n_shots=as_whole(header["n_shots"], "n_shots"),

@@ -29,7 +29,7 @@ from fvlens.finetuning import VectorSet, frozen
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
-from fvlens.types import as_number, as_texts
+from fvlens.types import as_list, as_number, as_texts
 from fvlens.vectors import FunctionVector, as_float32, vector_from, vector_header
 
 if TYPE_CHECKING:
@@ -321,10 +321,14 @@ class CompositeMap:
                 shift=tensors["shift"],
                 transfer=tensors.get("transfer"),
                 seen=Seen(
-                    frozenset(as_texts(seen["relations"], "seen relations")), frozenset(map(_pair, seen["pairs"]))
+                    frozenset(as_texts(seen["relations"], "seen relations")),
+                    frozenset(map(_pair, as_list(seen["pairs"], "seen pairs"))),
                 ),
-                gates=tuple(Gate(**one | {"slopes": tuple(one["slopes"])}) for one in header["gates"]),
-                history=FitHistory(**{name: tuple(curve) for name, curve in header["history"].items()}),
+                gates=tuple(
+                    Gate(**one | {"slopes": tuple(as_list(one["slopes"], "slopes"))})
+                    for one in as_list(header["gates"], "gates")
+                ),
+                history=FitHistory(**{name: tuple(as_list(curve, name)) for name, curve in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
                 template=template_or(template_from(header, template)),
             )
