@@ -401,7 +401,9 @@ def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, mo
     assert (code, err) == (130, "fvlens: interrupted\n")
     assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
     assert out.splitlines()[-1] == "2 of 3 relations were finished"
-    assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+    assert "interrupted" in (tmp_path / "h.html").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"h\.json: the search for these heads was interrupted after 2 relations"):
+        assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
     first, second, *_ = cells(out)[2:]  # one relation has no standard error
     assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
 
@@ -531,7 +533,10 @@ def test_an_interrupted_study_writes_what_is_finished(call, model, tmp_path, mon
     with pytest.warns(UserWarning, match="the study was interrupted: 2 of 4 layers are done"):
         code, _, _ = call("study", "layer", "plural", "--out", tmp_path, "--n-train", 2, "--layer", 0, *FEW)
     assert code == 130
-    assert sorted(set(pd.read_csv(tmp_path / "study-layer.csv").x)) == [0, 1]
+    table = pd.read_csv(tmp_path / "study-layer.csv")
+    assert sorted(set(table.x)) == [0, 1] and not table.complete.any()
+    assert "interrupted: a part" in (tmp_path / "study-layer.html").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- relations, models, heads ---

@@ -127,7 +127,7 @@ def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimi
         ) from error
     moments = ("step", "exp_avg", "exp_avg_sq")
     try:
-        step, theirs = as_whole(header["step"], "step", 0, trainee.recipe.steps), header["recipe"]
+        theirs = header["recipe"]
         ours = json.loads(json.dumps(asdict(trainee.recipe)))  # as it comes back from JSON
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if differing:
@@ -135,6 +135,7 @@ def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimi
                 f"train: {path} belongs to another recipe (it differs in {', '.join(differing)}); give another "
                 "folder or remove the checkpoint."
             )
+        step = as_whole(header["step"], f"train: {path}: step", 0, trainee.recipe.steps)
         generator.set_state(tensors["generator"])
         for name, parameter in trainee.named_parameters():
             with torch.no_grad():
