@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from fvlens.files import write_table
 from fvlens.models import EMBEDDED_MODELS, official_names
 from fvlens.prompts import TEMPLATES, Template, read_template, template_or
 from fvlens.relations import list_relations, load_relation
@@ -403,8 +404,7 @@ def study(
     for caution in recipe.cautions:
         _say(caution)
     folder.mkdir(parents=True, exist_ok=True)
-    table_file = folder / f"study-{name}.csv"
-    result.to_dataframe().to_csv(table_file, index=False)
+    table_file = write_table(folder / f"study-{name}.csv", result.to_dataframe())
     _wrote([table_file, write_figure(folder / f"study-{name}.html", result.plot())])
     if not result.complete:
         raise typer.Exit(130)
@@ -684,9 +684,8 @@ def analogies(
     out.print(table)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        each, table_file = folder / "analogies.csv", folder / "summary.csv"
-        found.to_dataframe().to_csv(each, index=False)
-        summary.to_csv(table_file, index=False)
+        each = write_table(folder / "analogies.csv", found.to_dataframe())
+        table_file = write_table(folder / "summary.csv", summary)
         _wrote([each, table_file, write_figure(folder / "analogies.html", found.plot())])
 
 
@@ -736,8 +735,7 @@ def sensitivity(
     compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in found.references.items())
     out.print(f"{found.n_analogies} analogies, {_setting(setting)}; {compared}", highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    table_file = folder / "sensitivity.csv"
-    found.to_dataframe().to_csv(table_file, index=False)
+    table_file = write_table(folder / "sensitivity.csv", found.to_dataframe())
     _wrote([table_file, write_figure(folder / "sensitivity.html", found.plot())])
 
 

@@ -310,7 +310,7 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
 
 
 def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
-    assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
+    assert f"no results of a finished `fvlens run` at {tmp_path / 'results.json'}." in refused("rerun", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 2}')
     assert "results.json: schema: expected 4, got 2" in refused("rerun", tmp_path)
     content = json.loads((run_folder / "results.json").read_text())
@@ -403,7 +403,9 @@ def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, mo
     assert (code, err) == (130, "fvlens: interrupted\n")
     assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
     assert out.splitlines()[-1] == "2 of 3 relations were finished"
-    assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+    assert "interrupted" in (tmp_path / "h.html").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"h\.json: the search for these heads was interrupted after 2 relations"):
+        assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
     first, second, *_ = cells(out)[2:]  # one relation has no standard error
     assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
 
@@ -414,7 +416,7 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
     assert "heads.json: heads: L9H0 does not exist: the model has layers 0..3" in refused(
         "run", "plural", "--heads", path
     )
-    assert f"{tmp_path / 'none'}: cannot be read" in refused("run", "plural", "--heads", tmp_path / "none")
+    assert f"no file of heads at {tmp_path / 'none'}." in refused("run", "plural", "--heads", tmp_path / "none")
     for option, *value in (("--n-heads", 10), ("--labels", "permuted"), ("--both-labels",)):
         message = refused("run", "plural", "--heads", path, option, *value)
         assert (
@@ -533,7 +535,10 @@ def test_an_interrupted_study_writes_what_is_finished(call, model, tmp_path, mon
     with pytest.warns(UserWarning, match="the study was interrupted: 2 of 4 layers are done"):
         code, _, _ = call("study", "layer", "plural", "--out", tmp_path, "--n-train", 2, "--layer", 0, *FEW)
     assert code == 130
-    assert sorted(set(pd.read_csv(tmp_path / "study-layer.csv").x)) == [0, 1]
+    table = pd.read_csv(tmp_path / "study-layer.csv")
+    assert sorted(set(table.x)) == [0, 1] and not table.complete.any()
+    assert "interrupted: a part" in (tmp_path / "study-layer.html").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- relations, models, heads ---
@@ -776,7 +781,7 @@ def test_a_run_in_an_own_template_and_again(call, tmp_path):
 
 def test_a_template_that_is_none_is_refused(call, tmp_path):
     code, _, err = call("heads", "plural", "--template", tmp_path / "none.json")
-    assert code == 2 and "none.json: cannot be read" in err
+    assert code == 2 and "none.json." in err and "no template at" in err
     code, _, err = call("heads", "plural", "--template", "nosuch")
     assert (
         code == 2 and "--template: no template named 'nosuch'; expected one of qa, arrow, colon, or a JSON file" in err

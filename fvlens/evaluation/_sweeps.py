@@ -11,6 +11,7 @@ from torch import Tensor
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation, evaluations
 from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts
+from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval
 from fvlens.prompts import Prompts
 from fvlens.scoring import score
@@ -50,8 +51,10 @@ def best_of(evaluations: Sequence[Evaluation]) -> int:
     return max(range(len(evaluations)), key=lambda i: (evaluations[i].top1, evaluations[i].probability, -i))
 
 
-def sweep_dataframe(name: str, coordinates: Sequence[int | float], evaluations: Sequence[Evaluation]) -> "pd.DataFrame":
-    """One row a coordinate, named ``name``, with its scores."""
+def sweep_dataframe(
+    name: str, coordinates: Sequence[int | float], evaluations: Sequence[Evaluation], complete: bool
+) -> "pd.DataFrame":
+    """One row a coordinate, named ``name``, with its scores; of a part it says so."""
     import pandas as pd
 
     rows = [
@@ -68,7 +71,7 @@ def sweep_dataframe(name: str, coordinates: Sequence[int | float], evaluations: 
         }
         for coordinate, one in zip(coordinates, evaluations, strict=True)
     ]
-    return pd.DataFrame(rows)
+    return marked(pd.DataFrame(rows), complete)
 
 
 def _sweep_plot(
@@ -78,6 +81,7 @@ def _sweep_plot(
     best: int,
     x_title: str,
     what: str,
+    complete: bool,
 ) -> "go.Figure":
     from fvlens import plots
 
@@ -88,7 +92,9 @@ def _sweep_plot(
         [one.interval.high for one in evaluations],
         x_title=x_title,
         y_title="Top-1",
-        title=f"{what}, {baseline.relation or 'custom pairs'} ({baseline.setting}, {baseline.n} queries)",
+        title=titled(
+            f"{what}, {baseline.relation or 'custom pairs'} ({baseline.setting}, {baseline.n} queries)", complete
+        ),
         references={"no vector": baseline.top1},
         marked=best,
         y_range=SHARE_AXIS,
@@ -133,12 +139,18 @@ class LayerSweep:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return sweep_dataframe("layer", self.layers, self.evaluations)
+        return sweep_dataframe("layer", self.layers, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":
         """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
         return _sweep_plot(
-            self.layers, self.evaluations, self.baseline, self.best_layer, "Injected after layer", "Layer sweep"
+            self.layers,
+            self.evaluations,
+            self.baseline,
+            self.best_layer,
+            "Injected after layer",
+            "Layer sweep",
+            self.complete,
         )
 
 
@@ -271,12 +283,18 @@ class HeadCountSweep:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return sweep_dataframe("n_heads", self.counts, self.evaluations)
+        return sweep_dataframe("n_heads", self.counts, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":
         """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""
         return _sweep_plot(
-            self.counts, self.evaluations, self.baseline, self.best_count, "Heads in the vector", "Head-count sweep"
+            self.counts,
+            self.evaluations,
+            self.baseline,
+            self.best_count,
+            "Heads in the vector",
+            "Head-count sweep",
+            self.complete,
         )
 
 

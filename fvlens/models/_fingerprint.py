@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,8 +13,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from fvlens.files import parse_json
 from fvlens.models._looks import of_weights
 from fvlens.models._tokenizer import bos_token_id
+from fvlens.types import as_text, as_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,18 @@ class Fingerprint:
     normalization: str
     bos: str
 
+    def __post_init__(self) -> None:
+        for name in ("name", "revision", "weights", "dtype", "normalization", "bos"):
+            as_text(getattr(self, name), f"fingerprint: {name}")
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
+            as_whole(getattr(self, name), f"fingerprint: {name}", 1)
+        if not re.fullmatch("[0-9a-f]{16}", self.weights):
+            raise ValueError(f"fingerprint: weights: expected 16 hex digits, got {self.weights!r}.")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"fingerprint: dtype: expected the name of a precision of torch, got {self.dtype!r}.")
+        if self.bos not in ("one", "none"):
+            raise ValueError(f"fingerprint: bos={self.bos!r}; expected one or none.")
+
     def differences(self, other: "Fingerprint") -> list[str]:
         """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
         mine, theirs = asdict(self), asdict(other)
@@ -57,15 +72,25 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields.
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields, or a field is not what it
+                should be.
         """
         try:
-            fields = json.loads(text)
+            return cls.from_fields(parse_json(text))
         except json.JSONDecodeError:
-            fields = None
+            return cls.from_fields(text)
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> "Fingerprint":
+        """The fingerprint of these fields, as a file holds them.
+
+        Raises:
+            ValueError: as for :meth:`from_json`.
+        """
         expected = set(cls.__slots__)
         if not isinstance(fields, dict) or set(fields) != expected:
-            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {text[:80]!r}.")
+            got = json.dumps(fields, default=repr)
+            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {got[:80]!r}.")
         return cls(**fields)
 
 
