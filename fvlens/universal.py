@@ -552,6 +552,18 @@ def read_heads(path: str | Path, model: Any) -> GivenHeads:
     return GivenHeads(tuple(heads), str(path), digest, "a plain list; it does not say which model the heads are of")
 
 
+def made_on(path: str | Path) -> Fingerprint | None:
+    """The model that a file of heads was made on; None for a plain list, which does not say.
+
+    Raises:
+        ValueError: as for :func:`read_heads`, as far as the model does not matter.
+    """
+    content = _read_json(Path(path))
+    if isinstance(content, dict) and "format" in content:
+        return UniversalHeads._from_json(content, Path(path).name).fingerprint
+    return None
+
+
 def file_hash(path: str | Path) -> str:
     """First 16 hex digits of the SHA-256 of a file.
 

@@ -115,3 +115,43 @@ def tied():
         made.unembed.b_U.copy_(torch.arange(made.cfg.d_vocab) / -1e6)
         made.unembed.b_U[[*first, *second]] = 1.0
     return made
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command in this process: exit code, standard output, standard error."""
+    from fvlens import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """Run a command that must fail: its one line on standard error."""
+
+    def run(*args):
+        code, out, err = call(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith("fvlens: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err.strip()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved(model, tmp_path_factory):
+    """A vector file of the embedded model."""
+    from runs import small_run
+
+    return small_run(model).vector.save(tmp_path_factory.mktemp("vector") / "antonym.safetensors")

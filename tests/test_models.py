@@ -1038,3 +1038,15 @@ def test_from_json_refuses_anything_else(model, text):
     for wrong in ({**fields, "colour": "red"}, {key: fields[key] for key in fields if key != "weights"}):
         with pytest.raises(ValueError, match="fingerprint: expected the fields"):
             Fingerprint.from_json(json.dumps(wrong))
+
+
+def test_a_fingerprint_says_how_its_model_was_loaded(model, tiny):
+    mark = fingerprint(model)
+    assert (mark.source, mark.backend) == ("rel-small", "bridge" if is_bridge(model) else "hooked")
+    assert (fingerprint(tiny).source, fingerprint(tiny).backend) == ("", "")  # not from load_model
+    moved = dataclasses.replace(mark, source="elsewhere", backend="")
+    assert moved == mark and moved.differences(mark) == []
+    assert Fingerprint.from_json(moved.to_json()).source == "elsewhere"
+    old = json.loads(mark.to_json())
+    del old["source"], old["backend"]  # as fvlens 0.1 wrote it
+    assert Fingerprint.from_json(json.dumps(old)) == mark

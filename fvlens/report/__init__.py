@@ -14,14 +14,13 @@ from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._rerun import Rerun, rerun
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._run import other_relations, run_relation
-from fvlens.report._settings import Backend, Loading, Precision, RunOptions
+from fvlens.report._settings import Loading, Precision, RunOptions
 
 __all__ = [
     "PACKAGES",
     "SCHEMA",
     "TUNED_FILE",
     "VECTOR_FILE",
-    "Backend",
     "Difference",
     "Loading",
     "Precision",
