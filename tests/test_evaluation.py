@@ -1020,3 +1020,13 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
     made = generate_answers(tied, pairs, max_new_tokens=2, generator=seeded())
     assert made.raw_texts == (" cold cold",) * 3
     assert made.matches.tolist() == [False] * 3
+
+
+def test_unknown_options_are_refused_with_the_known_ones(tiny):
+    known = "setting, demonstrations, n_shots, template, labels, pool, relation"
+    with pytest.raises(
+        TypeError, match=f"^evaluate: unexpected options colour; expected some of {known}, batch_size, "
+    ):
+        evaluate(tiny, PAIRS, colour="red", generator=seeded())
+    with pytest.raises(TypeError, match=f"^generate_answers: unexpected options path; expected some of {known}\\."):
+        generate_answers(tiny, PAIRS, path="naive", generator=seeded())
