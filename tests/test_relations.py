@@ -426,6 +426,16 @@ def test_the_data_hash_is_that_of_the_pairs_in_order():
     assert made("a", (("hot", "cold"), ("up", "downs"))).data_hash != expected
 
 
+def test_the_data_hash_is_computed_once_and_not_passed_on(monkeypatch):
+    relation = Relation("a", (Pair("hot", "cold"), Pair("up", "down")))
+    first = relation.data_hash
+    other = dataclasses.replace(relation, pairs=relation.pairs[::-1])
+    assert other.data_hash != first and relation == Relation("a", relation.pairs)
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.sha256", None)
+        assert relation.data_hash == first
+
+
 def test_a_relation_needs_pairs():
     with pytest.raises(ValueError, match="relation 'empty': expected at least one pair, got none"):
         made("empty", ())

@@ -25,8 +25,8 @@ from fvlens.find import relation_effects
 from fvlens.prompts import Prompts
 from fvlens.relations import Pair
 from fvlens.report import (
-    Difference,
     Loading,
+    RunDifference,
     RunOptions,
     other_relations,
     read_run,
@@ -1018,7 +1018,7 @@ def test_a_changed_number_is_reported_and_nothing_else(first, folder, model, rem
     edit(folder, fv_top1=first.steered["permuted"].top1 - 0.25)
     done = rerun(folder, model=model)
     now = first.steered["permuted"].top1
-    assert done.differences == (Difference("number", "fv_top1", now - 0.25, now, pytest.approx(0.25)),)
+    assert done.differences == (RunDifference("number", "fv_top1", now - 0.25, now, pytest.approx(0.25)),)
     assert not done.agrees
     assert done.largest == pytest.approx(0.25)
     assert rerun(folder, model=model, tolerance=0.26).agrees
@@ -1117,7 +1117,7 @@ def test_the_vectors_are_compared_number_by_number(folder, first, model, remembe
     assert not done.agrees
     path.unlink()
     done = rerun(folder, model=model)
-    assert done.differences == (Difference("data", name, "(absent)", "written"),)
+    assert done.differences == (RunDifference("data", name, "(absent)", "written"),)
     assert done.agrees
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=re.escape(f"{name}: not a safetensors file")):
@@ -1127,7 +1127,7 @@ def test_the_vectors_are_compared_number_by_number(folder, first, model, remembe
 def test_a_vector_of_another_width_is_not_the_same(folder, tiny, tiny_result, model, remembered):
     tiny_result.vector.save(folder / "vector.safetensors")
     (found,) = rerun(folder, model=model).differences
-    assert found == Difference("result", "vector.safetensors: length", 32, 128)
+    assert found == RunDifference("result", "vector.safetensors: length", 32, 128)
 
 
 def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(tiny, given, heads_file, tmp_path):
@@ -1139,11 +1139,11 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
     heads_file.write_text("[[0, 0]]")
     done = again()
     new = hashlib.sha256(b"[[0, 0]]").hexdigest()[:16]
-    assert done.differences == (Difference("data", "data.heads_file", old, new),)
+    assert done.differences == (RunDifference("data", "data.heads_file", old, new),)
     assert torch.equal(done.result.vector.vector, given.vector.vector)
     heads_file.unlink()
     done = again()
-    assert done.differences == (Difference("data", "data.heads_file", old, "(absent)"),)
+    assert done.differences == (RunDifference("data", "data.heads_file", old, "(absent)"),)
     assert done.result.vector.heads == given.vector.heads
 
 

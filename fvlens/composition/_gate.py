@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.composition._queries import Setting
+from fvlens.composition._queries import AnalogySetting
 
 GateKind = Literal["logistic", "threshold", "learned"]
 GATES: tuple[GateKind, ...] = ("logistic", "threshold", "learned")
@@ -36,7 +36,7 @@ class Gate:
     kind: GateKind
     slopes: tuple[float, ...]
     offset: float
-    setting: Setting
+    setting: AnalogySetting
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:

@@ -14,7 +14,7 @@ prompt, and a row equals what :func:`evaluate` alone gives with a generator of t
 """
 
 from fvlens.evaluation._answered import Answered
-from fvlens.evaluation._controls import KINDS, Control, Controls, Kind, controls
+from fvlens.evaluation._controls import CONTROL_KINDS, Control, ControlKind, Controls, controls
 from fvlens.evaluation._evaluate import Evaluation, evaluate, evaluations
 from fvlens.evaluation._filter import filter_correct
 from fvlens.evaluation._generate import GeneratedAnswers, generate_answers
@@ -34,18 +34,18 @@ from fvlens.evaluation._prompting import (
 from fvlens.evaluation._sweeps import COUNTS, HeadCountSweep, LayerSweep, best_of, head_count_sweep, layer_sweep
 
 __all__ = [
+    "CONTROL_KINDS",
     "COUNTS",
-    "KINDS",
     "SCALES",
     "SETTINGS",
     "Answered",
     "Asked",
     "Control",
+    "ControlKind",
     "Controls",
     "Evaluation",
     "GeneratedAnswers",
     "HeadCountSweep",
-    "Kind",
     "LayerScaleSweep",
     "LayerSweep",
     "Options",

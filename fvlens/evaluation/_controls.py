@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Kind = Literal["no_vector", "vector", "random_vector", "random_heads", "other_relation", "icl", "shuffled"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+ControlKind = Literal["no_vector", "vector", "random_vector", "random_heads", "other_relation", "icl", "shuffled"]
+CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Control:
     """
 
     name: str
-    kind: Kind
+    kind: ControlKind
     evaluations: tuple[Evaluation, ...]
     scores: Float[Tensor, " prompt"]
     interval: Interval
@@ -78,7 +78,7 @@ class Controls:
     pooled: tuple[Control, ...]
     complete: bool
 
-    def summary(self, kind: Kind) -> tuple[float, Interval]:
+    def summary(self, kind: ControlKind) -> tuple[float, Interval]:
         """Mean top-1 of one kind, and its interval.
 
         Raises:
@@ -214,7 +214,7 @@ def controls(
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     start = copied(generator)
-    shown: list[tuple[Kind, Prompts, torch.Generator]] = []
+    shown: list[tuple[ControlKind, Prompts, torch.Generator]] = []
     settings: tuple[Literal["icl", "shuffled"], ...] = ("icl", "shuffled")
     for setting in settings:
         own = copied(start)
@@ -227,7 +227,7 @@ def controls(
     bootstrap = copied(generator)
 
     # what is injected, kind by kind; a row is the mean over the vectors of one entry
-    steered: list[tuple[str, Kind, list[Steering | None]]] = [
+    steered: list[tuple[str, ControlKind, list[Steering | None]]] = [
         ("no vector", "no_vector", [None]),
         ("the vector", "vector", [vector]),
         (
@@ -249,12 +249,12 @@ def controls(
     how, compute = running(options), options.get("compute")
     scores = score(model, prompts, changes, scales=scale, interruptible=True, progress=progress, what="controls", **how)
     scored = iter(evaluations(model, prompts, changes, [scale] * len(changes), scores, copied(bootstrap), compute))
-    groups: list[tuple[str, Kind, list[Evaluation]]] = [
+    groups: list[tuple[str, ControlKind, list[Evaluation]]] = [
         (name, kind, [next(scored) for _ in own]) for name, kind, own in steered
     ]
     reference = next(found[0] for _, kind, found in groups if kind == "vector")
 
-    def row(name: str, kind: Kind, found: Sequence[Evaluation]) -> Control:
+    def row(name: str, kind: ControlKind, found: Sequence[Evaluation]) -> Control:
         shares = torch.stack([one.correct.double() for one in found]).mean(dim=0)
         single = len(found) == 1
         return Control(
@@ -268,7 +268,7 @@ def controls(
 
     rows = [row(*group) for group in groups]
     complete = scores.complete
-    demonstrated: list[tuple[Kind, Prompts, torch.Generator]] = shown if complete else []
+    demonstrated: list[tuple[ControlKind, Prompts, torch.Generator]] = shown if complete else []
     try:
         for kind, own_prompts, own in demonstrated:
             score_of = score(model, own_prompts, [None], progress=progress, what="controls", **how)
@@ -278,7 +278,7 @@ def controls(
         warnings.warn(f"controls was interrupted: {len(rows)} of {len(steered) + 2} rows are finished.", stacklevel=2)
         complete = False
     pooled: list[Control] = []
-    for kind in KINDS:
+    for kind in CONTROL_KINDS:
         same = [one for one in rows if one.kind == kind]
         if len(same) > 1:
             pooled.append(row("vectors of other relations", kind, [found for one in same for found in one.evaluations]))

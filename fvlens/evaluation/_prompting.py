@@ -10,12 +10,11 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 
 from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts, template_or
-from fvlens.relations import Pair, Relation
+from fvlens.relations import Pairs, Relation
 from fvlens.suffix import Route
 
 Setting = Literal["zero_shot", "icl", "shuffled"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
-Pairs = Relation | Sequence[Pair | tuple[str, str]]
 Asked = Pairs | Prompts
 """What is asked: pairs, one query each, or prompts."""
 

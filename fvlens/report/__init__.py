@@ -5,7 +5,7 @@
 everything that the numbers depend on, so that :func:`rerun` can repeat the run from it and say what differs.
 """
 
-from fvlens.report._differences import Difference
+from fvlens.report._differences import RunDifference
 from fvlens.report._files import TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._numbers import SCHEMA, results_json
 from fvlens.report._page import write_report
@@ -21,12 +21,12 @@ __all__ = [
     "SCHEMA",
     "TUNED_FILE",
     "VECTOR_FILE",
-    "Difference",
     "Loading",
     "Precision",
     "Provenance",
     "RecordedRun",
     "Rerun",
+    "RunDifference",
     "RunOptions",
     "RunResult",
     "Source",
