@@ -93,10 +93,15 @@ def tiny():
     return random_model()
 
 
+def seeded(seed=0):
+    """A generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture
 def generator():
     """A generator with seed 0."""
-    return torch.Generator().manual_seed(0)
+    return seeded()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import ARCHITECTURES, WORDS, build
-from conftest import random_model
+from conftest import random_model, seeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
@@ -50,10 +50,6 @@ DEMONSTRATIONS = tuple(
         ("up", "down"),
     ]
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def steering(model, tensors, **attributes):
