@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fvlens.files import read_json
 from fvlens.models import bos_token_id
 from fvlens.relations import Pair, Pairs, Relation, list_relations, load_relation
+from fvlens.types import as_text
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
@@ -211,12 +213,9 @@ def read_template(path: str | Path) -> Template:
         ValueError: the file cannot be read, is not JSON, or holds no template.
     """
     path = Path(path)
+    content = read_json(path, "template")
     try:
-        return Template.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a template.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path.name}: not a JSON file.") from error
+        return Template.from_json(content)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -258,7 +257,7 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
         KeyError: no template in the header.
         ValueError: a name alone, of no built-in template; or a damaged template.
     """
-    name, text = header["template"], header.get("template_text")
+    name, text = as_text(header["template"], "template"), header.get("template_text")
     if given:
         return get_template(given)
     if text is not None:

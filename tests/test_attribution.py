@@ -465,6 +465,8 @@ def test_interrupted_screens_keep_what_is_finished(models, generator, monkeypatc
     assert (part.complete, part.recheck) == (False, None)
     assert torch.equal(part.cie, whole.cie[:1])
     assert torch.equal(part.baseline, whole.baseline[:1])
+    assert not part.to_dataframe().complete.any() and "complete" not in whole.to_dataframe()
+    assert "interrupted" in part.plot().layout.title.text
     assert not has_hooks(model)
 
 

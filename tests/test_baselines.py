@@ -750,7 +750,7 @@ def test_the_table_can_be_drawn(table, unchecked):
         table.plot("norm")
 
 
-def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
+def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -762,6 +762,11 @@ def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
         assert torch.equal(ours.evaluation.ranks, theirs.evaluation.ranks)
         assert torch.equal(ours.collateral.divergences, theirs.collateral.divergences)
         assert ours.collateral.interval == theirs.collateral.interval
+    page, values = part.save(tmp_path)
+    assert "Interrupted: the methods that are not here were not reached." in page.read_text(encoding="utf-8")
+    assert not pd.read_csv(values).complete.any()
+    assert "complete" not in table.to_dataframe() and "Interrupted" not in table.describe()
+    assert "interrupted" in part.plot().layout.title.text
     monkeypatch.setattr(_compare, "evaluate_adapted", stop)
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)

@@ -89,7 +89,9 @@ def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, mo
     assert (code, err) == (130, "fvlens: interrupted\n")
     assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
     assert out.splitlines()[-1] == "2 of 3 relations were finished"
-    assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+    assert "interrupted" in (tmp_path / "h.html").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"h\.json: the search for these heads was interrupted after 2 relations"):
+        assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
     first, second, *_ = cells(out)[2:]  # one relation has no standard error
     assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
 
@@ -100,7 +102,12 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
     assert "heads.json: heads: L9H0 does not exist: the model has layers 0..3" in refused(
         "run", "plural", "--heads", path
     )
-    assert f"{tmp_path / 'none'}: cannot be read" in refused("run", "plural", "--heads", tmp_path / "none")
+    assert f"no file of heads at {tmp_path / 'none'}." in refused("run", "plural", "--heads", tmp_path / "none")
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"format": "fvlens-heads-1", "fingerprint": {"name": "x"}}')
+    assert "damaged.json: damaged field 'fingerprint' (fingerprint: expected the fields " in refused(
+        "run", "plural", "--heads", damaged
+    )
     for option, *value in (("--n-heads", 10), ("--labels", "permuted"), ("--both-labels",)):
         message = refused("run", "plural", "--heads", path, option, *value)
         assert (

@@ -231,7 +231,7 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
 
 
 def test_rerun_refuses_what_is_no_run(refused, run_folder, tmp_path):
-    assert "results.json: cannot be read (No such file or directory)" in refused("rerun", tmp_path)
+    assert f"no results of a finished `fvlens run` at {tmp_path / 'results.json'}." in refused("rerun", tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 2}')
     assert "results.json: schema: expected 4, got 2" in refused("rerun", tmp_path)
     content = json.loads((run_folder / "results.json").read_text())

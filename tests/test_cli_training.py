@@ -101,4 +101,7 @@ def test_an_interrupted_study_writes_what_is_finished(call, model, tmp_path, mon
     with pytest.warns(UserWarning, match="the study was interrupted: 2 of 4 layers are done"):
         code, _, _ = call("study", "layer", "plural", "--out", tmp_path, "--n-train", 2, "--layer", 0, *FEW)
     assert code == 130
-    assert sorted(set(pd.read_csv(tmp_path / "study-layer.csv").x)) == [0, 1]
+    table = pd.read_csv(tmp_path / "study-layer.csv")
+    assert sorted(set(table.x)) == [0, 1] and not table.complete.any()
+    assert "interrupted: a part" in (tmp_path / "study-layer.html").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))

@@ -576,6 +576,8 @@ def test_an_interrupted_layer_and_scale_sweep_keeps_finished_queries(tiny, monke
     part = layer_scale_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
     assert not part.complete and part.best.n == 2 and not part.at_scale(1).complete
     assert torch.equal(part.at(1, 2).ranks, whole.at(1, 2).ranks[:2])
+    says_that_it_is_a_part(part)
+    says_that_it_is_a_part(part.at_scale(1))
 
 
 def scored(ranks, probability):
@@ -845,6 +847,14 @@ def test_an_interrupted_sweep_keeps_the_finished_queries(tiny, means, monkeypatc
             part = head_count_sweep(tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), **options)
     assert part.counts == (1, 2)
     assert not part.complete
+    says_that_it_is_a_part(part)
+    assert "complete" not in whole.to_dataframe() and "interrupted" not in whole.plot().layout.title.text
+
+
+def says_that_it_is_a_part(result):
+    """In its table and in its figure."""
+    assert not result.to_dataframe().complete.any()
+    assert "interrupted" in result.plot().layout.title.text
 
 
 def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
@@ -860,6 +870,8 @@ def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
             found = table()
     assert [row.kind for row in found.rows] == ["no_vector", "vector", "random_vector"]
     assert not found.complete
+    says_that_it_is_a_part(found)
+    assert not found.to_dataframe(single=True).complete.any()
     assert 0 < found.rows[0].evaluations[0].n < len(PAIRS)
     counted = []
     real = scoring.run_prefix

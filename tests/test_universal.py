@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fvlens
-from fvlens import Relation, find, universal, universal_heads
+from fvlens import Relation, files, find, universal, universal_heads
 from fvlens.find import relation_effects
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import TEMPLATES, Template
@@ -22,7 +22,7 @@ from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read
 
 NAMES = ("antonym", "capitalised", "plural")
 SMALL = dict(n_shots=4, n_prompts=6, n_corrupted=3, progress=False)
-MARK = Fingerprint("made", "local", "00", 2, 3, 8, 4, 50, "float32", "LN", "one")
+MARK = Fingerprint("made", "local", "00" * 8, 2, 3, 8, 4, 50, "float32", "LN", "one")
 
 
 def always(answer="dog", n_other=0):
@@ -368,7 +368,7 @@ def test_saving_replaces_a_file_at_once(found, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(universal.os, "replace", broken)
+        patch.setattr(files.os, "replace", broken)
         with pytest.raises(OSError, match="disk full"):
             found.save(path)
     assert path.read_text() == "old"
@@ -405,6 +405,15 @@ def without(name):
         (change(majority=[0.1, 0.1, 0.1, 1e39]), "majority holds NaN or infinite values."),
         (change(majority=[1.0] * 4), "the model beats the majority label on none of the 4 relations"),
         (change(fingerprint={"name": "x"}), "damaged field 'fingerprint' (fingerprint: expected the fields"),
+        (
+            change(majority=[0.1, 0.5, 0.6, True]),
+            "'majority' (numbers: expected a finite number, got True",
+        ),
+        (change(majority=[0.1, 0.5, 0.6, -0.1]), "majority: expected numbers of at least 0, got -0.1."),
+        (change(icl_top1=[0.9, 0.5, 0.4, 1.5]), "icl_top1: expected shares of at most 1, got 1.5."),
+        (change(relations=["r0", "r0", "r2", "r3"]), "expected each relation once, got r0, r0, r2, r3."),
+        (change(labels="wrong"), "labels='wrong'; expected one of permuted, random."),
+        (change(n_shots=0), "n_shots: expected at least 1, got 0."),
         (change(heads=[[0, 0], [0, 1]]), "the heads do not follow from the effects beside them"),
     ],
 )
@@ -436,11 +445,28 @@ def test_files_that_are_no_json_are_refused(tiny, tmp_path, data, message):
 
 def test_missing_files_and_folders_are_refused(tiny, tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        message = re.escape(f"{path}: cannot be read (") + ".*" + re.escape("); expected a JSON file.")
+        message = re.escape(f"no file of heads at {path}.")
         with pytest.raises(ValueError, match=message):
             UniversalHeads.load(path)
         with pytest.raises(ValueError, match=message):
             read_heads(path, tiny)
+
+
+def test_a_set_of_a_part_of_the_relations_says_so_in_its_file_and_when_it_is_read(tiny, tmp_path):
+    mark = fingerprint(tiny)
+    aie = np.random.default_rng(0).normal(size=(4, mark.n_layers, mark.n_heads))
+    part = made(aie=aie, complete=False, fingerprint=mark)
+    path = part.save(tmp_path / "heads.json")
+    assert json.loads(path.read_text())["complete"] is False
+    said = r"heads\.json: the search for these heads was interrupted after 4 relations, .* find them again"
+    with pytest.warns(UserWarning, match=said):
+        assert not UniversalHeads.load(path).complete
+    with pytest.warns(UserWarning, match=said):
+        given = read_heads(path, tiny)
+    assert "; the search for these heads was interrupted after 4 relations" in given.note
+    assert set(part.to_dataframe()["complete"]) == {False} and "complete" not in made().to_dataframe()
+    assert "interrupted" in part.plot().layout.title.text
+    assert made().remark == ""
 
 
 def test_a_set_of_another_model_is_refused(tiny, found, tmp_path):

@@ -378,7 +378,7 @@ def test_foreign_safetensors_are_refused(vector, tmp_path):
         FunctionVector.load(path)
 
 
-def test_damaged_metadata_is_refused(vector, tmp_path):
+def test_damaged_metadata_is_refused(vector, tmp_path, unchecked):
     path = vector.save(tmp_path / "v.safetensors")
     good, tensors = header_of(path), {"vector": vector.vector}
 
@@ -398,14 +398,21 @@ def test_damaged_metadata_is_refused(vector, tmp_path):
             refused({k: v for k, v in good.items() if k != key}, rf"damaged metadata \(KeyError: '{key}'\)")
     refused({**good, "template": "arrow"}, "the template is named 'arrow', but its text 'qa'")
     refused({**good, "template_text": {"name": "qa"}}, "expected a template as an object with name, demonstration")
-    refused({**good, "template": ["qa"], "template_text": None}, r"damaged metadata \(TypeError")
-    refused({**good, "layer": None}, r"damaged metadata \(TypeError")
+    refused({**good, "template": ["qa"], "template_text": None}, r"template: expected a text, got \['qa'\]")
+    for layer in (None, True, 1.0, "1"):
+        refused({**good, "layer": layer}, f"FunctionVector: layer: expected a whole number, got {layer!r}")
+    refused({**good, "seed": 1.5}, r"FunctionVector: seed: expected a whole number, got 1\.5")
+    for name in ("relation", "kind", "data_hash"):
+        refused({**good, name: 5}, f"FunctionVector: {name}: expected a text, got 5")
     refused({**good, "layer": 9}, r"expected a layer in 0\.\.2, got 9")
-    refused({**good, "heads": 3}, r"damaged metadata \(TypeError")
-    refused({**good, "heads": [[1]]}, "not enough values to unpack")
+    for heads in (3, {}, ""):
+        refused({**good, "heads": heads}, f"heads: expected a list, got {heads!r}")
+    refused({**good, "heads": [[1]]}, r"heads: expected \(layer, head\) pairs of integers, got \[1\]")
+    refused({**good, "heads": [[1, True]]}, r"heads: expected \(layer, head\) pairs of integers, got \[1, True\]")
+    refused({**good, "heads": [[1, 4]]}, "heads: L1H4 does not exist")
     refused({**good, "fingerprint": {"name": "x"}}, "fingerprint: expected the fields .*, got ")
     wrong = {**good["fingerprint"], "n_layers": "three"}
-    refused({**good, "fingerprint": wrong}, r"damaged metadata \(Type")
+    refused({**good, "fingerprint": wrong}, "fingerprint: n_layers: expected a whole number, got 'three'")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from fvlens.cli._app import out, say, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
+from fvlens.files import write_table
 from fvlens.report import Loading, RunOptions
 
 CompositeOption = Annotated[
@@ -135,9 +136,8 @@ def analogies(
     out.print(table)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        each, table_file = folder / "analogies.csv", folder / "summary.csv"
-        found.to_dataframe().to_csv(each, index=False)
-        summary.to_csv(table_file, index=False)
+        each = write_table(folder / "analogies.csv", found.to_dataframe())
+        table_file = write_table(folder / "summary.csv", summary)
         wrote([each, table_file, write_figure(folder / "analogies.html", found.plot())])
 
 
@@ -185,8 +185,7 @@ def sensitivity(
     compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in found.references.items())
     say(f"{found.n_analogies} analogies, {_setting(setting)}; {compared}")
     folder.mkdir(parents=True, exist_ok=True)
-    table_file = folder / "sensitivity.csv"
-    found.to_dataframe().to_csv(table_file, index=False)
+    table_file = write_table(folder / "sensitivity.csv", found.to_dataframe())
     wrote([table_file, write_figure(folder / "sensitivity.html", found.plot())])
 
 

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from fvlens.cli._app import out, say, wrote
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, result_folder, spread
+from fvlens.files import write_table
 from fvlens.relations import load_relation
 from fvlens.report import Loading, RunOptions
 
@@ -127,8 +128,7 @@ def study(
     for caution in recipe.cautions:
         say(caution)
     folder.mkdir(parents=True, exist_ok=True)
-    table_file = folder / f"study-{name}.csv"
-    result.to_dataframe().to_csv(table_file, index=False)
+    table_file = write_table(folder / f"study-{name}.csv", result.to_dataframe())
     wrote([table_file, write_figure(folder / f"study-{name}.html", result.plot())])
     if not result.complete:
         raise typer.Exit(130)

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.composition._queries import AnalogySetting
+from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting
+from fvlens.types import as_number
 
 GateKind = Literal["logistic", "threshold", "learned"]
 GATES: tuple[GateKind, ...] = ("logistic", "threshold", "learned")
@@ -43,6 +44,12 @@ class Gate:
             raise ValueError(f"Gate: kind={self.kind!r}; expected one of {', '.join(GATES)}.")
         if len(self.slopes) != len(SIGNALS):
             raise ValueError(f"Gate: expected {len(SIGNALS)} slopes ({', '.join(SIGNALS)}), got {len(self.slopes)}.")
+        if self.setting not in ANALOGY_SETTINGS:
+            raise ValueError(f"Gate: setting={self.setting!r}; expected one of {', '.join(ANALOGY_SETTINGS)}.")
+        named = zip(self.slopes, SIGNALS, strict=True)
+        slopes = tuple(as_number(slope, f"Gate: slope of {name}") for slope, name in named)
+        object.__setattr__(self, "slopes", slopes)
+        object.__setattr__(self, "offset", as_number(self.offset, "Gate: offset"))
 
     def strength(self, signals: Float[Tensor, "*row signal"]) -> Float[Tensor, "*row"]:
         """How much of the composite is injected, 0 to 1."""

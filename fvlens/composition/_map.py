@@ -29,7 +29,8 @@ from fvlens.finetuning import VectorSet, frozen
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
 from fvlens.suffix import Route
-from fvlens.vectors import FunctionVector, vector_from, vector_header
+from fvlens.types import as_list, as_number, as_texts
+from fvlens.vectors import FunctionVector, as_float32, vector_from, vector_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,6 +118,17 @@ class FitHistory:
     valid_loss: tuple[float, ...]
     valid_top1: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("train_loss", "valid_loss", "valid_top1"):
+            curve = getattr(self, name)
+            if not isinstance(curve, tuple) or not all(type(value) is float for value in curve):
+                raise ValueError(f"FitHistory: {name}: expected a tuple of floats, got {curve!r}.")
+            if len(curve) != len(self.train_loss):
+                raise ValueError(
+                    f"FitHistory: expected curves of one length, got {len(self.train_loss)} values of train_loss and "
+                    f"{len(curve)} of {name}."
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class CompositeMap:
@@ -172,6 +184,11 @@ class CompositeMap:
         _check_choice("scores", self.scores, SCORES)
         _check_choice("rule", self.rule, tuple(RULES))
         _check_choice("setting", self.setting, ANALOGY_SETTINGS)
+        for name in ("matrix", "shift", "transfer"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, as_float32(values, f"CompositeMap: {name}"))
+        object.__setattr__(self, "strength", as_number(self.strength, "CompositeMap: strength"))
         object.__setattr__(self, "template", get_template(self.template))
         gated = [gate.setting for gate in self.gates]
         if len(set(gated)) < len(gated):
@@ -297,18 +314,21 @@ class CompositeMap:
                 vector_from(row, entry, template)
                 for row, entry in zip(tensors["basis"], header["vectors"], strict=True)
             ]
-            pairs = frozenset((str(a), str(b)) for a, b in header["seen"]["pairs"])
+            seen = header["seen"]
             loaded = cls(
-                basis=VectorSet(tuple(vectors), tuple(map(str, header["categories"]))),
+                basis=VectorSet(tuple(vectors), as_texts(header["categories"], "categories")),
                 matrix=tensors["matrix"],
                 shift=tensors["shift"],
                 transfer=tensors.get("transfer"),
-                seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
-                gates=tuple(
-                    Gate(one["kind"], tuple(map(float, one["slopes"])), float(one["offset"]), one["setting"])
-                    for one in header["gates"]
+                seen=Seen(
+                    frozenset(as_texts(seen["relations"], "seen relations")),
+                    frozenset(map(_pair, as_list(seen["pairs"], "seen pairs"))),
                 ),
-                history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
+                gates=tuple(
+                    Gate(**one | {"slopes": tuple(as_list(one["slopes"], "slopes"))})
+                    for one in as_list(header["gates"], "gates")
+                ),
+                history=FitHistory(**{name: tuple(as_list(curve, name)) for name, curve in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
                 template=template_or(template_from(header, template)),
             )
@@ -320,6 +340,13 @@ class CompositeMap:
 
 
 _PLAIN = ("map", "strength", "scores", "rule", "setting")
+
+
+def _pair(given: Any) -> tuple[str, str]:
+    pair = as_texts(given, "seen pairs")
+    if len(pair) != 2:
+        raise ValueError(f"seen pairs: expected two words, got {list(pair)}.")
+    return pair[0], pair[1]
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """A vector against what else might explain its score."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
@@ -12,6 +11,7 @@ from torch import Tensor
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import Evaluation, evaluations
 from fvlens.evaluation._prompting import Options, Pairs, asked_prompts, copied, running
+from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.prompts import Prompts
 from fvlens.scoring import score
@@ -100,21 +100,20 @@ class Controls:
         import pandas as pd
 
         if single:
-            return pd.DataFrame(
-                [
-                    {
-                        "control": row.name,
-                        "kind": row.kind,
-                        "run": run,
-                        "top1": one.top1,
-                        "probability": one.probability,
-                        "mean_rank": one.mean_rank,
-                    }
-                    for row in self.rows
-                    for run, one in enumerate(row.evaluations)
-                ]
-            )
-        return pd.DataFrame(
+            each = [
+                {
+                    "control": row.name,
+                    "kind": row.kind,
+                    "run": run,
+                    "top1": one.top1,
+                    "probability": one.probability,
+                    "mean_rank": one.mean_rank,
+                }
+                for row in self.rows
+                for run, one in enumerate(row.evaluations)
+            ]
+            return marked(pd.DataFrame(each), self.complete)
+        table = pd.DataFrame(
             [
                 {
                     "control": row.name,
@@ -132,6 +131,7 @@ class Controls:
                 for row in self.rows
             ]
         )
+        return marked(table, self.complete)
 
     def plot(self) -> "go.Figure":
         """Top-1 of the vector and each control as bars with intervals."""
@@ -145,7 +145,7 @@ class Controls:
             [row.interval.low for row in self.rows],
             [row.interval.high for row in self.rows],
             x_title="Top-1",
-            title=f"The vector and its controls, {one.name} ({one.setting}, {one.n} queries)",
+            title=titled(f"The vector and its controls, {one.name} ({one.setting}, {one.n} queries)", self.complete),
             highlighted=[vector.name],
         )
 
@@ -269,14 +269,13 @@ def controls(
     rows = [row(*group) for group in groups]
     complete = scores.complete
     demonstrated: list[tuple[ControlKind, Prompts, torch.Generator]] = shown if complete else []
-    try:
+    n_rows = len(rows) + len(demonstrated)
+    with keeping(lambda: len(rows), n_rows, "controls", "rows are finished", stacklevel=2) as loop:
         for kind, own_prompts, own in demonstrated:
             score_of = score(model, own_prompts, [None], progress=progress, what="controls", **how)
             found = evaluations(model, own_prompts, [None], [scale], score_of, own, compute)
             rows.append(row(f"{own_prompts.n_shots} demonstrations, {own_prompts.labels} labels", kind, found))
-    except KeyboardInterrupt:
-        warnings.warn(f"controls was interrupted: {len(rows)} of {len(steered) + 2} rows are finished.", stacklevel=2)
-        complete = False
+    complete = complete and loop.complete
     pooled: list[Control] = []
     for kind in CONTROL_KINDS:
         same = [one for one in rows if one.kind == kind]

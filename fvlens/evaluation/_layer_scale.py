@@ -12,6 +12,7 @@ from torch import Tensor
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts
 from fvlens.evaluation._sweeps import LayerSweep, run_sweep, steering_by_layer, sweep_dataframe
+from fvlens.interruption import titled
 from fvlens.metrics import Interval
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
@@ -116,7 +117,7 @@ class LayerScaleSweep:
 
         parts = []
         for layer, row in zip(self.layers, self.evaluations, strict=True):
-            part = sweep_dataframe("scale", self.scales, row)
+            part = sweep_dataframe("scale", self.scales, row, self.complete)
             part.insert(0, "layer", layer)
             parts.append(part)
         return pd.concat(parts, ignore_index=True)
@@ -136,7 +137,10 @@ class LayerScaleSweep:
             },
             x_title="Injected after layer",
             y_title="Top-1",
-            title=f"Layer and scale, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)",
+            title=titled(
+                f"Layer and scale, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)",
+                self.complete,
+            ),
             note=f"Best: {scale:g} v after layer {layer}. Bands: 95% bootstrap over queries",
             references={"no vector": self.baseline.top1},
             y_range=SHARE_AXIS,

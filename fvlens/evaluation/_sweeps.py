@@ -11,6 +11,7 @@ from torch import Tensor
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation, evaluations
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts, running
+from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval
 from fvlens.prompts import Prompts
 from fvlens.scoring import score
@@ -50,8 +51,10 @@ def best_of(evaluations: Sequence[Evaluation]) -> int:
     return max(range(len(evaluations)), key=lambda i: (evaluations[i].top1, evaluations[i].probability, -i))
 
 
-def sweep_dataframe(name: str, coordinates: Sequence[int | float], evaluations: Sequence[Evaluation]) -> "pd.DataFrame":
-    """One row a coordinate, named ``name``, with its scores."""
+def sweep_dataframe(
+    name: str, coordinates: Sequence[int | float], evaluations: Sequence[Evaluation], complete: bool
+) -> "pd.DataFrame":
+    """One row a coordinate, named ``name``, with its scores; of a part it says so."""
     import pandas as pd
 
     rows = [
@@ -68,7 +71,7 @@ def sweep_dataframe(name: str, coordinates: Sequence[int | float], evaluations: 
         }
         for coordinate, one in zip(coordinates, evaluations, strict=True)
     ]
-    return pd.DataFrame(rows)
+    return marked(pd.DataFrame(rows), complete)
 
 
 class _Sweep:
@@ -77,6 +80,7 @@ class _Sweep:
     __slots__ = ()
     evaluations: tuple[Evaluation, ...]
     baseline: Evaluation
+    complete: bool
 
     @property
     def top1(self) -> Float[Tensor, " coordinate"]:
@@ -104,7 +108,9 @@ class _Sweep:
             [one.interval.high for one in self.evaluations],
             x_title=x_title,
             y_title="Top-1",
-            title=f"{what}, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)",
+            title=titled(
+                f"{what}, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)", self.complete
+            ),
             references={"no vector": self.baseline.top1},
             marked=marked,
             y_range=SHARE_AXIS,
@@ -134,7 +140,7 @@ class LayerSweep(_Sweep):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return sweep_dataframe("layer", self.layers, self.evaluations)
+        return sweep_dataframe("layer", self.layers, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":
         """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
@@ -250,7 +256,7 @@ class HeadCountSweep(_Sweep):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
-        return sweep_dataframe("n_heads", self.counts, self.evaluations)
+        return sweep_dataframe("n_heads", self.counts, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":
         """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""

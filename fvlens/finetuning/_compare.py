@@ -1,8 +1,6 @@
 """The comparison table: every way to make a model do a relation, what it costs, what it gains and what it disturbs."""
 
-import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -15,10 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.evaluation import Evaluation, evaluations
+from fvlens.files import write_table, write_text
 from fvlens.find import Ranking, find_vector, finished
 from fvlens.finetuning._baselines import Adapted, Baseline, act_add, as_change, few_shot, lora, soft_prompt
 from fvlens.finetuning._changes import Change, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.finetuning._finetune import finetune
+from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
@@ -335,7 +335,7 @@ class Comparison:
         """One row a method: trained numbers, seconds, top-1 and collateral change with intervals, and more scores."""
         import pandas as pd
 
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [
                 {
                     "relation": self.relation,
@@ -356,6 +356,7 @@ class Comparison:
                 for row in self.rows
             ]
         )
+        return marked(table, self.complete)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text: a row of headings, then one a method."""
@@ -383,7 +384,9 @@ class Comparison:
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
             f"layer {self.layer}, the function vector times {self.scale:g}, seed {self.seed}. Trained: numbers that "
             f"were trained. KL: collateral change of the next token after {self.n_unrelated} prompts of other "
-            "relations, in nats. Intervals: 95% bootstrap." + (f" Heads: {self.caution}" if self.caution else "")
+            "relations, in nats. Intervals: 95% bootstrap."
+            + (f" Heads: {self.caution}" if self.caution else "")
+            + ("" if self.complete else " Interrupted: the methods that are not here were not reached.")
         )
 
     def to_markdown(self) -> str:
@@ -396,15 +399,10 @@ class Comparison:
         """Write ``compare.md`` and ``compare.csv`` into a folder, which is made if need be."""
         folder = FilePath(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for name, text in (
-            ("compare.md", self.to_markdown()),
-            ("compare.csv", self.to_dataframe().to_csv(index=False)),
-        ):
-            part = folder / f".{name}.{os.getpid()}.part"
-            part.write_text(text, encoding="utf-8")
-            files.append(part.replace(folder / name))
-        return files
+        return [
+            write_text(folder / "compare.md", self.to_markdown()),
+            write_table(folder / "compare.csv", self.to_dataframe()),
+        ]
 
     def plot(self, quantity: Literal["top1", "collateral"] = "top1") -> "go.Figure":
         """Top-1, or the collateral change, of each method as bars with intervals.
@@ -431,7 +429,7 @@ class Comparison:
             [interval.low for interval in intervals],
             [interval.high for interval in intervals],
             x_title=x_title,
-            title=f"Methods of one budget, {self.relation} ({what})",
+            title=titled(f"Methods of one budget, {self.relation} ({what})", self.complete),
             highlighted=[name for name in names if name.startswith("fine-tuned")],
         )
 
@@ -554,13 +552,9 @@ def compare(
 
     done: list[Row] = []
     total = 6 + len(n_soft) + len(ranks)
-    try:
+    with keeping(lambda: len(done), total, "compare", "methods are finished", stacklevel=2) as loop:
         for one in tqdm(rows(), total=total, desc="comparison", disable=not progress, leave=False):
             done.append(one)
-    except KeyboardInterrupt:
-        if not done:
-            raise
-        warnings.warn(f"compare was interrupted: {len(done)} of {total} methods are finished.", stacklevel=2)
     return Comparison(
         relation=whole.name,
         model_name=str(model.cfg.model_name),
@@ -573,6 +567,6 @@ def compare(
         seed=seed,
         fingerprint=fingerprint(model),
         data_hash=whole.data_hash,
-        complete=len(done) == total,
+        complete=loop.complete,
         caution=" ".join(found.cautions),
     )

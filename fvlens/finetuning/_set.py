@@ -13,6 +13,7 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
+from fvlens.types import as_text, as_texts
 from fvlens.vectors import FunctionVector, check_model, vector_from, vector_header
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class VectorSet:
         categories = tuple(self.categories) or tuple(_category(name) for name in names)
         if len(categories) != len(names):
             raise ValueError(f"VectorSet: {len(names)} vectors, but {len(categories)} categories.")
+        for category in categories:
+            as_text(category, "VectorSet: category")
         object.__setattr__(self, "categories", categories)
 
     @property
@@ -191,7 +194,7 @@ class VectorSet:
             if len(rows) != len(entries):
                 raise ValueError(f"{len(rows)} rows, but {len(entries)} vectors in the header")
             vectors = tuple(vector_from(row, entry, template) for row, entry in zip(rows, entries, strict=True))
-            loaded = cls(vectors, tuple(str(category) for category in header["categories"]))
+            loaded = cls(vectors, as_texts(header["categories"], "categories"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged vector set ({type(error).__name__}: {error}).") from error
         if model is not None:

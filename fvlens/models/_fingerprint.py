@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,8 +14,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from fvlens.files import parse_json
 from fvlens.models._looks import of_weights
 from fvlens.models._tokenizer import bos_token_id
+from fvlens.types import as_text, as_whole
 
 INFORMATIVE = ("name", "revision", "source", "backend")
 """Fields that say where a model came from, not which one it is."""
@@ -52,6 +55,18 @@ class Fingerprint:
     source: str = dataclasses.field(default="", compare=False)
     backend: str = dataclasses.field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", "source", "backend"):
+            as_text(getattr(self, name), f"fingerprint: {name}")
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
+            as_whole(getattr(self, name), f"fingerprint: {name}", 1)
+        if not re.fullmatch("[0-9a-f]{16}", self.weights):
+            raise ValueError(f"fingerprint: weights: expected 16 hex digits, got {self.weights!r}.")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"fingerprint: dtype: expected the name of a precision of torch, got {self.dtype!r}.")
+        if self.bos not in ("one", "none"):
+            raise ValueError(f"fingerprint: bos={self.bos!r}; expected one or none.")
+
     def differences(self, other: "Fingerprint") -> list[str]:
         """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
         mine, theirs = asdict(self), asdict(other)
@@ -67,17 +82,26 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields; ``source`` and ``backend``
-                may be missing.
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields (``source`` and ``backend``
+                may be missing), or a field is not what it should be.
         """
         try:
-            fields = json.loads(text)
+            return cls.from_fields(parse_json(text))
         except json.JSONDecodeError:
-            fields = None
+            return cls.from_fields(text)
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> "Fingerprint":
+        """The fingerprint of these fields, as a file holds them.
+
+        Raises:
+            ValueError: as for :meth:`from_json`.
+        """
         known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
         needed = {name for name, is_needed in known.items() if is_needed}
         if not isinstance(fields, dict) or not needed <= set(fields) <= set(known):
-            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(known))}, got {text[:80]!r}.")
+            got = json.dumps(fields, default=repr)
+            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(known))}, got {got[:80]!r}.")
         return cls(**fields)
 
 

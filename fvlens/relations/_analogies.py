@@ -15,7 +15,9 @@ from typing import Literal
 
 import torch
 
+from fvlens.files import read_text
 from fvlens.relations._library import Pair, Relation
+from fvlens.types import as_text, as_texts
 
 AnalogyKind = Literal["near", "far"]
 ANALOGY_KINDS = ("near", "far")
@@ -51,6 +53,9 @@ class Analogy:
     target_relation: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("a", "b", "c", "d", "source", "source_relation", "target_relation"):
+            as_text(getattr(self, name), f"analogy: {name}")
+        as_texts(self.alternatives, "analogy: alternatives")
         blank = [name for name in "abcd" if not getattr(self, name).strip()]
         if blank:
             raise ValueError(f"analogy {self}: {', '.join(blank)} is blank.")
@@ -210,15 +215,7 @@ def analogies_within(
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of the lines of a file, without their ends."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"no file {path.name}; expected a set of analogies.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{path.name} is not a file that can be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}).") from None
-    yield from enumerate(text.splitlines(), start=1)
+    yield from enumerate(read_text(path, "set of analogies").splitlines(), start=1)
 
 
 def _complain(path: Path, number: int, expected: str, got: object) -> ValueError:

@@ -11,7 +11,6 @@ analogies, paired where two ways are compared.
 """
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from fvlens.composition import (
     library_parts,
     source_scores,
 )
+from fvlens.files import write_json
 from fvlens.finetuning import VectorSet
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=args.epochs,
     )  # fmt: skip
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found, indent=1, null_for_nan=True)
     tqdm.write(tables(found))
 
 
