@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
 from fvlens.relations import held_out
@@ -17,7 +18,7 @@ def composite_file(model, tmp_path_factory):
 
     made = library_composite(
         model, names=["animal-young", "animal-home", "body-part", "tool-part", "vehicle-part"], gate="threshold",
-        setting="one_shot", n_analogies=20, epochs=5, generator=torch.Generator().manual_seed(0), progress=False,
+        setting="one_shot", n_analogies=20, epochs=5, generator=seeded(), progress=False,
     )  # fmt: skip
     return made.save(tmp_path_factory.mktemp("composite") / "small.safetensors")
 
@@ -35,7 +36,7 @@ def test_analogy_prints_answer_weights_and_the_unsteered_answer(call, composite_
 def test_analogy_says_what_a_transfer_map_takes_the_pair_for(call, composite_file, model, tmp_path):
     from fvlens.composition import CompositeMap, fit_composite, library_analogies
 
-    basis, generator = CompositeMap.load(composite_file).basis, torch.Generator().manual_seed(0)
+    basis, generator = CompositeMap.load(composite_file).basis, seeded()
     asked = library_analogies("train", n=60, names=basis.names, kind="near", generator=generator)
     made = fit_composite(model, basis, asked, map="transfer", epochs=1, generator=generator, progress=False)
     code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "made.safetensors"))
@@ -48,6 +49,19 @@ def test_analogy_refuses_a_single_choice_and_a_strange_file(refused, saved, comp
     hint = "expected at least two different words with commas between them"
     assert hint in refused("analogy", "a", "b", "c", "--choices", "one", "--composite", composite_file)
     assert "antonym.safetensors" in refused("analogy", "cow", "calf", "bear", "--composite", saved)
+
+
+def test_a_composite_says_how_its_model_is_loaded(call, refused, tmp_path):
+    from fvlens.composition import library_composite
+
+    half = fvlens.load_model("rel-small", device="cpu", dtype=torch.bfloat16)
+    names = ["animal-young", "animal-home"]
+    made = library_composite(half, names=names, epochs=1, generator=seeded(), progress=False)
+    asked = ("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "half.safetensors"))
+    code, out, err = call(*asked, "--device", "cpu")
+    assert (code, err) == (0, "") and out.startswith("cow : calf :: bear : ")
+    message = refused(*asked, "--dtype", "float32")
+    assert "dtype: bfloat16 / float32); leave out --dtype: the file says how its model is loaded." in message
 
 
 def test_analogies_evaluates_a_file(call, refused, composite_file, tmp_path):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from commands import cells, library
+from conftest import seeded
 
 import fvlens
 from fvlens import FunctionVector
@@ -20,9 +21,7 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
         "universal", *names, "--n-heads", 3, "--n-prompts", 6, "--n-shots", 4, "--seed", 5, "--out", path, "--quiet"
     )
     assert (code, err) == (0, "")
-    expected = fvlens.universal_heads(
-        model, names, 3, n_prompts=6, n_shots=4, generator=torch.Generator().manual_seed(5), progress=False
-    )
+    expected = fvlens.universal_heads(model, names, 3, n_prompts=6, n_shots=4, generator=seeded(5), progress=False)
     loaded = UniversalHeads.load(path, model=model)
     assert torch.equal(loaded.aie, expected.aie)
     assert {file.name for file in tmp_path.iterdir()} == {"heads.json", "heads.html"}
@@ -43,7 +42,7 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
     read = json.loads((folder / "results.json").read_text())
     assert (read["heads_source"], read["options"]["heads_file"]) == ("file", str(path))
     assert [entry[:2] for entry in read["heads"]] == [list(head) for head in expected.heads]
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("antonym").split(g)
     clean = fvlens.build_prompts(
         model, split.train, queries=split.valid, n_prompts=6, n_shots=4, relation="antonym", generator=g
@@ -79,7 +78,7 @@ def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path
 
 
 def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, monkeypatch, tmp_path):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     found = fvlens.universal_heads(
         model, ["antonym", "plural"], 2, n_prompts=4, n_corrupted=2, n_shots=3, generator=g, progress=False
     )
@@ -145,7 +144,7 @@ def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
         "--quiet",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    g = torch.Generator().manual_seed(2)
+    g = seeded(2)
     split = fvlens.load_relation("plural").split(g)
     common = dict(queries=split.valid, template="arrow", relation="plural", generator=g)
     clean = fvlens.build_prompts(model, split.train, n_prompts=8, **common)
@@ -193,7 +192,7 @@ def test_heads_prints_a_screen_and_its_recheck(call, model):
         "heads", "plural", "--n-prompts", 8, "--n-heads", 4, "--method", "atp", "--recheck", 3, "--quiet"
     )  # fmt: skip
     assert (code, err) == (0, "")
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("plural").split(g)
     common = dict(queries=split.valid, relation="plural", generator=g)
     means = fvlens.mean_head_activations(

@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 import pytest
-import torch
+from conftest import seeded
 
 import fvlens
 from fvlens.evaluation import copied, layer_scale_sweep
@@ -17,7 +17,7 @@ FEW = ("--n-prompts", 8, "--n-heads", 4, "--n-seeds", 1, "--epochs", 1, "--quiet
 
 def study_by_hand(model, name, *, train, layer, **settings):
     """The same study by the library's own functions."""
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     split = fvlens.load_relation("plural").split(g, train=train)
     means, effects = relation_effects(
         model, split, relation="plural", labels="permuted", n_prompts=8, generator=g, progress=False

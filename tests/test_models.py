@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import ARCHITECTURES, GPT2_SHAPE, GROUPED, SHAPE, VOCABULARY, WINDOW, hugging_face, save
+from conftest import seeded
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +48,7 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def random_tokens(n_vocab, shape=(3, 17)):
-    return torch.randint(1, n_vocab, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, n_vocab, shape, generator=seeded(1))
 
 
 def assert_same_logits(mine, reference, atol=1e-4):
@@ -258,9 +259,7 @@ def test_every_architecture_gives_hugging_faces_logits(folders, name, backend):
     assert not mine.training
     assert mine.tokenizer.padding_side == "left"
     assert fingerprint(mine).normalization == ("LN" if name in LAYER_NORMS else "RMS")
-    prompts = fvlens.build_prompts(
-        mine, [("hot", "cold"), ("big", "small")], n_shots=1, generator=torch.Generator().manual_seed(0)
-    )
+    prompts = fvlens.build_prompts(mine, [("hot", "cold"), ("big", "small")], n_shots=1, generator=seeded())
     assert (prompts.tokens[:, 0] == 0).all()
 
 

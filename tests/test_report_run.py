@@ -10,6 +10,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from runs import SMALL, TINY, Page, best, bootstrap, of_kind, ranked, right, same
 
 import fvlens
@@ -90,7 +91,7 @@ def test_run_leaves_the_global_generator_and_the_model_alone(tiny):
 
 
 def test_vectors_are_made_of_the_heads_that_were_found(model, result):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("antonym").split(g)
     drawn = dict(relation="antonym", n_prompts=20, n_corrupted=8, progress=False)
     means, permuted = relation_effects(model, split, generator=g, **drawn)
@@ -154,7 +155,7 @@ def test_controls_are_scaled_as_the_vector_is(model, result):
     rows = {row.kind: row for row in result.controls.rows}
     assert {one.scale for kind in ("vector", "random_vector", "random_heads", "other_relation")
             for one in rows[kind].evaluations} == {scale}  # fmt: skip
-    again = fvlens.evaluate(model, result.split.test, vector=result.vector, generator=torch.Generator().manual_seed(0))
+    again = fvlens.evaluate(model, result.split.test, vector=result.vector, generator=seeded())
     torch.testing.assert_close(again.probabilities, result.steered["permuted"].probabilities)
 
 
@@ -230,11 +231,11 @@ def test_other_relations_share_no_output_and_no_family(name):
         if other.family != relation.family and not {y for _, y in other.pairs} & {y for _, y in relation.pairs}
     }
     assert len(allowed) >= 3
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     everything = other_relations(relation, 10_000, g)
     assert set(everything) == allowed
     assert len(everything) == len(allowed)
-    drawn = [other_relations(relation, 3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1, 2, 3)]
+    drawn = [other_relations(relation, 3, seeded(seed)) for seed in (0, 0, 1, 2, 3)]
     assert drawn[0] == drawn[1]
     assert len({tuple(names) for names in drawn}) > 1
     assert all(len(names) == 3 and set(names) <= allowed for names in drawn)
@@ -266,13 +267,12 @@ def test_the_fine_tuned_vector_is_that_of_finetune(model, result, numbers, tmp_p
     """Trained by hand from the saved vector, then scored from its file."""
     write_run(result, tmp_path)
     start, saved = (FunctionVector.load(tmp_path / f"vector{end}.safetensors") for end in ("", "-finetuned"))
-    split = fvlens.load_relation("antonym").split(torch.Generator().manual_seed(0))
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    tuned = finetune(model, split.train[:20], init=start, valid=split.valid, generator=g(), progress=False)
+    split = fvlens.load_relation("antonym").split(seeded())
+    tuned = finetune(model, split.train[:20], init=start, valid=split.valid, generator=seeded(), progress=False)
     assert torch.equal(saved.vector, tuned.vector.vector)
     assert (saved.kind, saved.layer, saved.heads) == ("fine-tuned", start.layer, start.heads)
     assert (numbers["ffv_best_epoch"], numbers["ffv_lr"]) == (tuned.best_epoch, tuned.lr)
-    score = fvlens.evaluate(model, split.test, vector=saved, generator=g())
+    score = fvlens.evaluate(model, split.test, vector=saved, generator=seeded())
     assert numbers["ffv_top1"] == score.top1
     assert numbers["intervals"]["ffv_top1"] == [score.interval.low, score.interval.high]
     assert not torch.equal(saved.vector, start.vector)
@@ -281,16 +281,15 @@ def test_the_fine_tuned_vector_is_that_of_finetune(model, result, numbers, tmp_p
 def test_training_is_of_the_pairs_epochs_and_place_that_are_asked_for(tiny):
     options = dataclasses.replace(TINY, n_train=3, epochs=1, layer=1, template="arrow", labels="random", n_others=1)
     found = run_relation(tiny, fvlens.load_relation("plural"), options=options, progress=False)
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    split = fvlens.load_relation("plural").split(g())
+    split = fvlens.load_relation("plural").split(seeded())
     tuned = finetune(
         tiny, split.train[:3], init=found.vectors["random"], valid=split.valid, epochs=1, template="arrow",
-        generator=g(), progress=False,
+        generator=seeded(), progress=False,
     )  # fmt: skip
     assert torch.equal(found.tuned.vector.vector, tuned.vector.vector)
     read = results_json(found)
     assert (read["ffv_n_train"], read["ffv_epochs"], read["ffv_layer"]) == (3, 1, 1)
-    score = fvlens.evaluate(tiny, split.test, vector=found.tuned.vector, template="arrow", generator=g())
+    score = fvlens.evaluate(tiny, split.test, vector=found.tuned.vector, template="arrow", generator=seeded())
     assert torch.equal(found.tuned.evaluation.probabilities, score.probabilities)
     many = run_relation(
         tiny, fvlens.load_relation("plural"), options=dataclasses.replace(TINY, n_train=10_000), progress=False
@@ -313,14 +312,13 @@ def test_other_relations_learn_their_own_task(model, monkeypatch):
     )
     assert tuple(seen["splits"]) == result.others == tuple(run.relation for run in seen["found"])
     assert (seen["n_train"], seen["epochs"], seen["template"]) == (20, 20, "qa")
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     for name, run, start in zip(result.others, seen["found"], seen["init"], strict=True):
         assert (start.relation, start.layer, run.vector.layer) == (name, result.vector.layer, result.vector.layer)
-        own = fvlens.evaluate(model, seen["splits"][name].valid, vector=run.vector, generator=g())
+        own = fvlens.evaluate(model, seen["splits"][name].valid, vector=run.vector, generator=seeded())
         assert own.top1 == pytest.approx(run.history.valid_top1[run.best_epoch].item())
-        assert own.top1 > fvlens.evaluate(model, seen["splits"][name].valid, generator=g()).top1
+        assert own.top1 > fvlens.evaluate(model, seen["splits"][name].valid, generator=seeded()).top1
     scores = [
-        right(fvlens.evaluate(model, result.split.test, vector=run.vector, generator=g())) for run in seen["found"]
+        right(fvlens.evaluate(model, result.split.test, vector=run.vector, generator=seeded())) for run in seen["found"]
     ]
     read = results_json(result)
     assert read["other_relation_ffv_top1"] == pytest.approx(np.mean(scores))
@@ -373,9 +371,8 @@ def test_an_untrained_run_is_repeated_untrained(tiny, tmp_path):
 def test_given_heads_are_trained_too(tiny, given, tmp_path):
     write_run(given, tmp_path)
     saved = FunctionVector.load(tmp_path / "vector-finetuned.safetensors")
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     pairs, valid = given.split.train[:20], given.split.valid
-    tuned = finetune(tiny, pairs, init=given.vector, valid=valid, epochs=2, generator=g(), progress=False)
+    tuned = finetune(tiny, pairs, init=given.vector, valid=valid, epochs=2, generator=seeded(), progress=False)
     assert torch.equal(saved.vector, tuned.vector.vector)
     assert saved.heads == given.vector.heads
     assert len(given.tuned.others) == 1
@@ -385,7 +382,7 @@ def test_given_heads_are_trained_too(tiny, given, tmp_path):
 
 
 def test_given_heads_make_the_vector_and_none_is_ranked(tiny, given, heads_file, monkeypatch):
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("antonym").split(g)
     clean = fvlens.build_prompts(
         tiny, split.train, queries=split.valid, n_shots=2, n_prompts=4, relation="antonym", generator=g

@@ -95,6 +95,8 @@ def study(
     found = load_relation(relation)
     folder = result_folder(folder, relation)
     network = loading.load()
+
+    # the vector that trainings start from; many training pairs need a larger part
     generator = torch.Generator().manual_seed(settings.seed)
     split = found.split(generator, train=0.7 if sized else 0.45)
     recipe = find_vector(
@@ -104,11 +106,15 @@ def study(
     )  # fmt: skip
     # the study of scales multiplies the vector itself, all others start from the best multiple of it
     vector = recipe.unscaled if name == "scale" else recipe.vector
+
+    # each study has its own defaults, so only what was given is passed on
     given = {"n_seeds": n_seeds, "n_train": n_train}
     result = STUDIES[name](
         network, split, init=vector, settings=Settings(epochs=epochs, template=settings.template), relation=relation,
         generator=generator, progress=not quiet, **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
+
+    # a row for each value of what varies, intervals where there is room for them
     table = Table(result.x_title, *(Column(line, justify="right") for line in result.lines), box=None)
     for x in sorted({point.x for point in result.points}):
         cells = []
