@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from fvlens.activations import mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.files import write_json
+from fvlens.find import RANKINGS
 from fvlens.models import load_model
 from fvlens.prompts import build_prompts
 from fvlens.relations import list_relations, load_relation
 from fvlens.zoo._table import markdown, mean_with_interval
 
-RANKINGS = ("permuted", "random")
 SCREENS: dict[str, dict[str, Any]] = {
     "atp": {"method": "atp"},
     "atp, recheck 16": {"method": "atp", "recheck": 16},
