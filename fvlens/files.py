@@ -1,25 +1,34 @@
-"""Files of tensors: written whole or not at all, read without running anything.
+"""The one way to write files and to read them: text, JSON, tables, and tensors with JSON metadata.
 
-One format serves everything that is saved: a safetensors file whose header holds JSON metadata. What is written goes to
-a temporary name in the same folder, made by this call alone, and is renamed when it is on the disk; a reader never sees
-half a file, and a failed write leaves the old file as it was. Tensors may be given in pieces and read in parts, so that
-a file can be larger than memory.
+*Writing*: what is written goes to a temporary name in the same folder, made by this call alone, and is renamed when it
+is on the disk; a reader never sees half a file, and a failed write leaves the old file as it was. A new file's mode is
+left to the umask, an old one's is kept, and so is a link to it. The same content gives the same bytes.
+
+*Reading*: regular files only, of a size that is expected; nothing in a file is executed. Whatever is wrong with a file
+is a ``ValueError`` that names it. JSON is strict: a key that comes twice, NaN and infinity are refused.
+
+Tensors lie in the safetensors format, with a JSON header in its metadata. They may be given in pieces and read in
+parts, so that a file can be larger than memory.
 """
 
 import contextlib
+import errno
 import json
+import math
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -40,6 +49,12 @@ _MOST_HEADER = 100_000_000
 
 _MOST_TEXT = 50_000_000
 """Bytes of a text file that is read whole."""
+
+MOST_JSON = 500_000_000
+"""Bytes of a JSON file: the effects of all heads of a large model on all relations take some 100 MB."""
+
+_MOST_TENSORS = 16 * 1024**3
+"""Bytes of a file of tensors that is read whole."""
 
 _BUFFER = 1024 * 1024
 
@@ -70,31 +85,118 @@ class Pieces:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of ``path`` when the block ends, and vanishes if it fails.
 
+    Where ``path`` is a link, the file that it leads to is replaced.
+
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist or takes no file; ``path`` is a folder, a pipe, a socket or a device; or a
+            link that leads in a circle.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
-    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
-    # exclusively: a name that somebody else made (a link, say) is never followed; the mode is left to the umask
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
+        path, mode = _target(path)
+    except OSError as error:
+        raise ValueError(f"save: {path} cannot be written ({error.strerror or error}); choose another name.") from error
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
+    ours = True
+    try:
+        try:
+            # exclusively: a name that somebody else made (a link, say) is never followed; a new file's mode is left to
+            # the umask
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(part, flags, 0o666 if mode is None else mode)
+        except FileExistsError:
+            ours = False
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"save: {path} cannot be written ({error.strerror or error}); choose another folder or name."
+            ) from error
         with open(descriptor, "wb", buffering=_BUFFER) as file:
+            if mode is not None:
+                part.chmod(mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        if ours:
+            part.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> tuple[Path, int | None]:
+    """The file that is to be written, links followed, and its mode if it exists."""
+    given = path
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        if path.is_symlink():
+            raise ValueError(f"save: {given} is a link that leads in a circle; remove it or choose another name.")
+    if not path.parent.is_dir():
+        raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path, None
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"save: {given} is a folder; give the name of a file in it.")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"save: {given} is a pipe, a socket or a device; give the name of a file.")
+    return path, stat.S_IMODE(mode) & 0o777
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write text in UTF-8, its line ends as they are.
+
+    Raises:
+        ValueError: as for :func:`replacing`; text that UTF-8 cannot hold.
+    """
+    data = text.encode()
+    with replacing(path) as file:
+        file.write(data)
+    return path
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = None, null_for_nan: bool = False) -> Path:
+    """Write plain values as JSON, in their own order.
+
+    Args:
+        path: the file.
+        content: the values.
+        indent: spaces before an inner line; by default everything is one line.
+        null_for_nan: write null for NaN, for a number that may be missing.
+
+    Raises:
+        ValueError: as for :func:`replacing`; a number that is not finite.
+    """
+    try:
+        text = json.dumps(_with_null(content) if null_for_nan else content, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"save: {path.name}: expected finite numbers ({error}).") from error
+    return write_text(path, text + "\n")
+
+
+def _with_null(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _with_null(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_null(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
+def write_table(path: Path, frame: "pd.DataFrame") -> Path:
+    """Write a table as CSV with a line of headings; missing numbers are empty cells.
+
+    Raises:
+        ValueError: as for :func:`replacing`.
+    """
+    return write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Shaped[Tensor, "..."] | Pieces], header: dict[str, Any], format: str
 ) -> Path:
-    """Write tensors with a JSON header to a temporary name, then rename.
+    """Write tensors with a JSON header.
 
     Raises:
-        ValueError: the folder does not exist; a precision that files do not hold; a header of more than 100 MB; pieces
+        ValueError: as for :func:`replacing`; a precision that files do not hold; a header of more than 100 MB; pieces
             that do not add up to their tensor.
     """
     given = {name: value if isinstance(value, Pieces) else _one_piece(value) for name, value in tensors.items()}
@@ -138,8 +240,40 @@ def _one_piece(tensor: Shaped[Tensor, "..."]) -> Pieces:
 # --- reading ---
 
 
-def read_text(path: Path, what: str, *, most: int = _MOST_TEXT) -> str:
-    """A small text file in UTF-8, with or without a byte order mark.
+@contextlib.contextmanager
+def _regular(path: Path, what: str, *, buffering: int = -1) -> Iterator[BinaryIO]:
+    """A regular file, open for reading: opening a pipe would wait for somebody to write to it."""
+    try:
+        kind = path.stat().st_mode  # first: opening a device can do something to it
+    except PermissionError as error:
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror}).") from None
+    except (OSError, ValueError):  # ValueError: a null byte in the path
+        raise ValueError(f"no {what} at {path}.") from None
+    _check_kind(path, what, kind)
+    waits_not = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | waits_not)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise ValueError(f"no {what} at {path}.") from None
+        raise ValueError(f"{path.name}: cannot be read ({error.strerror or error}).") from None
+    with open(descriptor, "rb", buffering=buffering) as file:
+        _check_kind(path, what, os.fstat(descriptor).st_mode)  # it may have been exchanged meanwhile
+        try:
+            yield file
+        except OSError as error:
+            raise ValueError(f"{path.name}: cannot be read ({error.strerror or error}).") from error
+
+
+def _check_kind(path: Path, what: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"no {what} at {path}. It is a folder; give the name of a file.")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path.name}: expected a regular file, got a pipe, a socket or a device.")
+
+
+def read_bytes(path: Path, what: str, *, most: int = _MOST_TEXT) -> bytes:
+    """All bytes of a regular file.
 
     Args:
         path: the file.
@@ -147,70 +281,93 @@ def read_text(path: Path, what: str, *, most: int = _MOST_TEXT) -> str:
         most: bytes that are accepted.
 
     Raises:
-        ValueError: no such file, a pipe or a device; larger than ``most``; not UTF-8; no permission.
+        ValueError: no such file; a folder, a pipe, a socket or a device; larger than ``most``; no permission.
     """
-    _check_regular(path, what)
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise ValueError(f"{path.name}: expected a {what} of at most {most} bytes, got {size}.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: expected UTF-8 text, but byte {error.start} is none.") from None
-    except OSError as error:
-        raise ValueError(f"{path.name}: cannot be read ({error.strerror or error}).") from None
+    with _regular(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= most:
+            data = file.read(most + 1)
+            size = max(size, len(data))  # it may have grown
+            if size <= most:
+                return data
+    raise ValueError(f"{path.name}: expected a {what} of at most {most} bytes, got {size}.")
 
 
-def _check_regular(path: Path, what: str) -> None:
-    """Refuse what is no regular file: opening a pipe would wait for somebody to write to it."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):  # ValueError: a null byte in the path
-        mode = 0
-    if not mode or stat.S_ISDIR(mode):
-        raise ValueError(f"no {what} at {path}.")
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path.name}: expected a regular file, got a pipe, a socket or a device.")
-
-
-@contextlib.contextmanager
-def _opened(path: Path, format: str, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A safetensors file of this format, checked by the library, and its JSON header."""
-    _check_regular(path, what)
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            metadata = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
-        if metadata.get("format") != format:
-            raise ValueError(
-                f"{path.name}: not written by fvlens (format {metadata.get('format')!r}, expected {format!r})."
-            )
-        try:
-            header = json.loads(metadata["fvlens"])
-            if not isinstance(header, dict):
-                raise TypeError(f"expected an object, got {type(header).__name__}")
-        except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
-        yield file, header
-
-
-def read_tensors(
-    path: Path, format: str, what: str = "vector file"
-) -> tuple[dict[str, Shaped[Tensor, "..."]], dict[str, Any]]:
-    """Tensors and JSON header of a file that :func:`write_tensors` wrote. Nothing in it is executed.
+def read_text(path: Path, what: str, *, most: int = _MOST_TEXT) -> str:
+    """A text file in UTF-8, with or without a byte order mark; every line ends in a line feed.
 
     Raises:
-        ValueError: no such file, or not a regular one; not a safetensors file, a truncated one, or one of another
-            format; a damaged header.
+        ValueError: as for :func:`read_bytes`; not UTF-8.
     """
-    with _opened(path, format, what) as (file, header):
-        try:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
-    return tensors, header
+    data = read_bytes(path, what, most=most)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path.name}: expected UTF-8 text, but byte {error.start} is none. Save the file again as UTF-8."
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, what: str, *, most: int = MOST_JSON) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: as for :func:`read_bytes` and :func:`parse_json`; not UTF-8.
+    """
+    data = read_bytes(path, what, most=most)
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:  # text that is not UTF-8, too
+        raise ValueError(f"{path.name}: not a JSON file, or a truncated one ({error}).") from error
+
+
+def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
+    """What a JSON text says, if it can say only one thing.
+
+    Args:
+        text: the text.
+        nan: accept NaN and infinities as numbers, which is for whoever reads them to check.
+
+    Raises:
+        ValueError: no JSON; a key that comes twice in an object; NaN, infinity, or a number too large to be another;
+            values too deep inside others.
+
+    Example:
+        >>> parse_json('{"layer": 2, "layer": 3}')
+        Traceback (most recent call last):
+        ...
+        ValueError: the key 'layer' comes twice
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=float if nan else _refuse,
+            parse_float=_number,
+        )
+    except RecursionError:
+        raise ValueError("values lie too deep inside others") from None
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in items:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse(text)
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,25 +394,24 @@ class TensorFile:
     identity: tuple[int, ...]
 
     @classmethod
-    def open(cls, path: Path, format: str, what: str) -> "TensorFile":
+    def open(cls, path: Path, format: str, what: str, *, most: int | None = None) -> "TensorFile":
         """Look into a file that :func:`write_tensors` wrote.
 
         Raises:
             ValueError: as for :func:`read_tensors`.
         """
-        with _opened(path, format, what) as (_, header), open(path, "rb") as raw:
-            # the library has checked that the tensors lie one behind the other and fill the file
-            n_header = int.from_bytes(raw.read(8), "little")
+        with _regular(path, what) as raw:
+            size = os.fstat(raw.fileno()).st_size
+            if most is not None and size > most:
+                raise ValueError(f"{path.name}: expected a {what} of at most {most} bytes, got {size}.")
+            layout, first = _layout(raw, size, path)
+            header = _header(layout.pop("__metadata__", {}), path, format)
             try:
-                layout = json.loads(raw.read(n_header))
-                layout.pop("__metadata__", None)
-                dtypes = {name: dtype for dtype, name in DTYPES.items()}
-                entries = {
-                    name: _Entry(dtypes[some["dtype"]], tuple(some["shape"]), 8 + n_header + some["data_offsets"][0])
-                    for name, some in layout.items()
-                }
-            except (KeyError, TypeError, ValueError) as error:
+                entries = _entries(layout, first, size)
+            except (KeyError, TypeError) as error:
                 raise ValueError(f"{path.name}: unexpected tensors ({type(error).__name__}: {error}).") from error
+            except ValueError as error:
+                raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
             return cls(path, header, entries, _identity(raw))
 
     def read_into(self, out: Shaped[Tensor, "..."], name: str, first: int = 0) -> None:
@@ -267,14 +423,13 @@ class TensorFile:
         entry = self.entries[name]
         assert out.is_contiguous()
         assert out.dtype == entry.dtype
-        _check_regular(self.path, "file")
-        with open(self.path, "rb", buffering=0) as raw:
+        with _regular(self.path, "file", buffering=0) as raw:
             if _identity(raw) != self.identity:
                 raise ValueError(f"{self.path.name}: the file was replaced or changed since it was opened.")
             raw.seek(entry.start + first * entry.dtype.itemsize)
             rest = out.flatten().view(torch.uint8).numpy().data
             while rest:
-                n_read = raw.readinto(rest) or 0
+                n_read = raw.readinto(rest) or 0  # pyright: ignore[reportAttributeAccessIssue]
                 if not n_read:
                     raise ValueError(f"{self.path.name}: the file ends before its tensors do.")
                 rest = rest[n_read:]
@@ -284,6 +439,78 @@ class TensorFile:
         out = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         self.read_into(out, name)
         return out
+
+
+def read_tensors(
+    path: Path, format: str, what: str = "vector file", *, most: int = _MOST_TENSORS
+) -> tuple[dict[str, Shaped[Tensor, "..."]], dict[str, Any]]:
+    """Tensors and JSON header of a file that :func:`write_tensors` wrote. Nothing in it is executed.
+
+    A header may hold NaN, where a number may be missing; whoever takes a number out of it checks.
+
+    Raises:
+        ValueError: no such file, or not a regular one; larger than ``most`` bytes; not a safetensors file, a truncated
+            one, or one of another format; a damaged header.
+    """
+    file = TensorFile.open(path, format, what, most=most)
+    return {name: file.read(name) for name in file.entries}, file.header
+
+
+def _layout(raw: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and the byte at which they begin."""
+    try:
+        n_header = int.from_bytes(raw.read(8), "little")
+        if size < 8 or n_header > min(_MOST_HEADER, size - 8):
+            raise ValueError(f"a header of {n_header} bytes in a file of {size}; {_MOST_HEADER} are allowed")
+        text = raw.read(n_header)
+        if not text.startswith(b"{"):
+            raise ValueError("the header is no JSON object")
+        return parse_json(text.decode()), 8 + n_header
+    except ValueError as error:
+        raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
+
+
+def _header(metadata: Any, path: Path, format: str) -> dict[str, Any]:
+    """Our own JSON header out of the metadata."""
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != format:
+        raise ValueError(f"{path.name}: not written by fvlens (format {found!r}, expected {format!r}).")
+    try:
+        header = parse_json(metadata["fvlens"], nan=True)
+        if not isinstance(header, dict):
+            raise TypeError(f"expected an object, got {type(header).__name__}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
+    return header
+
+
+def _entries(layout: dict[str, Any], first: int, size: int) -> dict[str, _Entry]:
+    """Where each tensor lies. They must lie one behind the other and fill the file.
+
+    Raises:
+        KeyError, TypeError, ValueError: they do not, or are of a precision that files of ours do not hold.
+    """
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    entries: dict[str, _Entry] = {}
+    ends: list[tuple[int, int]] = []
+    for name, some in layout.items():
+        dtype, shape, offsets = dtypes[some["dtype"]], some["shape"], some["data_offsets"]
+        numbers = [*shape, *offsets]
+        if len(offsets) != 2 or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise TypeError(f"{name!r} has shape {shape} and data_offsets {offsets}")
+        start, end = offsets
+        if end - start != dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{name!r} of shape {shape} lies in {end - start} bytes")
+        entries[name] = _Entry(dtype, tuple(shape), first + start)
+        ends.append((start, end))
+    reached = 0
+    for start, end in sorted(ends):
+        if start != reached:
+            raise ValueError(f"a tensor begins at byte {start}, but the one before it ends at {reached}")
+        reached = end
+    if first + reached != size:
+        raise ValueError(f"the tensors end at byte {first + reached}, the file at {size}")
+    return entries
 
 
 def _identity(raw: Any) -> tuple[int, ...]:

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fvlens.files import read_json
 from fvlens.models import bos_token_id
-from fvlens.relations import Pair, Relation, list_relations, load_relation
+from fvlens.relations import Pair, Pairs, Relation, list_relations, load_relation
+from fvlens.types import as_text
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
@@ -143,6 +145,7 @@ class Prompts:
     template: Template
     relation: str
     texts: tuple[str, ...]
+    _hash: str | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -160,8 +163,12 @@ class Prompts:
     @property
     def data_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the prompt texts and their answers."""
-        text = "\x1f".join(f"{text}\x1e{query.output}" for text, query in zip(self.texts, self.queries, strict=True))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._hash is None:  # every result over the prompts records it
+            asked = zip(self.texts, self.queries, strict=True)
+            text = "\x1f".join(f"{text}\x1e{query.output}" for text, query in asked)
+            object.__setattr__(self, "_hash", hashlib.sha256(text.encode()).hexdigest()[:16])
+        assert self._hash is not None
+        return self._hash
 
     def select(self, keep: Bool[Tensor, " prompt"] | Sequence[int]) -> "Prompts":
         """The prompts marked True (or with these indices), in order."""
@@ -206,12 +213,9 @@ def read_template(path: str | Path) -> Template:
         ValueError: the file cannot be read, is not JSON, or holds no template.
     """
     path = Path(path)
+    content = read_json(path, "template")
     try:
-        return Template.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a template.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path.name}: not a JSON file.") from error
+        return Template.from_json(content)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -253,7 +257,7 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
         KeyError: no template in the header.
         ValueError: a name alone, of no built-in template; or a damaged template.
     """
-    name, text = header["template"], header.get("template_text")
+    name, text = as_text(header["template"], "template"), header.get("template_text")
     if given:
         return get_template(given)
     if text is not None:
@@ -271,9 +275,9 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
 
 def build_prompts(
     model: Any,
-    pairs: Relation | Sequence[Pair | tuple[str, str]],
+    pairs: Pairs,
     *,
-    queries: Relation | Sequence[Pair | tuple[str, str]] | None = None,
+    queries: Pairs | None = None,
     n_prompts: int | None = None,
     n_shots: int = 10,
     labels: Labels = "true",

@@ -22,7 +22,6 @@ logit and a smaller id. Right means rank 0, so predictions, ranks and ``argmax``
 import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fvlens.interruption import keeping
 from fvlens.interventions import checked_additions, hooked, inject, resid_hook, resid_pre_hook, z_hook
 from fvlens.metrics import best_token, log_probability, rank
 from fvlens.models import model_device
@@ -200,18 +200,18 @@ def _gathered(
 ) -> Scores:
     """The parts in the order of the prompts."""
     done: list[_Part] = []
-    complete = True
-    try:
-        with torch.no_grad():
-            for part in parts:
-                done.append(part)
-                bar.update(len(part.prompts) * n_changes)
-    except KeyboardInterrupt:
-        if not (interruptible and done):
-            raise
-        complete = False
-        n_done = sum(len(part.prompts) for part in done)
-        warnings.warn(f"{what} was interrupted: {n_done} of {n_prompts} queries are finished.", stacklevel=4)
+
+    def n_done() -> int:
+        return sum(len(part.prompts) for part in done)
+
+    least = 1 if interruptible else n_prompts + 1
+    with (
+        keeping(n_done, n_prompts, what, "queries are finished", stacklevel=4, least=least) as loop,
+        torch.no_grad(),
+    ):
+        for part in parts:
+            done.append(part)
+            bar.update(len(part.prompts) * n_changes)
     places = torch.cat([part.prompts for part in done])
     order = places.argsort()
     ranks, first, rest, best = (
@@ -220,7 +220,7 @@ def _gathered(
     )
     largest = max(len(part.prompts) for part in done)
     held: list[Weights | None] = sorted({part.weights for part in done}, key=str)  # "copied" first
-    return Scores(ranks, first, rest, best, places[order], path, largest, held[-1], complete)
+    return Scores(ranks, first, rest, best, places[order], path, largest, held[-1], loop.complete)
 
 
 def ablation(

@@ -10,9 +10,12 @@ Axis legend (jaxtyping names used in every signature)
     ``variant``    one patched copy of a prompt  ``suffix``  positions that are run again
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,6 +76,67 @@ class Steering(Protocol):
         ...
 
 
+def as_whole(value: Any, what: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number in a range. A truth value is none, nor is a float or a text that could be read as one.
+
+    Raises:
+        ValueError: something else, or a number out of the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{what}: expected a whole number, got {value!r}.")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        wanted = f"at least {least}" if most is None else f"{least}..{most}"
+        raise ValueError(f"{what}: expected {wanted}, got {number}.")
+    return number
+
+
+def as_number(value: Any, what: str) -> float:
+    """A finite number; neither a truth value nor a text.
+
+    Raises:
+        ValueError: something else, NaN or infinity.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # a whole number that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{what}: expected a finite number, got {value!r}.")
+    return number
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what}: expected a text, got {value!r}.")
+    return value
+
+
+def as_list(values: Any, what: str) -> list[Any]:
+    """What a list or a tuple holds; a text or an object, which could be gone through as well, is none.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{what}: expected a list, got {values!r}.")
+    return list(values)
+
+
+def as_texts(values: Any, what: str) -> tuple[str, ...]:
+    """Texts, out of a list or a tuple; a single text is none.
+
+    Raises:
+        ValueError: something else.
+    """
+    return tuple(as_text(value, what) for value in as_list(values, what))
+
+
 def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Head]:
     """Turn ``Head``s or ``(layer, head)`` pairs into checked ``Head``s.
 
@@ -81,7 +145,7 @@ def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Hea
     """
     result: list[Head] = []
     for entry in heads:
-        if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(hasattr(i, "__index__") for i in entry):
+        if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(map(_is_index, entry)):
             raise ValueError(f"heads: expected (layer, head) pairs of integers, got {entry!r}.")
         head = Head(int(entry[0]), int(entry[1]))
         if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
@@ -92,3 +156,10 @@ def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Hea
             raise ValueError(f"heads: {head} is listed twice; give each head once.")
         result.append(head)
     return result
+
+
+def _is_index(value: Any) -> bool:
+    """Whether a value is a whole number of any kind, a tensor's too; True and False are none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ A set is saved as JSON (:meth:`UniversalHeads.save`); :func:`read_heads` reads i
 import dataclasses
 import hashlib
 import json
-import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -27,7 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.evaluation import evaluate
+from fvlens.files import MOST_JSON, parse_json, read_bytes, read_json, write_json
 from fvlens.find import RANKINGS, Ranking, relation_effects
+from fvlens.interruption import keeping, marked, titled
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import (
     Template,
@@ -38,13 +40,14 @@ from fvlens.prompts import (
     template_or,
 )
 from fvlens.relations import Relation, load_relation
-from fvlens.types import Head, as_heads
+from fvlens.types import Head, as_heads, as_number, as_texts, as_whole
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 FORMAT = "fvlens-heads-1"
+WHAT = "file of heads"
 MOST_COLUMNS = 48
 """Heads that :meth:`UniversalHeads.plot` shows at most, unless told otherwise."""
 
@@ -128,11 +131,23 @@ class UniversalHeads:
                 raise ValueError(f"UniversalHeads: {name}: expected shape {expected}, got {tuple(value.shape)}.")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"UniversalHeads: {name} holds NaN or infinite values.")
+            if name != "aie" and not bool((value >= 0).all()):
+                raise ValueError(f"UniversalHeads: {name}: expected numbers of at least 0, got {float(value.min()):g}.")
+            if name not in ("aie", "prompt_stderr") and not bool((value <= 1).all()):
+                raise ValueError(f"UniversalHeads: {name}: expected shares of at most 1, got {float(value.max()):g}.")
         if len(self.data_hashes) != len(self.relations):
             raise ValueError(
                 f"UniversalHeads: expected one data hash a relation, got {len(self.data_hashes)} for "
                 f"{len(self.relations)} relations."
             )
+        for name in ("relations", "data_hashes"):
+            as_texts(getattr(self, name), f"UniversalHeads: {name}")
+        if len(set(self.relations)) < len(self.relations):
+            raise ValueError(f"UniversalHeads: expected each relation once, got {', '.join(self.relations)}.")
+        if self.labels not in RANKINGS:
+            raise ValueError(f"UniversalHeads: labels={self.labels!r}; expected one of {', '.join(RANKINGS)}.")
+        for name, least in (("n", -sys.maxsize), ("n_shots", 1), ("n_prompts", 1), ("n_corrupted", 2)):
+            as_whole(getattr(self, name), f"UniversalHeads: {name}", least)
         _check_number(self.n, self.fingerprint.n_layers * self.fingerprint.n_heads)
         if not bool(self.kept.any()):
             shown = ", ".join(
@@ -179,6 +194,16 @@ class UniversalHeads:
             f"{int((self.mean > 0).sum())} heads have a positive one; take fewer heads."
         )
 
+    @property
+    def remark(self) -> str:
+        """What must be said of heads that are of a part of the relations; empty if they are of all."""
+        if self.complete:
+            return ""
+        return (
+            f"the search for these heads was interrupted after {len(self.relations)} relations, so they are not those "
+            "of all that were asked for; find them again with `fvlens universal`"
+        )
+
     def _top(self, n: int) -> list[Head]:
         order = self.mean.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [Head(*divmod(i, self.fingerprint.n_heads)) for i in order]
@@ -197,7 +222,7 @@ class UniversalHeads:
         relation, layer, head = (
             axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in self.aie.shape), indexing="ij")
         )
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "relation": [self.relations[i] for i in relation.tolist()],
                 "layer": layer.numpy(),
@@ -209,6 +234,7 @@ class UniversalHeads:
                 "majority": self.majority[relation].numpy(),
             }
         )
+        return marked(table, self.complete)
 
     def plot(self, *, n_columns: int | None = None) -> "go.Figure":
         """Heatmap of the AIE, relations by heads.
@@ -244,7 +270,9 @@ class UniversalHeads:
                 for i in order
             ],
             n_chosen=min(self.n, n_columns),
-            title=f"Average indirect effect by relation ({self.labels} labels, {self.fingerprint.name})",
+            title=titled(
+                f"Average indirect effect by relation ({self.labels} labels, {self.fingerprint.name})", self.complete
+            ),
             colorbar_title="AIE",
         )
 
@@ -256,22 +284,13 @@ class UniversalHeads:
         Raises:
             ValueError: the file's folder does not exist.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise ValueError(f"save: folder {path.parent} does not exist; create it first.")
-        content = {"format": FORMAT, "heads": [list(head) for head in self.heads]}
+        content: dict[str, Any] = {"format": FORMAT, "heads": [list(head) for head in self.heads]}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             content[field.name] = value.tolist() if isinstance(value, Tensor) else value
         content["fingerprint"] = dataclasses.asdict(self.fingerprint)
         content |= template_header(self.template)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return write_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | Path, *, model: Any = None) -> "UniversalHeads":
@@ -281,14 +300,16 @@ class UniversalHeads:
             path: the file.
             model: if given, the heads must have been found on this model.
 
+        Warns:
+            UserWarning: the heads are of a computation that was interrupted.
+
         Raises:
             ValueError: no such file; not JSON; not written by fvlens; a field that is missing, of the wrong kind or
                 shape, or not finite; heads that do not follow from the effects; or heads of another model than
                 ``model``.
         """
         path = Path(path)
-        content = _read_json(path)
-        loaded = cls._from_json(content, path.name)
+        loaded = cls._from_json(read_json(path, WHAT), path.name)
         if model is not None:
             loaded._check(model, path.name)
         return loaded
@@ -309,7 +330,7 @@ class UniversalHeads:
                         raise TypeError("expected a list of texts")
                     value = tuple(value)
                 elif field.name == "fingerprint":
-                    value = Fingerprint.from_json(json.dumps(value))
+                    value = Fingerprint.from_fields(value)
                 elif field.name == "template":
                     if not isinstance(value, str):
                         raise TypeError(f"expected str, got {type(value).__name__}")
@@ -318,7 +339,7 @@ class UniversalHeads:
                     if type(value) is not field.type:
                         raise TypeError(f"expected {field.type.__name__}, got {type(value).__name__}")
                 else:
-                    value = torch.tensor(value, dtype=torch.float32)
+                    value = _numbers(value)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise ValueError(f"{name}: damaged field {field.name!r} ({error}).") from error
             fields[field.name] = value
@@ -326,11 +347,13 @@ class UniversalHeads:
             loaded = cls(**fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
-        if content.get("heads") != [list(head) for head in loaded.heads]:
+        if json.dumps(content.get("heads")) != json.dumps(loaded.heads):  # as text, in which 1 and true are two things
             raise ValueError(
                 f"{name}: the heads do not follow from the effects beside them; to use heads of your own, write a file "
                 "with nothing but the list of [layer, head] pairs."
             )
+        if not loaded.complete:
+            warnings.warn(f"{name}: {loaded.remark}.", stacklevel=3)
         return loaded
 
     def _check(self, model: Any, name: str) -> None:
@@ -433,8 +456,7 @@ def universal_heads(
             )
     settings: dict[str, Any] = {"n_shots": n_shots, "template": template}
     rows: list[dict[str, Any]] = []
-    complete = True
-    try:
+    with keeping(lambda: len(rows), len(chosen), "universal_heads", "relations are finished", stacklevel=2) as loop:
         for relation, split in zip(
             tqdm(chosen, desc="relations", disable=not progress, leave=False), splits, strict=True
         ):
@@ -462,13 +484,6 @@ def universal_heads(
                 path=found.path,
             )
             rows.append(row)
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        complete = False
-        warnings.warn(
-            f"universal_heads was interrupted: {len(rows)} of {len(chosen)} relations are finished.", stacklevel=2
-        )
     tensors = ("aie", "prompt_stderr", "icl_top1", "icl_interval", "majority")
     return UniversalHeads(
         n=n,
@@ -480,7 +495,7 @@ def universal_heads(
         n_corrupted=n_corrupted,
         **settings,
         path=", ".join(sorted({row["path"] for row in rows})),
-        complete=complete,
+        complete=loop.complete,
         fingerprint=fingerprint(model),
     )
 
@@ -533,11 +548,18 @@ def read_heads(path: str | Path, model: Any) -> GivenHeads:
             or that is listed twice; or a saved set of another model.
     """
     name = Path(path).name
-    content, digest = _read_json(Path(path)), file_hash(path)
+    data = read_bytes(Path(path), WHAT, most=MOST_JSON)
+    try:
+        content = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{name}: not a JSON file, or a truncated one ({error}).") from error
+    digest = hashlib.sha256(data).hexdigest()[:16]
     if isinstance(content, dict) and "format" in content:
         saved = UniversalHeads._from_json(content, name)
         saved._check(model, name)
-        note = f"universal heads of this model, {int(saved.kept.sum())} relations, {saved.labels} labels"
+        note = f"universal heads of this model, {int(saved.kept.sum())} relations, {saved.labels} labels" + (
+            f"; {saved.remark}" if saved.remark else ""
+        )
         return GivenHeads(tuple(saved.heads), str(path), digest, note)
     listed = content.get("heads") if isinstance(content, dict) else content
     if not isinstance(listed, list) or not listed:
@@ -552,29 +574,43 @@ def read_heads(path: str | Path, model: Any) -> GivenHeads:
     return GivenHeads(tuple(heads), str(path), digest, "a plain list; it does not say which model the heads are of")
 
 
+def made_on(path: str | Path) -> Fingerprint | None:
+    """The model that a file of heads was made on; None for a plain list, which does not say.
+
+    Raises:
+        ValueError: no such file; not JSON; or a damaged fingerprint. All else is for :func:`read_heads`.
+    """
+    content = read_json(Path(path), WHAT)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    try:
+        return Fingerprint.from_fields(content.get("fingerprint"))
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: damaged field 'fingerprint' ({error}).") from error
+
+
 def file_hash(path: str | Path) -> str:
     """First 16 hex digits of the SHA-256 of a file.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    return hashlib.sha256(_read(Path(path))).hexdigest()[:16]
+    return hashlib.sha256(read_bytes(Path(path), WHAT, most=MOST_JSON)).hexdigest()[:16]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a JSON file.") from error
+def _numbers(value: Any) -> Float[Tensor, "*axes"]:
+    """Nested lists of numbers as a tensor.
 
+    Raises:
+        TypeError, ValueError, OverflowError: something else than numbers is among them, or they are of no one shape.
+    """
 
-def _read_json(path: Path) -> Any:
-    data = _read(path)
-    try:
-        return json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: not a JSON file, or a truncated one ({error}).") from error
+    def check(inner: Any) -> None:
+        if isinstance(inner, list):
+            for one in inner:
+                check(one)
+        else:
+            as_number(inner, "numbers")
 
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
+    check(value)
+    return torch.tensor(value, dtype=torch.float32)

@@ -6,14 +6,14 @@ holds where they come from.
 """
 
 import dataclasses
-import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fvlens.activations import HeadMeans
@@ -23,7 +23,7 @@ from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Template, known_template, template_from, template_header
 from fvlens.suffix import wide_logits
-from fvlens.types import Head, HeadLike, as_heads
+from fvlens.types import Head, HeadLike, as_heads, as_list, as_text, as_whole
 
 FORMAT = "fvlens-vector-1"
 DISTRIBUTED_FORMAT = "fvlens-distributed-vector-1"
@@ -36,6 +36,21 @@ def check_model(made_on: Fingerprint, model: Any, what: str) -> None:
             f"{what} was made on model {made_on.name!r}, not on this one (vector / model: {'; '.join(differences)}); "
             "pass check=False to use it all the same."
         )
+
+
+def as_float32(values: Shaped[Tensor, "*axes"], what: str) -> Float[Tensor, "*axes"]:
+    """Numbers of a result: float32, on the CPU, apart from whatever computed them.
+
+    Raises:
+        ValueError: they are not of a floating precision, or one of them is NaN or infinite, if only in float32.
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"{what}: expected numbers of a floating precision, got {values.dtype}.")
+    # what is so already stays itself, so that results that share it compare equal
+    found = (values.detach() if values.requires_grad else values).float().cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{what} holds NaN or infinite values.")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +79,23 @@ class FunctionVector:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        d_model, n_layers = self.fingerprint.d_model, self.fingerprint.n_layers
-        if self.vector.shape != (d_model,):
+        mark = self.fingerprint
+        if self.vector.shape != (mark.d_model,):
             raise ValueError(
-                f"FunctionVector: expected shape ({d_model},), the model's d_model, got {tuple(self.vector.shape)}."
+                f"FunctionVector: expected shape ({mark.d_model},), the model's d_model, got "
+                f"{tuple(self.vector.shape)}."
             )
-        if not bool(torch.isfinite(self.vector).all()):
-            raise ValueError("FunctionVector: the vector holds NaN or infinite values.")
-        if not 0 <= self.layer < n_layers:
-            raise ValueError(f"FunctionVector: expected a layer in 0..{n_layers - 1}, got {self.layer}.")
-        object.__setattr__(self, "vector", self.vector.detach().float().cpu())
-        object.__setattr__(self, "heads", tuple(Head(*head) for head in self.heads))
+        vector = as_float32(self.vector, "FunctionVector: the vector")
+        layer = as_whole(self.layer, "FunctionVector: layer", -sys.maxsize)
+        if not 0 <= layer < mark.n_layers:
+            raise ValueError(f"FunctionVector: expected a layer in 0..{mark.n_layers - 1}, got {self.layer}.")
+        for name in ("relation", "kind", "data_hash"):
+            as_text(getattr(self, name), f"FunctionVector: {name}")
+        if self.seed is not None:
+            as_whole(self.seed, "FunctionVector: seed", -sys.maxsize)
+        object.__setattr__(self, "vector", vector)
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
         object.__setattr__(self, "template", known_template(self.template))
 
     # -- steering -----------------------------------------------------------------------------------------------------
@@ -231,16 +252,16 @@ def vector_from(
     Raises:
         KeyError, TypeError, ValueError: the header is damaged, or the numbers do not fit it.
     """
+    if values.dtype != torch.float32:
+        raise ValueError(f"expected numbers in torch.float32, got {values.dtype}.")
+    plain = {name: header[name] for name in ("layer", "relation", "kind", "data_hash", "seed")}
+    mark = Fingerprint.from_fields(header["fingerprint"])
     return FunctionVector(
         vector=values,
-        layer=int(header["layer"]),
-        heads=tuple(Head(int(layer), int(head)) for layer, head in header["heads"]),
-        relation=str(header["relation"]),
-        fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])),
-        kind=str(header["kind"]),
+        heads=tuple(as_heads(as_list(header["heads"], "heads"), mark.n_layers, mark.n_heads)),
+        fingerprint=mark,
         template=template_from(header, template),
-        data_hash=str(header["data_hash"]),
-        seed=None if header["seed"] is None else int(header["seed"]),
+        **plain,
     )
 
 
@@ -326,6 +347,14 @@ class DistributedVector:
     template: Template | str | None = None
 
     def __post_init__(self) -> None:
+        mark = self.fingerprint
+        expected = (mark.n_layers, mark.n_heads, mark.d_head)
+        if self.values.shape != expected:
+            raise ValueError(f"DistributedVector: expected values of shape {expected}, got {tuple(self.values.shape)}.")
+        for name in ("relation", "kind"):
+            as_text(getattr(self, name), f"DistributedVector: {name}")
+        object.__setattr__(self, "values", as_float32(self.values, "DistributedVector: values"))
+        object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
         object.__setattr__(self, "template", known_template(self.template))
 
     def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
@@ -365,16 +394,17 @@ class DistributedVector:
         path = Path(path)
         tensors, header = read_tensors(path, DISTRIBUTED_FORMAT)
         try:
-            mark = Fingerprint.from_json(json.dumps(header["fingerprint"]))
+            mark = Fingerprint.from_fields(header["fingerprint"])
             values = tensors["values"]
-            if values.ndim != 3 or len(values) != mark.n_layers or not bool(torch.isfinite(values).all()):
-                raise ValueError(f"expected finite numbers [{mark.n_layers} head d_head], got {list(values.shape)}")
+            if values.ndim != 3 or values.shape[:2] != (mark.n_layers, mark.n_heads):
+                said = f"[{mark.n_layers} {mark.n_heads} d_head]"
+                raise ValueError(f"expected numbers {said}, got {list(values.shape)}")
             loaded = cls(
-                values=values,
-                heads=tuple(as_heads(((int(i), int(k)) for i, k in header["heads"]), *values.shape[:2])),
-                relation=str(header["relation"]),
+                values=as_float32(values, "values"),
+                heads=tuple(as_heads(as_list(header["heads"], "heads"), mark.n_layers, mark.n_heads)),
+                relation=as_text(header["relation"], "relation"),
                 fingerprint=mark,
-                kind=str(header["kind"]),
+                kind=as_text(header["kind"], "kind"),
                 template=template_from(header, template),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +35,6 @@ from fvlens.relations import (
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published sets are not in this checkout's ../shared")
 LIBRARY = [load_relation(name) for name in list_relations()]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def relation(name, family, domain, pairs):
@@ -373,13 +370,13 @@ def test_bad_bats_folders_are_refused(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no file gone.txt; expected a set of analogies"):
+    with pytest.raises(ValueError, match=r"no set of analogies at .*gone\.txt\."):
         read_google(tmp_path / "gone.txt")
-    with pytest.raises(ValueError, match="is not a file that can be read"):
+    with pytest.raises(ValueError, match=r"no set of analogies at .*\. It is a folder; give the name of a file\."):
         read_google(tmp_path)
     path = tmp_path / "latin.txt"
     path.write_bytes(b": x\ncaf\xe9 a b c\n")
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(byte 7\)"):
+    with pytest.raises(ValueError, match=r"latin\.txt: expected UTF-8 text, but byte 7 is none"):
         read_google(path)
     quotes = write(tmp_path, "q.csv", "relation,A,B,C,D,D'\n" + "x" * 200_000 + "\n")
     with pytest.raises(ValueError, match=r"q.csv, line 2: field larger than field limit"):

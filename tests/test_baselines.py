@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import WORDS, global_randomness, rows_of
 from checkpoints import hugging_face, save
-from conftest import random_model
+from conftest import random_model, seeded
 from oracle import hf
 from scipy.stats import entropy
 from torch.nn import functional as F
@@ -46,10 +46,6 @@ from fvlens.training._loop import Training
 from fvlens.training._lora import why_not_low_rank
 
 N_TRAIN = 12
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -776,7 +772,7 @@ def test_the_table_can_be_drawn(table, unchecked):
         table.plot("norm")
 
 
-def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
+def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -788,6 +784,11 @@ def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch):
         assert torch.equal(ours.evaluation.ranks, theirs.evaluation.ranks)
         assert torch.equal(ours.collateral.divergences, theirs.collateral.divergences)
         assert ours.collateral.interval == theirs.collateral.interval
+    page, values = part.save(tmp_path)
+    assert "Interrupted: the methods that are not here were not reached." in page.read_text(encoding="utf-8")
+    assert not pd.read_csv(values).complete.any()
+    assert "complete" not in table.to_dataframe() and "Interrupted" not in table.describe()
+    assert "interrupted" in part.plot().layout.title.text
     monkeypatch.setattr(_compare, "evaluate_adapted", stop)
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)

@@ -93,6 +93,8 @@ def test_each_file_of_a_folder_is_a_cache(tiny, generator, tmp_path, tiny_bounds
             assert torch.equal(part["z", 1], cache.select(prompts=rows)["z", 1])
             assert torch.equal(part.mask, cache.mask[rows]) and torch.equal(part.columns, cache.columns[rows])
             assert part.prompts.texts == prompts.texts[rows]
+            assert part.part == (rows.start, 7) and repr(part).endswith(f"from prompt {rows.start} on of 7 that ran)")
+            assert part.select(prompts=[0, 1][: len(part) - 1] or [0, 0]).part is None
         assert start == 7
 
 
@@ -284,13 +286,27 @@ def test_damaged_metadata_and_tensors_are_refused(tiny, generator, tmp_path, unc
             rf"damaged metadata \(KeyError: '{key}'\)", prompts={k: v for k, v in good["prompts"].items() if k != key}
         )
     refused("sites: no site named 'zz'", sites=["zz", "pattern"])
-    refused(r"damaged metadata \(TypeError", sites=3)
+    refused("sites: expected a list, got 3", sites=3)
+    refused("layers: expected a whole number, got 2.0", layers=[0, 2.0])
+    refused("layers: expected a whole number, got False", layers=[False, 2])
+    refused("positions: expected a whole number, got '-1'", positions=["-1"])
+    refused("n_places: expected a whole number, got '1'", n_places="1")
+    refused(r"n_places: expected \d+, got 99", n_places=99)
+    refused("words: expected a text, got 5", words=good["words"] | {"5": 5})
+    refused("words: expected ids of tokens, got '05'", words=good["words"] | {"05": "x"})
+    refused("part: expected a whole number, got 0.0", part=[0.0, 9])
+    refused("part: 8 prompts from prompt 3 on are not a part of 9", part=[3, 9])
+    refused("n_shots: expected a whole number, got '1'", prompts=good["prompts"] | {"n_shots": "1"})
+    refused("labels: expected a text, got ", prompts=good["prompts"] | {"labels": ["true"]})
+    shown = [{}, *good["prompts"]["demonstrations"][1:]]
+    refused("demonstrations: expected a list, got {}", prompts=good["prompts"] | {"demonstrations": shown})
+    refused("relation: expected a text, got None", prompts=good["prompts"] | {"relation": None})
     refused(r"layers: expected different layers out of \[0, 1, 2\], got \[0, 3\]", layers=[0, 3])
     refused(r"'pattern' has shape \[2, 8, 4, \d+, \d+\]; expected \[3, 8, 4,|'z' has shape", layers=[0, 1, 2])
     refused("positions='first'; expected one of last", positions="first")
     refused(r"'z' has shape \[2, 8, \d+, 4, 8\]; expected \[2, 8, 1, 4, 8\]", positions=[-1])
     refused("expected different indices counted from the right", positions=[-1000])
-    refused(r"damaged metadata \(TypeError", positions=7)
+    refused("positions: expected a list, got 7", positions=7)
     refused("fingerprint: expected the fields", fingerprint={"name": "x"})
     refused("the prompts hash to .*, but 0123 were cached", data_hash="0123")
     refused(r"damaged metadata \(AttributeError", words=[1])
@@ -298,7 +314,7 @@ def test_damaged_metadata_and_tensors_are_refused(tiny, generator, tmp_path, unc
     refused(r"damaged metadata \(TypeError", prompts=3)
     refused("labels='wrong'; expected one of true, permuted", prompts=good["prompts"] | {"labels": "wrong"})
     refused("expected as many queries, demonstrations, texts", prompts=good["prompts"] | {"texts": ["a"]})
-    refused("not enough values to unpack", prompts=good["prompts"] | {"queries": [["a"]] * 8})
+    refused(r"queries: expected a pair of two words, got \['a'\]", prompts=good["prompts"] | {"queries": [["a"]] * 8})
     template = good["prompts"]["template"] | {"more": "text"}
     refused(
         "expected a template as an object with name, demonstration", prompts=good["prompts"] | {"template": template}
@@ -319,6 +335,7 @@ def test_damaged_metadata_and_tensors_are_refused(tiny, generator, tmp_path, unc
     )
     refused("expected tokens, their mask and their classes of one shape", with_tensor("prompts.tokens", tokens[:, 1:]))
     refused("expected as many queries", with_tensor("prompts.tokens", tokens[1:]))
+    refused(r"expected prompts.tokens as ids of \d+ tokens, got", with_tensor("prompts.tokens", tokens + 10_000))
     for name in ("attention_mask", "token_classes"):
         refused("expected a mask of 0 and 1, and known classes", with_tensor(f"prompts.{name}", tokens + 9))
     write_tensors(path, tensors, good, _file.FORMAT)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import ARCHITECTURES, WORDS, build
-from conftest import random_model
+from conftest import random_model, seeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
@@ -50,10 +50,6 @@ DEMONSTRATIONS = tuple(
         ("up", "down"),
     ]
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def steering(model, tensors, **attributes):
@@ -580,6 +576,8 @@ def test_an_interrupted_layer_and_scale_sweep_keeps_finished_queries(tiny, monke
     part = layer_scale_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
     assert not part.complete and part.best.n == 2 and not part.at_scale(1).complete
     assert torch.equal(part.at(1, 2).ranks, whole.at(1, 2).ranks[:2])
+    says_that_it_is_a_part(part)
+    says_that_it_is_a_part(part.at_scale(1))
 
 
 def scored(ranks, probability):
@@ -849,6 +847,14 @@ def test_an_interrupted_sweep_keeps_the_finished_queries(tiny, means, monkeypatc
             part = head_count_sweep(tiny, PAIRS, means, [(0, 0), (1, 1)], 1, generator=seeded(), **options)
     assert part.counts == (1, 2)
     assert not part.complete
+    says_that_it_is_a_part(part)
+    assert "complete" not in whole.to_dataframe() and "interrupted" not in whole.plot().layout.title.text
+
+
+def says_that_it_is_a_part(result):
+    """In its table and in its figure."""
+    assert not result.to_dataframe().complete.any()
+    assert "interrupted" in result.plot().layout.title.text
 
 
 def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
@@ -864,6 +870,8 @@ def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
             found = table()
     assert [row.kind for row in found.rows] == ["no_vector", "vector", "random_vector"]
     assert not found.complete
+    says_that_it_is_a_part(found)
+    assert not found.to_dataframe(single=True).complete.any()
     assert 0 < found.rows[0].evaluations[0].n < len(PAIRS)
     counted = []
     real = scoring.run_prefix
@@ -1020,3 +1028,13 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
     made = generate_answers(tied, pairs, max_new_tokens=2, generator=seeded())
     assert made.raw_texts == (" cold cold",) * 3
     assert made.matches.tolist() == [False] * 3
+
+
+def test_unknown_options_are_refused_with_the_known_ones(tiny):
+    known = "setting, demonstrations, n_shots, template, labels, pool, relation"
+    with pytest.raises(
+        TypeError, match=f"^evaluate: unexpected options colour; expected some of {known}, batch_size, "
+    ):
+        evaluate(tiny, PAIRS, colour="red", generator=seeded())
+    with pytest.raises(TypeError, match=f"^generate_answers: unexpected options path; expected some of {known}\\."):
+        generate_answers(tiny, PAIRS, path="naive", generator=seeded())

@@ -222,6 +222,199 @@ def test_text_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     def denied(*args, **given):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(file), "read_text", denied)
-    with pytest.raises(ValueError, match=r"a.txt: cannot be read \(Permission denied\)\."):
-        files.read_text(file, "list")
+    for place, name in ((files.os, "open"), (type(file), "stat")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, denied)
+            with pytest.raises(ValueError, match=r"a.txt: cannot be read \(Permission denied\)\."):
+                files.read_text(file, "list")
+
+
+# --- text, JSON, tables ---
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"word": ["a,b", "é"], "top1": [0.5, float("nan")]})
+    assert files.write_table(tmp_path / "t.csv", frame).read_bytes() == 'word,top1\n"a,b",0.5\né,\n'.encode()
+    assert files.write_text(tmp_path / "t.txt", "a\r\né\n").read_bytes() == "a\r\né\n".encode()
+    content = {"b": [1, 2.5, None], "a": "é"}
+    path = files.write_json(tmp_path / "t.json", content)
+    assert path.read_bytes() == b'{"b": [1, 2.5, null], "a": "\\u00e9"}\n'
+    assert files.read_json(path, "list") == content
+    assert files.write_json(path, {"a": (1.0, float("nan"))}, indent=1, null_for_nan=True).read_text() == (
+        '{\n "a": [\n  1.0,\n  null\n ]\n}\n'
+    )
+    with pytest.raises(ValueError, match=r"save: t.json: expected finite numbers \(Out of range float values"):
+        files.write_json(path, [float("nan")])
+    one, two = {"a": torch.ones(2), "b": torch.ones(1)}, {"b": torch.ones(1), "a": torch.ones(2)}
+    first = write_tensors(tmp_path / "one", one, {"x": 1, "y": 2}, FORM).read_bytes()
+    assert write_tensors(tmp_path / "two", two, {"y": 2, "x": 1}, FORM).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 1}', "the key 'a' comes twice"),
+        ('[{"b": {"c": 1, "c": 2}}]', "the key 'c' comes twice"),
+        ("[NaN]", "NaN is not a number"),
+        ("[-Infinity]", "-Infinity is not a number"),
+        ("[1e999]", "1e999 is not a number"),
+        ("[" * 100_000, "values lie too deep inside others"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_that_can_mean_two_things_or_nothing_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape("a.json: not a JSON file, or a truncated one (") + ".*") as error:
+        files.read_json(path, "list")
+    assert message in str(error.value)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a.json: not a JSON file, or a truncated one \('utf-8' codec"):
+        files.read_json(path, "list")
+
+
+@pytest.mark.parametrize("reader", [files.read_bytes, files.read_text, files.read_json])
+def test_no_reader_waits_for_a_pipe_or_opens_a_device(tmp_path, reader, monkeypatch):
+    import socket
+
+    os.mkfifo(tmp_path / "pipe")
+    server = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    server.bind("socket")
+    for path in (tmp_path / "pipe", tmp_path / "socket", type(tmp_path)("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path.name}: expected a regular file, got a pipe, a socket or a device"):
+            reader(path, "list")
+    server.close()
+    with pytest.raises(ValueError, match=r"no list at .*\. It is a folder; give the name of a file\."):
+        reader(tmp_path, "list")
+    # exchanged between the look and the opening
+    file = tmp_path / "file"
+    file.write_text("[]")
+    own = os.open
+    monkeypatch.setattr(files.os, "open", lambda path, flags: own(tmp_path / "pipe", flags))
+    with pytest.raises(ValueError, match="file: expected a regular file, got a pipe"):
+        reader(file, "list")
+
+    def gone(path, flags):
+        raise FileNotFoundError(2, "gone")
+
+    monkeypatch.setattr(files.os, "open", gone)
+    with pytest.raises(ValueError, match="no list at"):
+        reader(file, "list")
+
+
+def test_a_disk_that_fails_while_it_is_read_is_told(tmp_path):
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(ValueError, match=r"a: cannot be read \(Input/output error\)"):
+        with files._regular(tmp_path / "a", "list"):
+            raise OSError(5, "Input/output error")
+
+
+def test_tensors_larger_than_expected_are_refused(tmp_path):
+    path = write_tensors(tmp_path / "x", {"x": torch.ones(100)}, {}, FORM)
+    size = path.stat().st_size
+    with pytest.raises(ValueError, match=f"x: expected a vector file of at most 99 bytes, got {size}"):
+        read_tensors(path, FORM, most=99)
+
+
+# --- what is there already ---
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "inner").mkdir()
+    target, link = tmp_path / "inner" / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    files.write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    target.unlink()
+    files.write_text(link, "newer")  # a link that led nowhere
+    assert link.is_symlink() and target.read_text() == "newer"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inner", "link", "target"]
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(ValueError, match="circle is a link that leads in a circle; remove it or choose another name"):
+        files.write_text(circle, "x")
+    (tmp_path / "lost").symlink_to(tmp_path / "none" / "x")
+    with pytest.raises(ValueError, match=r"save: folder .*none does not exist; create it first"):
+        files.write_text(tmp_path / "lost", "x")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o666])
+def test_the_mode_of_a_file_that_is_replaced_is_kept(tmp_path, mode):
+    path = files.write_text(tmp_path / "x", "old")
+    path.chmod(mode)
+    files.write_text(path, "new")
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_only_files_are_replaced(tmp_path):
+    with pytest.raises(ValueError, match=r"save: .* is a folder; give the name of a file in it"):
+        files.write_text(tmp_path, "x")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"save: .*pipe is a pipe, a socket or a device; give the name of a file"):
+        files.write_text(tmp_path / "pipe", "x")
+    with pytest.raises(ValueError, match=r"save: .* cannot be written \(.+\); choose another name"):
+        files.write_text(tmp_path / ("é" * 200), "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+# --- damage ---
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_bytes_that_change_are_refused_or_read_as_the_library_reads_them(tmp_path, data):
+    tensors = {"x": torch.arange(4.0), "y": torch.ones(2, 1, dtype=torch.int8)}
+    whole = bytearray(write_tensors(tmp_path / "x", tensors, {"a": 1}, FORM).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+        if not whole:
+            break
+    (tmp_path / "x").write_bytes(whole)
+    try:
+        found, _ = read_tensors(tmp_path / "x", FORM)
+    except ValueError:
+        return
+    theirs = load_file(tmp_path / "x")
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], theirs[name]) or found[name].isnan().any() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ([1], "not a safetensors file, or a truncated one (the header is no JSON object)"),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "'x' of shape [2] lies in 4 bytes"),
+        (
+            {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+            "a tensor begins at byte 4, but",
+        ),
+        ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "the tensors end at byte"),
+        ({"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}, "unexpected tensors (TypeError: 'x' has"),
+        ({"x": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}, "unexpected tensors (TypeError: 'x' has"),
+        ({"x": 3}, "unexpected tensors (TypeError"),
+        ({"x": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, "unexpected tensors (TypeError"),
+    ],
+)
+def test_tensors_that_do_not_lie_where_they_should_are_refused(tmp_path, told, message):
+    metadata = {"__metadata__": {"format": FORM, "fvlens": "{}"}}
+    text = json.dumps(metadata | told if isinstance(told, dict) else told).encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    for reader in (read_tensors, lambda path, form: TensorFile.open(path, form, "file")):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            reader(tmp_path / "x", FORM)
+        assert str(error.value).startswith("x: ")
+
+
+def test_a_folder_that_takes_no_file_is_told(tmp_path, monkeypatch):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.os, "open", denied)
+    with pytest.raises(ValueError, match=r"save: .*x cannot be written \(Permission denied\); choose another"):
+        files.write_text(tmp_path / "x", "x")

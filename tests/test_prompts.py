@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
@@ -44,10 +45,6 @@ UNEVEN = (
     Pair("early", "late"),
     Pair("big", "small"),
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -626,10 +623,10 @@ def test_what_is_no_template_is_refused(value, message, tmp_path, unchecked):
 
 def test_a_file_that_holds_no_template_is_refused(tmp_path):
     path = tmp_path / "template.json"
-    with pytest.raises(ValueError, match=r"template.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(ValueError, match=r"no template at .*template\.json\."):
         read_template(path)
     path.write_text("{not json", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^template\.json: Expecting property name"):
+    with pytest.raises(ValueError, match=r"^template\.json: not a JSON file, .*Expecting property name"):
         read_template(path)
     path.write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ValueError, match=r"^template\.json: not a JSON file"):

@@ -9,9 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
-from fvlens import Relation, find, universal, universal_heads
+from fvlens import Relation, files, find, universal, universal_heads
 from fvlens.find import relation_effects
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import TEMPLATES, Template
@@ -22,7 +23,7 @@ from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read
 
 NAMES = ("antonym", "capitalised", "plural")
 SMALL = dict(n_shots=4, n_prompts=6, n_corrupted=3, progress=False)
-MARK = Fingerprint("made", "local", "00", 2, 3, 8, 4, 50, "float32", "LN", "one")
+MARK = Fingerprint("made", "local", "00" * 8, 2, 3, 8, 4, 50, "float32", "LN", "one")
 
 
 def always(answer="dog", n_other=0):
@@ -34,7 +35,7 @@ def always(answer="dog", n_other=0):
 
 @pytest.fixture(scope="session")
 def found(model):
-    return universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+    return universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 def made(icl=(0.9, 0.5, 0.4, 0.8), majority=(0.1, 0.5, 0.6, 0.2), aie=None, n=2, **fields):
@@ -79,8 +80,8 @@ def test_majority_baseline_refuses_nothing(pool, wanted):
 @pytest.mark.parametrize("n_other", [0, 10])
 def test_majority_of_a_relation_is_that_of_its_train_pairs_on_its_valid_pairs(model, n_other):
     relation = always(n_other=n_other)
-    found = universal_heads(model, [relation, "plural"], 2, generator=torch.Generator().manual_seed(1), **SMALL)
-    g = torch.Generator().manual_seed(1)
+    found = universal_heads(model, [relation, "plural"], 2, generator=seeded(1), **SMALL)
+    g = seeded(1)
     split = relation.split(g)
     (commonest, _), *_ = Counter(pair.output for pair in split.train).most_common()
     assert commonest == "dog"
@@ -101,7 +102,7 @@ def test_majority_counts_first_tokens_as_the_top1_does(tiny):
     relation = Relation("odd", tuple(Pair(word, f"zzz{word}") for word in words))
     firsts = {tiny.tokenizer(f" {pair.output}", add_special_tokens=False)["input_ids"][0] for pair in relation}
     assert len(firsts) == 1
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     with pytest.raises(ValueError, match=re.escape("odd (0.00 against 1.00)")):
         universal_heads(tiny, [relation], 2, generator=g, **SMALL)
 
@@ -111,7 +112,7 @@ def test_majority_counts_first_tokens_as_the_top1_does(tiny):
 
 def test_effects_and_scores_are_those_of_the_parts(model, found):
     """The same chain from the front's functions, in the documented order of draws."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     relations = [fvlens.load_relation(name) for name in NAMES]
     splits = [relation.split(g) for relation in relations]
     for i, (relation, split) in enumerate(zip(relations, splits, strict=True)):
@@ -135,9 +136,9 @@ def test_effects_and_scores_are_those_of_the_parts(model, found):
 
 
 def test_other_labels_and_template_reach_the_prompts(model):
-    g = torch.Generator().manual_seed(2)
+    g = seeded(2)
     given = universal_heads(model, ["plural"], 2, labels="random", template="arrow", generator=g, **SMALL)
-    h = torch.Generator().manual_seed(2)
+    h = seeded(2)
     split = fvlens.load_relation("plural").split(h)
     common = dict(n_shots=4, template="arrow", relation="plural", generator=h)
     fvlens.evaluate(model, split.valid, setting="icl", demonstrations=split.train, **common)
@@ -151,11 +152,11 @@ def test_other_labels_and_template_reach_the_prompts(model):
 
 def test_same_seed_same_bits_and_the_global_generator_is_left_alone(model, found):
     before = torch.get_rng_state()
-    again = universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+    again = universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again.aie, found.aie)
     relations = [fvlens.load_relation(name) for name in NAMES]  # relations are as good as their names
-    third = universal_heads(model, relations, 4, generator=torch.Generator().manual_seed(1), **SMALL)
+    third = universal_heads(model, relations, 4, generator=seeded(1), **SMALL)
     assert not torch.equal(third.aie, found.aie)
     assert third.relations == found.relations
 
@@ -216,7 +217,7 @@ def test_how_effects_are_computed_is_passed_on(tiny, monkeypatch):
         return original(*args, **given)
 
     monkeypatch.setattr(find, "indirect_effects", spy)
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("plural").split(g)
     _, effects = relation_effects(tiny, split, relation="plural", labels="random", path="naive", generator=g, **SMALL)
     assert seen == [{"progress": False, "path": "naive"}]
@@ -295,13 +296,13 @@ def test_an_interruption_keeps_what_is_finished(model, found, monkeypatch):
 
     monkeypatch.setattr(universal, "relation_effects", interrupted)
     with pytest.warns(UserWarning, match="universal_heads was interrupted: 2 of 3 relations are finished"):
-        part = universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        part = universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
     assert not part.complete
     assert part.relations == NAMES[:2]
     assert torch.equal(part.aie, found.aie[:2])
     calls[:] = ["a", "b"]
     with pytest.raises(KeyboardInterrupt):
-        universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, monkeypatch):
@@ -310,7 +311,7 @@ def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, m
         find, "indirect_effects", lambda *a, **k: dataclasses.replace(original(*a, **k), complete=False)
     )
     with pytest.raises(KeyboardInterrupt):
-        universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 # --- refusals ---
@@ -336,13 +337,13 @@ def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, m
 )  # fmt: skip
 def test_bad_input_is_refused(unchecked, tiny, relations, n, more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        universal_heads(tiny, relations, n, generator=torch.Generator().manual_seed(0), **(SMALL | more))
+        universal_heads(tiny, relations, n, generator=seeded(), **(SMALL | more))
 
 
 def test_a_relation_too_small_to_split_is_refused_before_anything_runs(tiny):
     five = Relation("five", tuple(Pair(f"a{i}", f"b{i}") for i in range(5)))
     with pytest.raises(ValueError, match=re.escape("split: expected a relation of at least 6 pairs, got 5 in 'five'")):
-        universal_heads(tiny, ["plural", five], 2, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(tiny, ["plural", five], 2, generator=seeded(), **SMALL)
 
 
 # --- files ---
@@ -368,7 +369,7 @@ def test_saving_replaces_a_file_at_once(found, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(universal.os, "replace", broken)
+        patch.setattr(files.os, "replace", broken)
         with pytest.raises(OSError, match="disk full"):
             found.save(path)
     assert path.read_text() == "old"
@@ -405,6 +406,15 @@ def without(name):
         (change(majority=[0.1, 0.1, 0.1, 1e39]), "majority holds NaN or infinite values."),
         (change(majority=[1.0] * 4), "the model beats the majority label on none of the 4 relations"),
         (change(fingerprint={"name": "x"}), "damaged field 'fingerprint' (fingerprint: expected the fields"),
+        (
+            change(majority=[0.1, 0.5, 0.6, True]),
+            "'majority' (numbers: expected a finite number, got True",
+        ),
+        (change(majority=[0.1, 0.5, 0.6, -0.1]), "majority: expected numbers of at least 0, got -0.1."),
+        (change(icl_top1=[0.9, 0.5, 0.4, 1.5]), "icl_top1: expected shares of at most 1, got 1.5."),
+        (change(relations=["r0", "r0", "r2", "r3"]), "expected each relation once, got r0, r0, r2, r3."),
+        (change(labels="wrong"), "labels='wrong'; expected one of permuted, random."),
+        (change(n_shots=0), "n_shots: expected at least 1, got 0."),
         (change(heads=[[0, 0], [0, 1]]), "the heads do not follow from the effects beside them"),
     ],
 )
@@ -436,11 +446,28 @@ def test_files_that_are_no_json_are_refused(tiny, tmp_path, data, message):
 
 def test_missing_files_and_folders_are_refused(tiny, tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        message = re.escape(f"{path}: cannot be read (") + ".*" + re.escape("); expected a JSON file.")
+        message = re.escape(f"no file of heads at {path}.")
         with pytest.raises(ValueError, match=message):
             UniversalHeads.load(path)
         with pytest.raises(ValueError, match=message):
             read_heads(path, tiny)
+
+
+def test_a_set_of_a_part_of_the_relations_says_so_in_its_file_and_when_it_is_read(tiny, tmp_path):
+    mark = fingerprint(tiny)
+    aie = np.random.default_rng(0).normal(size=(4, mark.n_layers, mark.n_heads))
+    part = made(aie=aie, complete=False, fingerprint=mark)
+    path = part.save(tmp_path / "heads.json")
+    assert json.loads(path.read_text())["complete"] is False
+    said = r"heads\.json: the search for these heads was interrupted after 4 relations, .* find them again"
+    with pytest.warns(UserWarning, match=said):
+        assert not UniversalHeads.load(path).complete
+    with pytest.warns(UserWarning, match=said):
+        given = read_heads(path, tiny)
+    assert "; the search for these heads was interrupted after 4 relations" in given.note
+    assert set(part.to_dataframe()["complete"]) == {False} and "complete" not in made().to_dataframe()
+    assert "interrupted" in part.plot().layout.title.text
+    assert made().remark == ""
 
 
 def test_a_set_of_another_model_is_refused(tiny, found, tmp_path):

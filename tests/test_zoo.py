@@ -6,25 +6,23 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fvlens.files import read_tensors, write_tensors
 from fvlens.models import embedded_folder
 from fvlens.prompts import TEMPLATES, render_prompts
 from fvlens.relations import Pair, Relation, library_words, list_relations, load_relation
 from fvlens.zoo import build
-from fvlens.zoo.build import Trainee, learning_rate, train
+from fvlens.zoo.build import CHECKPOINT_FORMAT, Trainee, learning_rate, train
 from fvlens.zoo.recipe import BOS, Recipe, SequenceSampler, train_tokenizer
 
 NAMES = ("country-capital", "country-currency", "verb-past", "verb-german", "plural")
 RELATIONS = [load_relation(name) for name in NAMES]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +427,28 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     train_tiny(tmp_path, dataclasses.replace(TINY, steps=2))
     with pytest.raises(ValueError, match=r"belongs to another recipe \(it differs in steps, lr\); give another folder"):
         train_tiny(tmp_path, dataclasses.replace(TINY, lr=1.0))
+
+
+def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path):
+    recipe = dataclasses.replace(TINY, steps=2)
+    train_tiny(tmp_path, recipe)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, header = read_tensors(path, CHECKPOINT_FORMAT)
+    for changes, message in (
+        ({"step": 3}, r"checkpoint.safetensors: step: expected 0\.\.2, got 3"),
+        ({"step": "2"}, "checkpoint.safetensors: step: expected a whole number, got '2'"),
+        ({"recipe": None}, r"is damaged \(AttributeError: .*\); remove it to start again"),
+    ):
+        write_tensors(path, tensors, header | changes, CHECKPOINT_FORMAT)
+        with pytest.raises(ValueError, match=message):
+            train_tiny(tmp_path, recipe)
+    fewer = {name: tensor for name, tensor in tensors.items() if name != "generator"}
+    write_tensors(path, fewer, header, CHECKPOINT_FORMAT)
+    with pytest.raises(ValueError, match=r"is damaged \(KeyError: 'generator'\); remove it to start again"):
+        train_tiny(tmp_path, recipe)
+    save_file(tensors, path, metadata={"step": "2", "recipe": "{}"})  # as fvlens 0.1 wrote it
+    with pytest.raises(ValueError, match=r"train: .* not written by fvlens .* Remove the checkpoint to start again"):
+        train_tiny(tmp_path, recipe)
 
 
 def test_a_resumed_run_gives_the_bits_of_one_never_stopped(uninterrupted, tmp_path, monkeypatch):

@@ -46,6 +46,8 @@ class ActivationCache:
         max_memory: bytes that reading may take.
         store: the numbers.
         rows: which prompts of the store these are.
+        part: of a file that holds a slice of the prompts that ran, the slice's first prompt and how many ran; else
+            None.
     """
 
     sites: tuple[str, ...]
@@ -59,6 +61,7 @@ class ActivationCache:
     max_memory: int
     store: Store
     rows: tuple[int, ...]
+    part: tuple[int, int] | None = None
 
     # -- shape --------------------------------------------------------------------------------------------------------
 
@@ -71,7 +74,11 @@ class ActivationCache:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{site} {list(self.shape(site))}" for site in self.sites)
         place = f"in {len(self.store.files)} files" if self.store.files else "in memory"
-        return f"ActivationCache({shapes}, {self.dtype}, {self.n_bytes} bytes {place}, model {self.fingerprint.name!r})"
+        whole = "" if self.part is None else f", from prompt {self.part[0]} on of {self.part[1]} that ran"
+        return (
+            f"ActivationCache({shapes}, {self.dtype}, {self.n_bytes} bytes {place}, model {self.fingerprint.name!r}"
+            f"{whole})"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,6 +194,7 @@ class ActivationCache:
             columns=self.columns[index],
             mask=self.mask[index],
             rows=tuple(self.rows[i] for i in index),
+            part=self.part if len(index) == len(self) else None,
         )
 
     def value(

@@ -1,7 +1,7 @@
 """Caches in files: one safetensors file each, with everything but the numbers and the tokens in its header."""
 
 import dataclasses
-import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from fvlens.activations._sites import SITES, as_layers, as_sites
 from fvlens.activations._store import Store, memory_bound
 from fvlens.files import Pieces, TensorFile, write_tensors
 from fvlens.models import Fingerprint
-from fvlens.prompts import LABELS, Prompts, Template, TokenClass
-from fvlens.relations import Pair
+from fvlens.prompts import LABELS, PAD_ANSWER, Prompts, Template, TokenClass
+from fvlens.relations import as_pair
+from fvlens.types import as_list, as_text, as_texts, as_whole
 
 FORMAT = "fvlens-activations-1"
 WHAT = "activation cache"
@@ -42,6 +43,8 @@ def save(cache: ActivationCache, path: Path) -> Path:
         "prompts": _prompts_header(cache.prompts),
         "data_hash": cache.prompts.data_hash,
     }
+    if cache.part is not None:
+        header["part"] = list(cache.part)
     return write_tensors(path, tensors, header, FORMAT)
 
 
@@ -71,22 +74,26 @@ def load(path: Path, max_memory: int | None) -> ActivationCache:
 
 def _cache_of(file: TensorFile, bound: int) -> ActivationCache:
     header = file.header
-    sites = as_sites([str(site) for site in header["sites"]])
-    mark = Fingerprint.from_json(json.dumps(header["fingerprint"]))
-    layers = as_layers([int(layer) for layer in header["layers"]], range(mark.n_layers))
+    sites = as_sites(as_texts(header["sites"], "sites"))
+    mark = Fingerprint.from_fields(header["fingerprint"])
+    listed = [as_whole(layer, "layers", -sys.maxsize) for layer in as_list(header["layers"], "layers")]
+    layers = as_layers(listed, range(mark.n_layers))
     expected = {*sites, *(f"prompts.{name}" for name in _PROMPT_TENSORS)}
     if set(file.entries) != expected:
         raise ValueError(f"expected the tensors {', '.join(sorted(expected))}, got {sorted(file.entries)}.")
-    prompts = _prompts_of(file, header["prompts"])
+    prompts = _prompts_of(file, header["prompts"], mark.d_vocab)
     if prompts.data_hash != header["data_hash"]:
         raise ValueError(f"the prompts hash to {prompts.data_hash}, but {header['data_hash']} were cached.")
-    named = header["positions"]
-    asked = named if named is None or isinstance(named, str) else [int(i) for i in named]
-    places = find_places(prompts, asked, int(header["n_places"]))
+    asked = header["positions"]
+    if asked is not None and not isinstance(asked, str):
+        asked = [as_whole(i, "positions", -sys.maxsize) for i in as_list(asked, "positions")]
+    places = find_places(prompts, asked, as_whole(header["n_places"], "n_places", 1))
     dtypes = {file.entries[site].dtype for site in sites}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         raise ValueError(f"expected activations of one floating dtype, got {', '.join(map(str, dtypes))}.")
     shapes = {site: _shape_of(file, site, len(layers), len(prompts), places, prompts, mark) for site in sites}
+    if places.columns.shape[1] != header["n_places"]:
+        raise ValueError(f"n_places: expected {places.columns.shape[1]}, got {header['n_places']}.")
     return ActivationCache(
         sites=sites,
         layers=layers,
@@ -95,11 +102,28 @@ def _cache_of(file: TensorFile, bound: int) -> ActivationCache:
         columns=places.columns,
         mask=places.mask,
         fingerprint=mark,
-        words={int(token): str(text) for token, text in header["words"].items()},
+        words={_token(token): as_text(text, "words") for token, text in header["words"].items()},
         max_memory=bound,
         store=Store(layers, shapes, dtypes.pop(), [(len(prompts), file)]),
         rows=tuple(range(len(prompts))),
+        part=_part_of(header.get("part"), len(prompts)),
     )
+
+
+def _token(text: str) -> int:
+    token = int(text)
+    if str(token) != text:
+        raise ValueError(f"words: expected ids of tokens, got {text!r}.")
+    return token
+
+
+def _part_of(given: Any, n_prompts: int) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    first, total = (as_whole(number, "part") for number in as_list(given, "part"))
+    if first + n_prompts > total:
+        raise ValueError(f"part: {n_prompts} prompts from prompt {first} on are not a part of {total}.")
+    return first, total
 
 
 def _shape_of(
@@ -138,7 +162,7 @@ def _prompts_header(prompts: Prompts) -> dict[str, Any]:
     }
 
 
-def _prompts_of(file: TensorFile, header: dict[str, Any]) -> Prompts:
+def _prompts_of(file: TensorFile, header: dict[str, Any], d_vocab: int) -> Prompts:
     tensors = {}
     for name in _PROMPT_TENSORS:
         entry = file.entries[f"prompts.{name}"]
@@ -154,20 +178,23 @@ def _prompts_of(file: TensorFile, header: dict[str, Any]) -> Prompts:
     classes = {int(kind) for kind in tensors["token_classes"].unique()}
     if not {int(bit) for bit in tensors["attention_mask"].unique()} <= {0, 1} or not classes <= set(TokenClass):
         raise ValueError("expected a mask of 0 and 1, and known classes of tokens.")
-    if header["labels"] not in LABELS:
+    for name, least in (("tokens", 0), ("answer_tokens", PAD_ANSWER)):
+        ids = tensors[name]
+        # as Python's whole numbers: a damaged d_vocab may be larger than any that a tensor holds
+        if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < d_vocab:
+            raise ValueError(f"expected prompts.{name} as ids of {d_vocab} tokens, got {int(ids.min())}..{ids.max()}.")
+    if as_text(header["labels"], "labels") not in LABELS:
         raise ValueError(f"labels={header['labels']!r}; expected one of {', '.join(LABELS)}.")
     return Prompts(
         **tensors,
-        queries=tuple(_pair(pair) for pair in header["queries"]),
-        demonstrations=tuple(tuple(_pair(pair) for pair in shown) for shown in header["demonstrations"]),
+        queries=tuple(as_pair(pair, "queries") for pair in as_list(header["queries"], "queries")),
+        demonstrations=tuple(
+            tuple(as_pair(pair, "demonstrations") for pair in as_list(shown, "demonstrations"))
+            for shown in as_list(header["demonstrations"], "demonstrations")
+        ),
         labels=header["labels"],
-        n_shots=int(header["n_shots"]),
+        n_shots=as_whole(header["n_shots"], "n_shots"),
         template=Template.from_json(header["template"]),
-        relation=str(header["relation"]),
-        texts=tuple(str(text) for text in header["texts"]),
+        relation=as_text(header["relation"], "relation"),
+        texts=as_texts(header["texts"], "texts"),
     )
-
-
-def _pair(given: Any) -> Pair:
-    first, second = given
-    return Pair(str(first), str(second))

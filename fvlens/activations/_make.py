@@ -124,6 +124,7 @@ def activation_cache(
             max_memory=bound,
             store=store,
             rows=tuple(range(len(index))),
+            part=None if len(index) == n else (index[0], n),
         )
 
     words = _words(model, prompts)

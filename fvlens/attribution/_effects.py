@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.activations import Positions
+from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval, spearman, top_k_overlap
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template, get_template
@@ -356,7 +357,7 @@ class IndirectEffects:
             for i, (its_layer, its_head) in enumerate(self.recheck.heads):
                 exact[:, its_layer, its_head] = self.recheck.cie[:, i]
             columns["exact_cie"] = exact.flatten().numpy()
-        return pd.DataFrame(columns)
+        return marked(pd.DataFrame(columns), self.complete)
 
     def plot(self, *, n_top: int = 10) -> "go.Figure":
         """Heatmap of the AIE, layer by head, the ``n_top`` best heads outlined; of a screen, its mean scores by name.
@@ -381,7 +382,7 @@ class IndirectEffects:
             self.aie,
             stderr=self.stderr,
             outlined=[head for head in self.ranking[:n_top] if head not in left_out],
-            title=f"{_names(self.method)[0]}, {self.relation or 'custom pairs'} ({what})",
+            title=titled(f"{_names(self.method)[0]}, {self.relation or 'custom pairs'} ({what})", self.complete),
             colorbar_title=self.score,
             outlined_label="top heads" if self.recheck is None else "top heads (rechecked exactly first)",
             hover=hover,

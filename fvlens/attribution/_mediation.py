@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from fvlens.activations import HeadMeans, Positions, position_mask
 from fvlens.attribution._effects import METHODS, IndirectEffects, Method, Recheck
+from fvlens.interruption import keeping
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import fingerprint, model_device
@@ -253,13 +254,12 @@ def _gradient_path(model: Any, path: Route | None) -> Route:
 def _gathered(batches: Iterable[tuple[Tensor, Tensor]], n_prompts: int) -> tuple[Tensor, Tensor, int]:
     """All batches, and the size of the largest; if interrupted, those that are finished."""
     found: list[tuple[Tensor, Tensor]] = []
-    try:
+
+    def n_done() -> int:
+        return sum(len(baseline) for _, baseline in found)
+
+    with keeping(n_done, n_prompts, "indirect_effects", "prompts are finished", stacklevel=3):
         found.extend(batches)
-    except KeyboardInterrupt:
-        if not found:
-            raise
-        done = sum(len(baseline) for _, baseline in found)
-        warnings.warn(f"indirect_effects was interrupted: {done} of {n_prompts} prompts are finished.", stacklevel=3)
     effects, baselines = zip(*found, strict=True)
     return torch.cat(effects), torch.cat(baselines), max(map(len, baselines))
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._map import MAPS, SCORES, CompositeMap, FitHistory, Map, ScoreKind, Seen, check_choice
 from fvlens.composition._queries import (
-    SETTINGS,
+    ANALOGY_SETTINGS,
+    AnalogySetting,
     Queries,
-    Setting,
     SourceScores,
     given_or_scored,
     shown_pairs,
@@ -108,7 +108,7 @@ def fit_composite(
     valid: Sequence[Analogy] = (),
     scores: ScoreKind = "log_probability",
     rule: str = "softmax",
-    setting: Setting = "zero_shot",
+    setting: AnalogySetting = "zero_shot",
     rank: int | None = None,
     learn_strength: bool = False,
     l2: float | None = None,
@@ -188,7 +188,7 @@ def fit_composite(
         Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
     """
     for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
-                               ("setting", setting, SETTINGS)):  # fmt: skip
+                               ("setting", setting, ANALOGY_SETTINGS)):  # fmt: skip
         check_choice(name, value, known)
     l2 = (3e-3 if map == "transfer" else 1e-4) if l2 is None else l2
     for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):

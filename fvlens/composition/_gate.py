@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.composition._queries import Setting
+from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting
 from fvlens.files import read_tensors, write_tensors
+from fvlens.types import as_list, as_number
 
 GATE_FORMAT = "fvlens-gate-1"
 GateKind = Literal["logistic", "threshold", "learned"]
@@ -41,13 +42,19 @@ class Gate:
     kind: GateKind
     slopes: tuple[float, ...]
     offset: float
-    setting: Setting
+    setting: AnalogySetting
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:
             raise ValueError(f"Gate: kind={self.kind!r}; expected one of {', '.join(GATES)}.")
         if len(self.slopes) != len(SIGNALS):
             raise ValueError(f"Gate: expected {len(SIGNALS)} slopes ({', '.join(SIGNALS)}), got {len(self.slopes)}.")
+        if self.setting not in ANALOGY_SETTINGS:
+            raise ValueError(f"Gate: setting={self.setting!r}; expected one of {', '.join(ANALOGY_SETTINGS)}.")
+        named = zip(self.slopes, SIGNALS, strict=True)
+        slopes = tuple(as_number(slope, f"Gate: slope of {name}") for slope, name in named)
+        object.__setattr__(self, "slopes", slopes)
+        object.__setattr__(self, "offset", as_number(self.offset, "Gate: offset"))
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Gate":
@@ -56,8 +63,8 @@ class Gate:
         Raises:
             KeyError, TypeError, ValueError: they are none.
         """
-        slopes = tuple(float(slope) for slope in header["slopes"])
-        return cls(header["kind"], slopes, float(header["offset"]), header["setting"])
+        slopes = tuple(as_list(header["slopes"], "slopes"))
+        return cls(header["kind"], slopes, header["offset"], header["setting"])
 
     def save(self, path: str | Path) -> Path:
         """Write the gate to one file, all of it in the header. Replaces an existing file at once."""

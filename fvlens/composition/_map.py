@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fvlens.composition._gate import Gate
 from fvlens.composition._queries import (
-    SETTINGS,
-    Setting,
+    ANALOGY_SETTINGS,
+    AnalogySetting,
     source_scores,
 )
 from fvlens.composition._rules import RULES, weights_by
@@ -21,7 +21,8 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair
 from fvlens.training import TrainingState, VectorSet
-from fvlens.vectors import FunctionVector
+from fvlens.types import as_list, as_number, as_texts
+from fvlens.vectors import FunctionVector, as_float32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,6 +110,17 @@ class FitHistory:
     valid_loss: tuple[float, ...]
     valid_top1: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("train_loss", "valid_loss", "valid_top1"):
+            curve = getattr(self, name)
+            if not isinstance(curve, tuple) or not all(type(value) is float for value in curve):
+                raise ValueError(f"FitHistory: {name}: expected a tuple of floats, got {curve!r}.")
+            if len(curve) != len(self.train_loss):
+                raise ValueError(
+                    f"FitHistory: expected curves of one length, got {len(self.train_loss)} values of train_loss and "
+                    f"{len(curve)} of {name}."
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class CompositeMap:
@@ -141,7 +153,7 @@ class CompositeMap:
     strength: float = 1.0
     scores: ScoreKind = "log_probability"
     rule: str = "softmax"
-    setting: Setting = "zero_shot"
+    setting: AnalogySetting = "zero_shot"
     template: Template | str = "qa"
     gates: tuple[Gate, ...] = ()
     seen: Seen = field(default_factory=Seen)
@@ -167,7 +179,12 @@ class CompositeMap:
         check_choice("map", self.map, MAPS)
         check_choice("scores", self.scores, SCORES)
         check_choice("rule", self.rule, tuple(RULES))
-        check_choice("setting", self.setting, SETTINGS)
+        check_choice("setting", self.setting, ANALOGY_SETTINGS)
+        for name in ("matrix", "shift", "transfer"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, as_float32(values, f"CompositeMap: {name}"))
+        object.__setattr__(self, "strength", as_number(self.strength, "CompositeMap: strength"))
         object.__setattr__(self, "template", get_template(self.template))
         gated = [gate.setting for gate in self.gates]
         if len(set(gated)) < len(gated):
@@ -179,7 +196,7 @@ class CompositeMap:
         basis: VectorSet,
         *,
         template: Template | str | None = None,
-        setting: Setting = "zero_shot",
+        setting: AnalogySetting = "zero_shot",
         pairs: Sequence[Pair | tuple[str, str]] = (),
     ) -> "CompositeMap":
         """No map: weights are the softmax of the scores. ``pairs`` are those that the basis was trained on."""
@@ -188,7 +205,7 @@ class CompositeMap:
         seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in pairs))
         return cls(basis, "none", torch.eye(n), torch.zeros(n), setting=setting, template=template, seen=seen)
 
-    def gate(self, setting: Setting) -> Gate | None:
+    def gate(self, setting: AnalogySetting) -> Gate | None:
         """The gate for these prompts, if there is one."""
         return next((gate for gate in self.gates if gate.setting == setting), None)
 
@@ -289,16 +306,19 @@ class CompositeMap:
         path = FilePath(path)
         tensors, header = read_tensors(path, MAP_FORMAT)
         try:
-            pairs = frozenset((str(a), str(b)) for a, b in header["seen"]["pairs"])
+            seen = header["seen"]
             loaded = cls(
                 basis=VectorSet.from_header(tensors["basis"], header, template),
                 matrix=tensors["matrix"],
                 shift=tensors["shift"],
                 transfer=tensors.get("transfer"),
-                seen=Seen(frozenset(map(str, header["seen"]["relations"])), pairs),
-                gates=tuple(Gate.from_header(gate) for gate in header["gates"]),
+                seen=Seen(
+                    frozenset(as_texts(seen["relations"], "seen relations")),
+                    frozenset(map(_pair, as_list(seen["pairs"], "seen pairs"))),
+                ),
+                gates=tuple(Gate.from_header(gate) for gate in as_list(header["gates"], "gates")),
                 complete=bool(header.get("complete", True)),  # version 0.1 saved no other
-                history=FitHistory(**{name: tuple(map(float, c)) for name, c in header["history"].items()}),
+                history=FitHistory(**{name: tuple(as_list(curve, name)) for name, curve in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
                 template=template_or(template_from(header, template)),
             )
@@ -310,6 +330,13 @@ class CompositeMap:
 
 
 _PLAIN = ("map", "strength", "scores", "rule", "setting")
+
+
+def _pair(given: Any) -> tuple[str, str]:
+    pair = as_texts(given, "seen pairs")
+    if len(pair) != 2:
+        raise ValueError(f"seen pairs: expected two words, got {list(pair)}.")
+    return pair[0], pair[1]
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

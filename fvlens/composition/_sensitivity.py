@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from fvlens.composition._evaluate import Unseen, evaluate_analogies
 from fvlens.composition._fit_map import fit_composite
 from fvlens.composition._map import CompositeMap
-from fvlens.composition._queries import Setting
+from fvlens.composition._queries import AnalogySetting
 from fvlens.find import finished
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
@@ -63,7 +63,7 @@ class BasisStudy:
     changes: tuple[Change, ...]
     references: dict[str, float]
     n_analogies: int
-    setting: Setting
+    setting: AnalogySetting
 
     def __getitem__(self, name: str) -> Change:
         """A change by its name.
@@ -115,7 +115,7 @@ def basis_study(
     noise: Sequence[float] = (0.25,),
     remove: Sequence[str] = ("family", "domain"),
     n_repeats: int = 3,
-    setting: Setting = "zero_shot",
+    setting: AnalogySetting = "zero_shot",
     epochs: int = 20,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,

@@ -1,8 +1,10 @@
 """Which model something was made on: shape, precision, and a hash of all weights."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,8 +14,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from fvlens.files import parse_json
 from fvlens.models._looks import of_weights
 from fvlens.models._tokenizer import bos_token_id
+from fvlens.types import as_text, as_whole
+
+INFORMATIVE = ("name", "revision", "source", "backend")
+"""Fields that say where a model came from, not which one it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,10 @@ class Fingerprint:
         dtype: precision of the parameters.
         normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
         bos: ``"one"`` if prompts start with one BOS token, ``"none"`` if the tokenizer has none.
+        source: what :func:`load_model` was given, a name or a folder as it was written; empty for a model that it did
+            not load, and in files of fvlens 0.1 (informative, not compared).
+        backend: the class that held the model, ``"hooked"`` or ``"bridge"``; empty as ``source`` (informative, not
+            compared).
     """
 
     name: str
@@ -41,11 +52,25 @@ class Fingerprint:
     dtype: str
     normalization: str
     bos: str
+    source: str = dataclasses.field(default="", compare=False)
+    backend: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", "source", "backend"):
+            as_text(getattr(self, name), f"fingerprint: {name}")
+        for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
+            as_whole(getattr(self, name), f"fingerprint: {name}", 1)
+        if not re.fullmatch("[0-9a-f]{16}", self.weights):
+            raise ValueError(f"fingerprint: weights: expected 16 hex digits, got {self.weights!r}.")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"fingerprint: dtype: expected the name of a precision of torch, got {self.dtype!r}.")
+        if self.bos not in ("one", "none"):
+            raise ValueError(f"fingerprint: bos={self.bos!r}; expected one or none.")
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
         mine, theirs = asdict(self), asdict(other)
-        compared = [key for key in mine if key not in ("name", "revision")]
+        compared = [key for key in mine if key not in INFORMATIVE]
         return [f"{key}: {mine[key]} / {theirs[key]}" for key in compared if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
@@ -57,15 +82,26 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields.
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields (``source`` and ``backend``
+                may be missing), or a field is not what it should be.
         """
         try:
-            fields = json.loads(text)
+            return cls.from_fields(parse_json(text))
         except json.JSONDecodeError:
-            fields = None
-        expected = set(cls.__slots__)
-        if not isinstance(fields, dict) or set(fields) != expected:
-            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {text[:80]!r}.")
+            return cls.from_fields(text)
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> "Fingerprint":
+        """The fingerprint of these fields, as a file holds them.
+
+        Raises:
+            ValueError: as for :meth:`from_json`.
+        """
+        known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
+        needed = {name for name, is_needed in known.items() if is_needed}
+        if not isinstance(fields, dict) or not needed <= set(fields) <= set(known):
+            got = json.dumps(fields, default=repr)
+            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(known))}, got {got[:80]!r}.")
         return cls(**fields)
 
 
@@ -77,11 +113,15 @@ class Origin:
         weights: hash of the Hugging Face model's parameters, the same whatever class holds them.
         parameters: hash of the loaded model's own parameters, to tell later whether they are still those.
         revision: commit or revision on the hub, or ``"local"``.
+        source: what :func:`load_model` was given.
+        backend: the class that holds the model.
     """
 
     weights: str
     parameters: str
     revision: str
+    source: str
+    backend: str
 
 
 ORIGIN = "_fvlens_origin"
@@ -126,6 +166,8 @@ def describe(model: Any, own: str) -> Fingerprint:
         dtype=str(cfg.dtype).removeprefix("torch."),
         normalization=normalization,
         bos="none" if bos_token_id(model) is None else "one",
+        source="" if origin is None else origin.source,
+        backend="" if origin is None else origin.backend,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from fvlens.files import replacing
+from fvlens.files import write_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -87,7 +87,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
     Raises:
         ValueError: the folder does not exist.
     """
-    return _write(Path(path), render(template, **values))
+    return write_text(Path(path), render(template, **values))
 
 
 def write_figure(path: str | Path, figure: "go.Figure") -> Path:
@@ -103,10 +103,4 @@ def write_figure(path: str | Path, figure: "go.Figure") -> Path:
     Raises:
         ValueError: the folder does not exist.
     """
-    return _write(Path(path), figure.to_html(include_plotlyjs=True, config=_QUIET))
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as file:
-        file.write(text.encode())
-    return path
+    return write_text(Path(path), figure.to_html(include_plotlyjs=True, config=_QUIET, div_id="figure"))

@@ -15,10 +15,12 @@ from typing import Literal
 
 import torch
 
+from fvlens.files import read_text
 from fvlens.relations._library import Pair, Relation
+from fvlens.types import as_text, as_texts
 
-Kind = Literal["near", "far"]
-KINDS = ("near", "far")
+AnalogyKind = Literal["near", "far"]
+ANALOGY_KINDS = ("near", "far")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,20 @@ class Analogy:
     c: str
     d: str
     foils: tuple[str | Pair, ...] = ()
-    kind: Kind | None = None
+    kind: AnalogyKind | None = None
     source: str = ""
     alternatives: tuple[str, ...] = ()
     source_relation: str = ""
     target_relation: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("a", "b", "c", "d", "source", "source_relation", "target_relation"):
+            as_text(getattr(self, name), f"analogy: {name}")
+        as_texts(self.alternatives, "analogy: alternatives")
         blank = [name for name in "abcd" if not getattr(self, name).strip()]
         if blank:
             raise ValueError(f"analogy {self}: {', '.join(blank)} is blank.")
-        if self.kind not in (None, *KINDS):
+        if self.kind not in (None, *ANALOGY_KINDS):
             raise ValueError(f"analogy {self}: kind={self.kind!r}; expected near, far or None.")
         foils = tuple(Pair(*foil) if isinstance(foil, tuple) else foil for foil in self.foils)
         right = {self.d, *self.alternatives, (self.c, self.d)}
@@ -82,7 +87,7 @@ class Analogy:
 def make_analogies(
     relations: Sequence[Relation],
     *,
-    kind: Kind,
+    kind: AnalogyKind,
     n: int | None = None,
     generator: torch.Generator,
     n_foils: int = 3,
@@ -119,7 +124,7 @@ def make_analogies(
         >>> [(analogy.source_relation, analogy.target_relation) for analogy in made]
         [('body-part', 'tool-part'), ('tool-part', 'body-part')]
     """
-    if kind not in KINDS:
+    if kind not in ANALOGY_KINDS:
         raise ValueError(f"make_analogies: kind={kind!r}; expected near or far.")
     if (n is not None and n < 1) or n_foils < 0:
         raise ValueError(f"make_analogies: expected n of at least 1 and n_foils of at least 0, got {n} and {n_foils}.")
@@ -210,15 +215,7 @@ def analogies_within(
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of the lines of a file, without their ends."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"no file {path.name}; expected a set of analogies.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{path.name} is not a file that can be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}).") from None
-    yield from enumerate(text.splitlines(), start=1)
+    yield from enumerate(read_text(path, "set of analogies").splitlines(), start=1)
 
 
 def _complain(path: Path, number: int, expected: str, got: object) -> ValueError:

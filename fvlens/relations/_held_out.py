@@ -5,15 +5,17 @@ connects, (iii) whole families that take part in nothing.
 """
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import torch
 
-from fvlens.relations._library import Relation, Split, list_relations, load_relation
+from fvlens.files import read_json
+from fvlens.relations._library import Relation, Split, as_pair, list_relations, load_relation
+from fvlens.types import as_text, as_texts, as_whole
 
 MIN_DOMAINS = 4
 """A family recurs if it covers at least so many domains; only those take part in far analogies."""
@@ -34,6 +36,14 @@ class HeldOut:
     seed: int
     families: tuple[str, ...]
     domain_pairs: dict[str, tuple[tuple[str, str], ...]]
+
+    def __post_init__(self) -> None:
+        as_whole(self.seed, "HeldOut: seed")
+        as_texts(self.families, "HeldOut: families")
+        for family, pairs in self.domain_pairs.items():
+            as_text(family, "HeldOut: family of domain pairs")
+            for pair in pairs:
+                as_pair(pair, f"HeldOut: domains of {family!r}")
 
     def split(self, relation: Relation) -> Split:
         """Level (i): the relation's split; fitting takes train and validation pairs, evaluation takes test pairs."""
@@ -108,6 +118,6 @@ def held_out() -> HeldOut:
         (True, True)
     """
     file = resources.files("fvlens.relations") / "held_out.json"
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(Path(str(file)), "division for analogies")
     pairs = {family: tuple((a, b) for a, b in found) for family, found in stored["domain_pairs"].items()}
     return HeldOut(stored["seed"], tuple(stored["families"]), pairs)

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+from fvlens.files import read_text
+from fvlens.types import as_text
 
 CATEGORIES = ("morphology", "meaning", "encyclopedic", "translation", "spelling")
 HEADER_KEYS = ("name", "category", "family", "domain", "direction", "compiled")
@@ -21,6 +24,17 @@ class Pair(NamedTuple):
 
     input: str
     output: str
+
+
+def as_pair(given: Any, what: str) -> Pair:
+    """A pair of two texts, out of a pair, a tuple or a list.
+
+    Raises:
+        ValueError: something else; a single text of two letters is no pair.
+    """
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(word, str) for word in given):
+        raise ValueError(f"{what}: expected a pair of two words, got {given!r}.")
+    return Pair(*given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +73,13 @@ class Relation:
     source: str = ""
     family: str = ""
     domain: str = ""
-    direction: str = field(default="")
+    direction: str = ""
+    _hash: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        pairs = tuple(Pair(*pair) for pair in self.pairs)
+        for name in ("name", "category", "source", "family", "domain", "direction"):
+            as_text(getattr(self, name), f"relation {self.name!r}: {name}")
+        pairs = tuple(as_pair(pair, f"relation {self.name!r}") for pair in self.pairs)
         if not pairs:
             raise ValueError(f"relation {self.name!r}: expected at least one pair, got none.")
         for pair in pairs:
@@ -89,8 +106,11 @@ class Relation:
     @property
     def data_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the pairs in file order."""
-        text = "\n".join(f"{pair.input}\t{pair.output}" for pair in self.pairs)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._hash is None:  # a run asks for that of the whole library
+            text = "\n".join(f"{pair.input}\t{pair.output}" for pair in self.pairs)
+            object.__setattr__(self, "_hash", hashlib.sha256(text.encode()).hexdigest()[:16])
+        assert self._hash is not None
+        return self._hash
 
     def split(
         self, generator: torch.Generator, *, train: float = 0.45, valid: float = 0.15, min_train: int = 20
@@ -169,16 +189,21 @@ class Relation:
         return list(by_input.values()), "input"
 
 
+Pairs = Relation | Sequence[Pair | tuple[str, str]]
+"""Word pairs, as functions that ask them take them."""
+
+
 def read_relation(path: str | Path) -> Relation:
     """Read one relation from a TSV file in the library's format.
 
     Raises:
-        ValueError: a header key is missing, or a line is not ``input<TAB>output``; the message names file and line.
+        ValueError: the file cannot be read; a header key is missing, or a line is not ``input<TAB>output``; the message
+            names file and line.
     """
     path = Path(path)
     header: dict[str, str] = {}
     pairs: list[Pair] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "relation").splitlines(), start=1):
         if line.startswith("#"):
             key, _, value = line[1:].partition(":")
             header[key.strip()] = value.strip()

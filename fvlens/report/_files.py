@@ -1,9 +1,8 @@
 """The files of a run."""
 
-import json
 from pathlib import Path
 
-from fvlens.files import replacing
+from fvlens.files import write_json
 from fvlens.report._numbers import results_json
 from fvlens.report._page import write_report
 from fvlens.report._result import RunResult
@@ -32,6 +31,5 @@ def write_run(result: RunResult, folder: str | Path) -> list[Path]:
         files.append(result.tuned.vector.save(folder / TUNED_FILE))
     else:
         (folder / TUNED_FILE).unlink(missing_ok=True)
-    with replacing(folder / RESULTS_FILE) as file:
-        file.write((json.dumps(results_json(result), indent=2, allow_nan=False) + "\n").encode())
-    return [*files, folder / RESULTS_FILE, write_report(folder / PAGE_FILE, result)]
+    files.append(write_json(folder / RESULTS_FILE, results_json(result), indent=2))
+    return [*files, write_report(folder / PAGE_FILE, result)]

@@ -1,6 +1,5 @@
 """A run as its ``results.json`` tells it, checked field by field before anything is run again."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 
+from fvlens.files import read_json
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import template_from
 from fvlens.relations import Relation, list_relations, load_relation
-from fvlens.report._differences import ABSENT, Difference, differences
+from fvlens.report._differences import ABSENT, RunDifference, differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE
 from fvlens.report._numbers import SCHEMA
@@ -39,7 +39,7 @@ class RecordedRun:
     heads: GivenHeads | None
     content: dict[str, Any]
 
-    def changes(self, model: Any) -> list[Difference]:
+    def changes(self, model: Any) -> list[RunDifference]:
         """What the numbers depend on and is not as it was: model, data, versions, platform."""
         known = set(list_relations())
         names = [name for name in self.content["data"]["relations"] if name in known]
@@ -92,14 +92,7 @@ def read_run(folder: str | Path) -> RecordedRun:
 
 def _read(path: Path) -> Fields:
     """The file's content, of our schema."""
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror or error}); expected the folder of a finished `fvlens run`."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file, or a truncated one ({error}).") from error
+    content = read_json(path, "results of a finished `fvlens run`")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
     schema = content.get("schema")
@@ -109,10 +102,6 @@ def _read(path: Path) -> Fields:
             f"draw and choose otherwise, so make the run again with {_made_by(content)}."
         )
     return Fields(path, content)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
 
 
 def _made_by(content: Mapping[str, Any]) -> str:

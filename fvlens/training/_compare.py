@@ -1,8 +1,6 @@
 """The comparison table: every way to make a model do a relation, what it costs, what it gains and what it disturbs."""
 
-import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -13,7 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from fvlens.evaluation import Evaluation
+from fvlens.files import write_table, write_text
 from fvlens.find import Ranking, find_vector
+from fvlens.interruption import keeping, marked, titled
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.relations import Relation, load_relation
 from fvlens.training._adaptations import Steered
@@ -102,7 +102,7 @@ class Comparison:
         """One row a method: trained numbers, seconds, top-1 and collateral change with intervals, and more scores."""
         import pandas as pd
 
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [
                 {
                     "relation": self.relation,
@@ -123,6 +123,7 @@ class Comparison:
                 for row in self.rows
             ]
         )
+        return marked(table, self.complete)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text: a row of headings, then one a method."""
@@ -150,7 +151,9 @@ class Comparison:
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
             f"layer {self.layer}, the function vector times {self.scale:g}, seed {self.seed}. Trained: numbers that "
             f"were trained. KL: collateral change of the next token after {self.n_unrelated} prompts of other "
-            "relations, in nats. Intervals: 95% bootstrap." + (f" Heads: {self.caution}" if self.caution else "")
+            "relations, in nats. Intervals: 95% bootstrap."
+            + (f" Heads: {self.caution}" if self.caution else "")
+            + ("" if self.complete else " Interrupted: the methods that are not here were not reached.")
         )
 
     def to_markdown(self) -> str:
@@ -163,15 +166,10 @@ class Comparison:
         """Write ``compare.md`` and ``compare.csv`` into a folder, which is made if need be."""
         folder = FilePath(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for name, text in (
-            ("compare.md", self.to_markdown()),
-            ("compare.csv", self.to_dataframe().to_csv(index=False)),
-        ):
-            part = folder / f".{name}.{os.getpid()}.part"
-            part.write_text(text, encoding="utf-8")
-            files.append(part.replace(folder / name))
-        return files
+        return [
+            write_text(folder / "compare.md", self.to_markdown()),
+            write_table(folder / "compare.csv", self.to_dataframe()),
+        ]
 
     def plot(self, quantity: Literal["top1", "collateral"] = "top1") -> "go.Figure":
         """Top-1, or the collateral change, of each method as bars with intervals.
@@ -198,7 +196,7 @@ class Comparison:
             [interval.low for interval in intervals],
             [interval.high for interval in intervals],
             x_title=x_title,
-            title=f"Methods of one budget, {self.relation} ({what})",
+            title=titled(f"Methods of one budget, {self.relation} ({what})", self.complete),
             highlighted=[name for name in names if name.startswith("fine-tuned")],
         )
 
@@ -305,13 +303,9 @@ def compare(
         )
 
     done: list[Row] = []
-    try:
+    with keeping(lambda: len(done), len(planned), "compare", "methods are finished", stacklevel=2) as loop:
         for row in tqdm(planned, desc="comparison", disable=not running.progress, leave=False):
             done.append(made(row))
-    except KeyboardInterrupt:
-        if not done:
-            raise
-        warnings.warn(f"compare was interrupted: {len(done)} of {len(planned)} methods are finished.", stacklevel=2)
     return Comparison(
         relation=whole.name,
         model_name=str(model.cfg.model_name),
@@ -324,6 +318,6 @@ def compare(
         seed=seed,
         fingerprint=fingerprint(model),
         data_hash=whole.data_hash,
-        complete=len(done) == len(planned),
+        complete=loop.complete,
         caution=" ".join(found.cautions),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
+from fvlens.interruption import keeping
 from fvlens.models import model_device
 from fvlens.prompts import Template
 from fvlens.relations import Pair, Relation, Split, load_relation
@@ -371,21 +372,17 @@ def _finetune_over(
         raise ValueError(f"finetune: resume and checkpoint are for the training of one layer, got layers {layers}.")
     results: list[FineTunedSet] = []
     scores: list[tuple[int, float, float]] = []
-    for tried in layers:
-        try:
+    # a training keeps its finished epochs itself: what comes through here is an interruption before the first one
+    with keeping(lambda: len(scores), len(layers), "finetune", "layers are done", stacklevel=3):
+        for tried in layers:
             result = _finetune_at(model, tasks, starts, tried, settings, running)
-        except KeyboardInterrupt:  # before its first epoch
-            if not results:
-                raise
-            warnings.warn(f"finetune was interrupted: {len(results)} of {len(layers)} layers are done.", stacklevel=3)
-            break
-        results.append(result)
-        top1 = [float(run.history.valid_top1[run.best_epoch]) for run in result]
-        losses = [float(run.history.valid_loss[run.best_epoch]) for run in result]
-        scores.append((tried, sum(top1) / len(top1), sum(losses) / len(losses)))
-        if not result.complete:
-            break
-    best = max(range(len(results)), key=lambda i: (scores[i][1], -scores[i][2]))
+            top1 = [float(run.history.valid_top1[run.best_epoch]) for run in result]
+            losses = [float(run.history.valid_loss[run.best_epoch]) for run in result]
+            results.append(result)
+            scores.append((tried, sum(top1) / len(top1), sum(losses) / len(losses)))
+            if not result.complete:
+                break
+    best = max(range(len(scores)), key=lambda i: (scores[i][1], -scores[i][2]))
     complete = len(results) == len(layers) and results[-1].complete
     seconds = sum(result.seconds for result in results)
     runs = (

@@ -8,7 +8,6 @@ three-dimensional weights for experts and cannot run them, and exchanges modules
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -103,7 +102,7 @@ class LoRA(Adaptation):
             parts = [tensors[name] for name in _PARTS]
             if [part.ndim for part in parts] != [3, 4, 3, 4] or {len(part) for part in parts} != {len(layers)}:
                 raise ValueError(f"{len(layers)} layers and {[list(part.shape) for part in parts]}")
-            loaded = cls(layers, *parts, fingerprint=Fingerprint.from_json(json.dumps(header["fingerprint"])))
+            loaded = cls(layers, *parts, fingerprint=Fingerprint.from_fields(header["fingerprint"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged low-rank update ({type(error).__name__}: {error}).") from error
         if model is not None:

@@ -13,6 +13,7 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
+from fvlens.types import as_text, as_texts
 from fvlens.vectors import FunctionVector, check_model, vector_from, vector_header
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class VectorSet:
         categories = tuple(self.categories) or tuple(_category(name) for name in names)
         if len(categories) != len(names):
             raise ValueError(f"VectorSet: {len(names)} vectors, but {len(categories)} categories.")
+        for category in categories:
+            as_text(category, "VectorSet: category")
         object.__setattr__(self, "categories", categories)
 
     @property
@@ -196,7 +199,7 @@ class VectorSet:
         shared = {"fingerprint": header["fingerprint"]} if "fingerprint" in header else {}
         each = zip(rows, entries, strict=True)
         vectors = tuple(vector_from(row, {**shared, **entry}, template) for row, entry in each)
-        return cls(vectors, tuple(str(category) for category in header["categories"]))
+        return cls(vectors, as_texts(header["categories"], "categories"))
 
     @classmethod
     def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "VectorSet":

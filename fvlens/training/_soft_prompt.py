@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -103,7 +102,7 @@ class SoftPrompt(Adaptation):
         path = FilePath(path)
         tensors, header = read_tensors(path, SOFT_PROMPT_FORMAT)
         try:
-            mark = Fingerprint.from_json(json.dumps(header["fingerprint"]))
+            mark = Fingerprint.from_fields(header["fingerprint"])
             tokens, offsets = tensors["tokens"], tensors["offsets"]
             if tokens.ndim != 1 or offsets.shape != (len(tokens), mark.d_model):
                 raise ValueError(f"offsets {list(offsets.shape)} of tokens {list(tokens.shape)}")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from fvlens.evaluation import copied
 from fvlens.find import finished
+from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Interval, bootstrap_interval
 from fvlens.prompts import build_prompts
 from fvlens.relations import Pair, Relation, Split
@@ -110,7 +111,7 @@ class Study:
         """One row a point: ``study, relation, line, x, top1, low, high, norm, n_seeds``."""
         import pandas as pd
 
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [
                 {
                     "study": self.name,
@@ -127,6 +128,7 @@ class Study:
                 for point in self.line(name)
             ]
         )
+        return marked(table, self.complete)
 
     def plot(self, lines: Sequence[str] | None = None) -> "go.Figure":
         """Lines with their intervals, and the references. On a logarithmic axis, x = 0 is left out.
@@ -148,7 +150,7 @@ class Study:
             },
             x_title=self.x_title,
             y_title="Top-1",
-            title=f"{self.title}: {self.relation}" if self.relation else self.title,
+            title=titled(f"{self.title}: {self.relation}" if self.relation else self.title, self.complete),
             note=f"{seeds}. Bands: {self.intervals}",
             references=self.references,
             log_x=self.log_x,
@@ -570,15 +572,8 @@ def _each(
     measure: Callable[[Any], list[_Made]], values: Sequence[Any], what: str, progress: bool
 ) -> tuple[list[_Made], bool]:
     """The measurements at each value, as far as it went without an interruption."""
-    points: list[_Made] = []
-    n_done = 0
-    try:
+    points: list[list[_Made]] = []
+    with keeping(lambda: len(points), len(values), "the study", f"{what} are done", stacklevel=3) as loop:
         for value in tqdm(values, desc=what, disable=not progress, leave=False):
-            points += measure(value)
-            n_done += 1
-    except KeyboardInterrupt:
-        if not points:
-            raise
-        warnings.warn(f"the study was interrupted: {n_done} of {len(values)} {what} are done.", stacklevel=3)
-        return points, False
-    return points, True
+            points.append(measure(value))
+    return [point for at_value in points for point in at_value], loop.complete

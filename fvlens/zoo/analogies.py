@@ -11,7 +11,6 @@ analogies, paired where two ways are compared.
 """
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.composition import (
+    ANALOGY_SETTINGS,
     MAPS,
-    SETTINGS,
     AnalogyEvaluation,
     CompositeMap,
     SourceScores,
@@ -36,6 +35,7 @@ from fvlens.composition import (
     library_parts,
     source_scores,
 )
+from fvlens.files import write_json
 from fvlens.find import finished
 from fvlens.metrics import paired_difference
 from fvlens.models import load_model
@@ -88,7 +88,7 @@ def measure_seed(
 
     of_gate = scores_of(for_gate)
     of_tests = {level: scores_of(analogies) for level, analogies in tests.items()}
-    for setting in SETTINGS:
+    for setting in ANALOGY_SETTINGS:
         shot = setting == "one_shot"
         train = library_analogies("train", n=max(4, n_fit), kind="far" if shot else None, **drawn)
         valid = library_analogies("valid", n=max(4, n_fit // 10), kind="far" if shot else "near", **drawn)
@@ -158,7 +158,7 @@ def measure(
     means = {key: torch.stack([solved[key] for solved in every]).mean(dim=0) for key in every[0]}
     rows, relations = [], []
     for level, analogies in tests.items():
-        for setting in SETTINGS:
+        for setting in ANALOGY_SETTINGS:
             ways = {way: values for (of, how, way), values in means.items() if (of, how) == (level, setting)}
             row: dict[str, Any] = {"level": level, "setting": setting.replace("_", "-"), "n": len(analogies)}
             row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=args.epochs,
     )  # fmt: skip
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found, indent=1, null_for_nan=True)
     tqdm.write(tables(found))
 
 

@@ -9,24 +9,25 @@ import argparse
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from fvlens.files import read_tensors, write_json, write_tensors
 from fvlens.metrics import is_best
 from fvlens.relations import Relation, list_relations, load_relation
+from fvlens.types import as_whole
 from fvlens.zoo.recipe import BOS, Batch, Recipe, SequenceSampler, train_tokenizer
 
 log = logging.getLogger("fvlens.zoo")
+
+CHECKPOINT_FORMAT = "fvlens-checkpoint-1"
 
 
 def gpt2_config(recipe: Recipe, vocabulary: int, bos: int) -> GPT2Config:
@@ -109,21 +110,24 @@ class Trainee(nn.Module):
 def _save_checkpoint(
     path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, generator: torch.Generator, step: int
 ) -> None:
-    metadata = {"step": str(step), "recipe": json.dumps(asdict(trainee.recipe))}
     tensors: dict[str, Tensor] = {"generator": generator.get_state()}
     for name, parameter in trainee.named_parameters():
-        tensors[f"weights.{name}"] = parameter.detach().contiguous()
+        tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value.detach().clone().contiguous()
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=metadata)
-    os.replace(part, path)
+            tensors[f"{key}.{name}"] = value.detach()
+    write_tensors(path, tensors, {"step": step, "recipe": asdict(trainee.recipe)}, CHECKPOINT_FORMAT)
 
 
 def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        step, theirs = int(metadata["step"]), json.loads(metadata["recipe"])
+    try:
+        tensors, header = read_tensors(path, CHECKPOINT_FORMAT, "checkpoint")
+    except ValueError as error:
+        raise ValueError(
+            f"train: {error} Remove the checkpoint to start again; one of fvlens 0.1 is only for that version."
+        ) from error
+    moments = ("step", "exp_avg", "exp_avg_sq")
+    try:
+        theirs = header["recipe"]
         ours = json.loads(json.dumps(asdict(trainee.recipe)))  # as it comes back from JSON
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if differing:
@@ -131,14 +135,19 @@ def _load_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimi
                 f"train: {path} belongs to another recipe (it differs in {', '.join(differing)}); give another "
                 "folder or remove the checkpoint."
             )
-        generator.set_state(file.get_tensor("generator"))
+        step = as_whole(header["step"], f"train: {path}: step", 0, trainee.recipe.steps)
+        generator.set_state(tensors["generator"])
         for name, parameter in trainee.named_parameters():
             with torch.no_grad():
-                parameter.copy_(file.get_tensor(f"weights.{name}"))
+                parameter.copy_(tensors[f"weights.{name}"])
             optimizer.state[parameter] = {
-                key: file.get_tensor(f"{key}.{name}").to(parameter.device)  # a fused optimizer keeps its step there too
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{key}.{name}"].to(parameter.device)  # a fused optimizer keeps its step there too
+                for key in moments
             }
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"train: {path} is damaged ({type(error).__name__}: {error}); remove it to start again."
+        ) from error
     return step
 
 
@@ -215,7 +224,7 @@ def export(model: GPT2LMHeadModel, tokenizer, out: Path, recipe: Recipe) -> None
     )
     model.eval().cpu().save_pretrained(out)
     fast.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    write_json(out / "recipe.json", asdict(recipe), indent=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,6 @@ intervals over relations.
 """
 
 import argparse
-import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.evaluation import evaluate
+from fvlens.files import write_json
 from fvlens.find import RANKINGS, find_vector
 from fvlens.metrics import bootstrap_interval, paired_difference
 from fvlens.models import load_model
@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         found = measure(load_model(args.model), names, args.seeds)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(args.out, found, indent=1, null_for_nan=True)
     tqdm.write(card_markdown(found))
     tqdm.write(finetuning_markdown(found["finetuning"]))
 

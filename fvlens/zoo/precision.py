@@ -7,7 +7,6 @@ with 95% bootstrap intervals over relations. The yardstick is the first row: flo
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.evaluation import evaluate
+from fvlens.files import write_json
 from fvlens.find import RANKINGS, best_place
 from fvlens.metrics import spearman, top_k_overlap
 from fvlens.models import load_model
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.relations or list_relations()[:: args.every]
     found = measure(args.model, names, args.seed, backends=args.backends, precisions=args.precisions)
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found, indent=1, null_for_nan=True)
     tqdm.write(markdown(found["rows"], LABELS, COLUMNS))
 
 

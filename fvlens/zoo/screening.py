@@ -7,7 +7,6 @@ bootstrap intervals over relations.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +17,13 @@ from tqdm.auto import tqdm
 
 from fvlens.activations import mean_head_activations
 from fvlens.attribution import IndirectEffects, indirect_effects
+from fvlens.files import write_json
+from fvlens.find import RANKINGS
 from fvlens.models import load_model
 from fvlens.prompts import build_prompts
 from fvlens.relations import list_relations, load_relation
 from fvlens.zoo._table import markdown, mean_with_interval
 
-RANKINGS = ("permuted", "random")
 SCREENS: dict[str, dict[str, Any]] = {
     "atp": {"method": "atp"},
     "atp, recheck 16": {"method": "atp", "recheck": 16},
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.relations or list_relations()[:: args.every]
     found = measure(load_model(args.model, device="cpu"), names, args.seed)
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.out, found, indent=1, null_for_nan=True)
     tqdm.write(markdown(found["rows"], {"screen": "screen", "labels": "labels"}, COLUMNS))
 
 

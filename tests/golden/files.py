@@ -11,8 +11,8 @@ FOLDER = Path(__file__).parent
 TOLERANCE = 1e-6
 """Two floats are the same up to this, relative above 1; and so are two lists on average."""
 WHY = (
-    "where float32 rounds more: three times the largest difference that other instruction sets and numbers of threads "
-    "make, [of each number, of the mean over the list], relative above 1"
+    "where float32 rounds more: three times the largest difference that other instruction sets, numbers of threads and "
+    "machines make, [of each number, of the mean over the list], relative above 1"
 )
 
 
