@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fvlens.files import read_text, write_text
 from fvlens.studies._runner import Outcome
@@ -38,7 +38,7 @@ def read_measured(root: Path, study: Study) -> "dict[str, pd.DataFrame]":
     import pandas as pd
 
     # a hash may look like a number
-    texts = dict.fromkeys(("model", "fingerprint", "data_hash", "seed", "fvlens", "cells"), str)
+    texts: Any = dict.fromkeys(("model", "fingerprint", "data_hash", "seed", "fvlens", "cells"), str)
     return {file.stem: pd.read_csv(file, dtype=texts) for file in sorted(measured_folder(root, study).glob("*.csv"))}
 
 

@@ -47,6 +47,9 @@ COLUMNS = {
 }
 """Key of a score -> its heading and digits."""
 
+QUOTED = ("spearman", "overlap", "difference")
+"""The scores that a page has room for."""
+
 LABELS = {"backend": "class", "precision": "precision", "labels": "labels"}
 
 
@@ -156,7 +159,7 @@ def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":
 
 
 def _markdown(tables: "Mapping[str, pd.DataFrame]") -> str:
-    return markdown(tables["precisions"], LABELS, COLUMNS)
+    return markdown(tables["precisions"], LABELS, {score: COLUMNS[score] for score in QUOTED})
 
 
 PRECISION = Study(

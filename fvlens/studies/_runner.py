@@ -203,8 +203,9 @@ def read_cell(path: Path, cell: Cell, key: str) -> Kept:
     if found.get("hash") != key:
         raise ValueError(f"{path.name}: is the cell {found.get('hash')!r}, expected {key!r}.")
     rows = found.get("rows")
-    plain = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if not plain or found.get("rows_hash") != _rows_hash(rows):
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        rows = []
+    if found.get("rows_hash") != _rows_hash(rows):
         raise ValueError(f"{path.name}: damaged: the rows are not those that were written.")
     names = ("weights", "data_hash", "fvlens")
     if not all(isinstance(found.get(name), str) for name in names):

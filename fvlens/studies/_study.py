@@ -101,7 +101,8 @@ def load_float32(cell: Cell) -> Loaded:
 def named(model: Any, reference: Any = None) -> Loaded:
     """What a cell is run with, under the fingerprint of ``reference``, by default of the model itself."""
     fields = asdict(fingerprint(model if reference is None else reference))
-    return Loaded(model, {name: value for name, value in fields.items() if name not in ("name", "revision")})
+    whence = ("name", "revision", "source", "backend")  # where it came from, not which one it is
+    return Loaded(model, {name: value for name, value in fields.items() if name not in whence})
 
 
 def library_data(cell: Cell) -> str:
