@@ -22,7 +22,7 @@ from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, Method, indirect_effects
 from fvlens.evaluation import SCALES, Evaluation, LayerScaleSweep, copied, layer_scale_sweep
 from fvlens.prompts import LABELS, Labels, Template, build_prompts, template_or
-from fvlens.relations import Pair, Relation, Split, list_relations, load_relation, read_pairs
+from fvlens.relations import Pair, Pairs, Relation, Split, list_relations, load_relation, read_pairs
 from fvlens.suffix import Route
 from fvlens.types import Head, HeadLike, as_heads
 from fvlens.vectors import FunctionVector, function_vector
@@ -128,7 +128,7 @@ class Found:
 
 def find_vector(
     model: Any,
-    pairs: Relation | Split | Sequence[Pair | tuple[str, str]] | str | Path,
+    pairs: Pairs | Split | str | Path,
     *,
     labels: Labels = "permuted",
     n_heads: int = 10,
@@ -249,7 +249,7 @@ def find_vector(
 
 
 def _split_of(
-    pairs: Relation | Split | Sequence[Pair | tuple[str, str]] | str | Path,
+    pairs: Pairs | Split | str | Path,
     relation: str | None,
     generator: torch.Generator,
 ) -> tuple[Split, str]:
@@ -399,7 +399,9 @@ def best_place(
         ValueError: as for :func:`~fvlens.function_vector` and :func:`~fvlens.evaluation.layer_scale_sweep`.
         KeyboardInterrupt: the sweep was interrupted.
     """
-    vector = function_vector(model, means, heads=heads, layer=0, seed=seed)
+    # summed once, at a layer that the sweep visits; the sweep moves it to the others, and refuses what is no layer
+    first = next((layer for layer in layers or () if 0 <= layer < model.cfg.n_layers), 0)
+    vector = function_vector(model, means, heads=heads, layer=first, seed=seed)
     if relation:
         vector = dataclasses.replace(vector, relation=relation)
     sweep = layer_scale_sweep(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fvlens.files import read_json
 from fvlens.models import bos_token_id
-from fvlens.relations import Pair, Relation, list_relations, load_relation
+from fvlens.relations import Pair, Pairs, Relation, list_relations, load_relation
 from fvlens.types import as_text
 
 Labels = Literal["true", "permuted", "deranged", "random"]
@@ -145,6 +145,7 @@ class Prompts:
     template: Template
     relation: str
     texts: tuple[str, ...]
+    _hash: str | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -162,8 +163,12 @@ class Prompts:
     @property
     def data_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the prompt texts and their answers."""
-        text = "\x1f".join(f"{text}\x1e{query.output}" for text, query in zip(self.texts, self.queries, strict=True))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._hash is None:  # every result over the prompts records it
+            asked = zip(self.texts, self.queries, strict=True)
+            text = "\x1f".join(f"{text}\x1e{query.output}" for text, query in asked)
+            object.__setattr__(self, "_hash", hashlib.sha256(text.encode()).hexdigest()[:16])
+        assert self._hash is not None
+        return self._hash
 
     def select(self, keep: Bool[Tensor, " prompt"] | Sequence[int]) -> "Prompts":
         """The prompts marked True (or with these indices), in order."""
@@ -270,9 +275,9 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
 
 def build_prompts(
     model: Any,
-    pairs: Relation | Sequence[Pair | tuple[str, str]],
+    pairs: Pairs,
     *,
-    queries: Relation | Sequence[Pair | tuple[str, str]] | None = None,
+    queries: Pairs | None = None,
     n_prompts: int | None = None,
     n_shots: int = 10,
     labels: Labels = "true",

@@ -574,6 +574,21 @@ def read_heads(path: str | Path, model: Any) -> GivenHeads:
     return GivenHeads(tuple(heads), str(path), digest, "a plain list; it does not say which model the heads are of")
 
 
+def made_on(path: str | Path) -> Fingerprint | None:
+    """The model that a file of heads was made on; None for a plain list, which does not say.
+
+    Raises:
+        ValueError: no such file; not JSON; or a damaged fingerprint. All else is for :func:`read_heads`.
+    """
+    content = read_json(Path(path), WHAT)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    try:
+        return Fingerprint.from_fields(content.get("fingerprint"))
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: damaged field 'fingerprint' ({error}).") from error
+
+
 def file_hash(path: str | Path) -> str:
     """First 16 hex digits of the SHA-256 of a file.
 

@@ -11,6 +11,8 @@ import jaxtyping
 
 jaxtyping.install_import_hook("fvlens", "beartype.beartype")
 
+import dataclasses
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,8 +23,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     torch.set_num_threads(1)
 
+from runs import SMALL, TINY, Call, small_run
+
 import fvlens
 from fvlens.models import quiet_deprecation
+from fvlens.report import results_json, run_relation
+from fvlens.universal import read_heads
 
 
 @pytest.fixture(scope="session")
@@ -93,10 +99,15 @@ def tiny():
     return random_model()
 
 
+def seeded(seed=0):
+    """A generator with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture
 def generator():
     """A generator with seed 0."""
-    return torch.Generator().manual_seed(0)
+    return seeded()
 
 
 @pytest.fixture(scope="session")
@@ -115,3 +126,99 @@ def tied():
         made.unembed.b_U.copy_(torch.arange(made.cfg.d_vocab) / -1e6)
         made.unembed.b_U[[*first, *second]] = 1.0
     return made
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command in this process: exit code, standard output, standard error."""
+    from fvlens import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """Run a command that must fail: its one line on standard error."""
+
+    def run(*args):
+        code, out, err = call(*args)
+        assert (code, out) == (2, "")
+        assert err.startswith("fvlens: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err.strip()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved(model, tmp_path_factory):
+    """A vector file of the embedded model."""
+    return small_run(model).vector.save(tmp_path_factory.mktemp("vector") / "antonym.safetensors")
+
+
+# --- runs of the whole chain ---
+
+
+@pytest.fixture(scope="session")
+def result(model):
+    return small_run(model)
+
+
+@pytest.fixture(scope="session")
+def numbers(result):
+    return results_json(result)
+
+
+@pytest.fixture(scope="session")
+def watched(model):
+    """The same run again, with every prompt that was built, and the seconds it took."""
+    calls = []
+
+    def spy(module, original):
+        def build(*args, **kwargs):
+            prompts = original(*args, **kwargs)
+            calls.append(Call(module, prompts))
+            return prompts
+
+        return build
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("find", "evaluation._prompting", "finetuning._training"):
+            target = f"fvlens.{module}.build_prompts"
+            patch.setattr(target, spy(module, fvlens.build_prompts))
+        began = time.monotonic()
+        again = run_relation(model, fvlens.load_relation("antonym"), options=SMALL, progress=False)
+    return again, calls, time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def tiny_result(tiny):
+    return run_relation(tiny, fvlens.load_relation("antonym"), options=TINY, progress=False)
+
+
+@pytest.fixture
+def heads_file(tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text("[[2, 3], [0, 1], [1, 1]]")
+    return path
+
+
+@pytest.fixture(scope="session")
+def given(tiny, tmp_path_factory):
+    """A run over heads from a file, with another relation among its controls."""
+    heads_file = tmp_path_factory.mktemp("heads") / "heads.json"
+    heads_file.write_text("[[2, 3], [0, 1], [1, 1]]")
+    options = dataclasses.replace(TINY, n_others=1, n_heads=5)
+    return run_relation(
+        tiny, fvlens.load_relation("antonym"), options=options, heads=read_heads(heads_file, tiny), progress=False
+    )

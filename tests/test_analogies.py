@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +35,6 @@ from fvlens.relations import (
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published sets are not in this checkout's ../shared")
 LIBRARY = [load_relation(name) for name in list_relations()]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def relation(name, family, domain, pairs):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, global_randomness, likely_answers, rows_of, word_prompts
-from conftest import TOKENIZER, needs_hooked, random_model
+from conftest import TOKENIZER, needs_hooked, random_model, seeded
 from oracle import hf
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig
@@ -53,7 +53,7 @@ def random_checkpoint(name, folder):
         "llama": lambda: LlamaConfig(num_key_value_heads=2, tie_word_embeddings=False, **wide, **shared),
         "neox": lambda: GPTNeoXConfig(use_parallel_residual=True, rotary_pct=0.25, **wide, **shared),
     }
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     with torch.random.fork_rng(devices=[]):
         made = AutoModelForCausalLM.from_config(configs[name]())
     with torch.no_grad():
@@ -82,7 +82,7 @@ def both(request, tmp_path_factory):
 def oracle_prompts(both):
     """Clean prompts, and corrupted ones of both kinds, for the oracle tests."""
     model, _, name = both
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     relation = fvlens.load_relation("antonym")
     clean = fvlens.build_prompts(model, relation, n_prompts=4, n_shots=3, generator=g)
     corrupted = {}
@@ -728,9 +728,7 @@ def test_comparison_with_the_exact_map(tiny, generator):
     kept = set(sorted(best, key=lambda head: -exact.aie[head])[:4]) & set(exact.top(4))
     assert rechecked.overlap_rechecked == len(kept) / 4 > rechecked.overlap == got.overlap
 
-    spans = [
-        screen.compare(exact, n_resamples=400, generator=torch.Generator().manual_seed(s)).interval for s in (1, 1, 2)
-    ]
+    spans = [screen.compare(exact, n_resamples=400, generator=seeded(s)).interval for s in (1, 1, 2)]
     assert spans[0] == spans[1] != spans[2]
     rng = np.random.default_rng(0)
     found = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import WORDS, global_randomness, rows_of
 from checkpoints import hugging_face, save
-from conftest import random_model
+from conftest import random_model, seeded
 from oracle import hf
 from scipy.stats import entropy
 from torch.nn import functional as F
@@ -41,10 +41,6 @@ from fvlens.prompts import Template
 from fvlens.suffix import has_hooks
 
 N_TRAIN = 12
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

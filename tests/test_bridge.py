@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import word_prompts
 from checkpoints import ARCHITECTURES, save
+from conftest import seeded
 from transformers import AutoTokenizer
 
 from fvlens.interventions import hooked, inject, resid_hook, resid_pre_hook, z_hook
@@ -122,7 +123,7 @@ def test_steered_suffixes_equal_inject_and_so_does_their_gradient(bridges, gener
     for layer in range(model.cfg.n_layers):
         found = []
         for suffix in (True, False):
-            vector = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
+            vector = torch.randn(model.cfg.d_model, generator=seeded(1))
             vector.requires_grad_()
             if suffix:
                 logits = run.logits(steered_resid(run, layer, vector))[:, 0, 0]

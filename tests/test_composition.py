@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -57,10 +57,6 @@ from fvlens.vectors import FunctionVector
 
 NAMES = ("body-part", "tool-part", "vehicle-part", "animal-french", "tool-french")
 LAYER = 0
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import matrix
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
-from conftest import needs_hooked
+from conftest import needs_hooked, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,7 +135,7 @@ def test_gradients_reach_the_values(generator, path):
 @given(st.integers(0, 2**31), st.integers(1, 6))
 @settings(deadline=None, max_examples=25)
 def test_edits_of_many_variants_at_once_are_those_of_each(tiny, seed, n_variants):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     cfg, n_prompts, n_suffix = tiny.cfg, 3, 2
     variants = drawn_variants(cfg, n_prompts, n_suffix, generator, torch.float32, n_edits=[2] * n_variants)
     z = torch.randn(n_prompts, n_variants, n_suffix, cfg.n_heads, cfg.d_head, generator=generator)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import ARCHITECTURES, WORDS, build
-from conftest import random_model
+from conftest import random_model, seeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
@@ -50,10 +50,6 @@ DEMONSTRATIONS = tuple(
         ("up", "down"),
     ]
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def steering(model, tensors, **attributes):
@@ -1032,3 +1028,13 @@ def test_of_two_equal_logits_the_smaller_id_is_right(tied):
     made = generate_answers(tied, pairs, max_new_tokens=2, generator=seeded())
     assert made.raw_texts == (" cold cold",) * 3
     assert made.matches.tolist() == [False] * 3
+
+
+def test_unknown_options_are_refused_with_the_known_ones(tiny):
+    known = "setting, demonstrations, n_shots, template, labels, pool, relation"
+    with pytest.raises(
+        TypeError, match=f"^evaluate: unexpected options colour; expected some of {known}, batch_size, "
+    ):
+        evaluate(tiny, PAIRS, colour="red", generator=seeded())
+    with pytest.raises(TypeError, match=f"^generate_answers: unexpected options path; expected some of {known}\\."):
+        generate_answers(tiny, PAIRS, path="naive", generator=seeded())

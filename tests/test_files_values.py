@@ -219,6 +219,8 @@ def test_values_given_are_checked_like_values_read(tiny, unchecked):
         (dict(n_heads=0), "fingerprint: n_heads: expected at least 1, got 0"),
         (dict(d_model=32.0), r"fingerprint: d_model: expected a whole number, got 32\.0"),
         (dict(name=None), "fingerprint: name: expected a text, got None"),
+        (dict(source=None), "fingerprint: source: expected a text, got None"),
+        (dict(backend=1), "fingerprint: backend: expected a text, got 1"),
     ):
         if message is not None:
             with pytest.raises(ValueError, match=message):

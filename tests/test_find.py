@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
 from fvlens import find, find_vector
@@ -17,10 +18,6 @@ from fvlens.relations import Pair, Relation, Split
 FEW = dict(n_shots=2, n_prompts=6, n_corrupted=3, n_heads=3, progress=False)
 SCALES = (0.5, 1.0, 2.0, 3.0)
 SHOUT = Template("shout", "{input}! {output}!\n", "{input}!", prefix="Say\n")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import WORDS, build
 from checkpoints import save
-from conftest import HAS_HOOKED, needs_hooked
+from conftest import HAS_HOOKED, needs_hooked, seeded
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
@@ -74,10 +74,6 @@ def models(tmp_path_factory):
 def small(models):
     """The random model that most tests train on."""
     return models("gpt2" if HAS_HOOKED else "bridge-gpt2")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def vector_of(model, layer=1, seed=0, relation="r", scale=1.0, **fields):

@@ -9,7 +9,7 @@ import matrix
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
-from conftest import needs_hooked, random_model
+from conftest import needs_hooked, random_model, seeded
 from test_edits import by_whole_passes, compare
 from torch.nn.utils import parametrize
 
@@ -22,10 +22,6 @@ from fvlens.suffix._layout import is_laid_out
 pytestmark = needs_hooked  # a bridge has no laid-out weights
 
 ARCHITECTURES = [name for name in ARCHITECTURES if FASTEST[name] == "weights"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

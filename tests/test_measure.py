@@ -5,6 +5,7 @@ from importlib import resources
 
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
 import fvlens.finetuning
@@ -111,7 +112,7 @@ def starts(model):
     """Sums of all heads' means, at two layers: what they are is of no matter, how they are trained and scored is."""
     found = {}
     for name, layer in zip(NAMES, (1, 2, 1), strict=True):
-        generator = torch.Generator().manual_seed(5)
+        generator = seeded(5)
         split = load_relation(name).split(generator)
         prompts = fvlens.build_prompts(model, split.train, n_prompts=20, generator=generator)
         means = fvlens.mean_head_activations(model, prompts, progress=False)
@@ -120,15 +121,15 @@ def starts(model):
 
 
 def test_fine_tuned_by_layers_equals_single_runs(model, starts):
-    splits = {name: load_relation(name).split(torch.Generator().manual_seed(5)) for name in NAMES}
+    splits = {name: load_relation(name).split(seeded(5)) for name in NAMES}
     runs = zoo_measure.fine_tuned(model, starts, splits, 5, epochs=2)
     assert list(runs) == NAMES
     # one run a layer: the seeds of layer 1 are the first two of the generator, that of layer 2 is the first of its own
     for layer, names in {1: ["country-capital", "antonym"], 2: ["verb-past"]}.items():
-        seeds = torch.randint(2**31, (len(names),), generator=torch.Generator().manual_seed(5)).tolist()
+        seeds = torch.randint(2**31, (len(names),), generator=seeded(5)).tolist()
         assert [runs[name].seed for name in names] == seeds
         assert {runs[name].vector.layer for name in names} == {layer}
-    generator = torch.Generator().manual_seed(5)  # draws the seed of verb-past as the batched run of one did
+    generator = seeded(5)  # draws the seed of verb-past as the batched run of one did
     split = splits["verb-past"]
     alone = fvlens.finetuning.finetune(
         model,
@@ -144,7 +145,7 @@ def test_fine_tuned_by_layers_equals_single_runs(model, starts):
 
 def test_scores_of_fine_tuned_vectors_equal_single_calls(model, starts):
     scores = zoo_measure.finetuning_scores(model, starts, 5, n_others=2)
-    splits = {name: load_relation(name).split(torch.Generator().manual_seed(5)) for name in NAMES}
+    splits = {name: load_relation(name).split(seeded(5)) for name in NAMES}
     tuned = zoo_measure.fine_tuned(model, starts, splits, 5)
     zero = {name: 0.0 * vector for name, vector in starts.items()}
     early = zoo_measure.fine_tuned(model, zero, splits, 5, epochs=5)
@@ -155,7 +156,7 @@ def test_scores_of_fine_tuned_vectors_equal_single_calls(model, starts):
     for name, split in splits.items():
 
         def score(vector, pairs=split.test):
-            return fvlens.evaluate(model, pairs, vector=vector, generator=torch.Generator().manual_seed(9))
+            return fvlens.evaluate(model, pairs, vector=vector, generator=seeded(9))
 
         assert scores[name]["tuned"] == score(tuned[name].vector).top1
         assert scores[name]["epochs_5_zero"] == score(early[name].vector).top1
@@ -202,7 +203,7 @@ def test_table_of_fine_tuning_by_hand():
 
 def function_vector_of(model, split, vector):
     """The sum of the heads' mean outputs over the prompts that the measurement draws first."""
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     load_relation("country-capital").split(g)
     clean = fvlens.build_prompts(
         model, split.train, queries=split.valid, n_prompts=100, relation="country-capital", generator=g
@@ -214,10 +215,10 @@ def function_vector_of(model, split, vector):
 @pytest.mark.slow
 def test_one_relation_equals_single_calls(model):
     scores, maps, vectors = zoo_measure.measure_relation(model, "country-capital", 3, n_random=1)
-    split = load_relation("country-capital").split(torch.Generator().manual_seed(3))
+    split = load_relation("country-capital").split(seeded(3))
     assert scores["n_test"] == len(split.test)
     for ranking in ("permuted", "random"):
-        again = fvlens.evaluate(model, split.test, vector=vectors[ranking], generator=torch.Generator().manual_seed(9))
+        again = fvlens.evaluate(model, split.test, vector=vectors[ranking], generator=seeded(9))
         assert scores[f"fv_{ranking}"] == again.top1
         assert vectors[ranking].layer == scores[f"layer_{ranking}"]
         assert scores[f"scale_{ranking}"] in fvlens.evaluation.SCALES
@@ -227,12 +228,12 @@ def test_one_relation_equals_single_calls(model):
             divmod(i, model.cfg.n_heads)
             for i in maps[ranking].flatten().argsort(descending=True, stable=True)[:10].tolist()
         ]
-    bare = fvlens.evaluate(model, split.test, generator=torch.Generator().manual_seed(9))
+    bare = fvlens.evaluate(model, split.test, generator=seeded(9))
     assert scores["top1_0"] == bare.top1
 
 
 def test_heads_summary_by_hand():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     # two seeds of two relations, one layer of three heads
     aie = torch.tensor([[[0.4, 0.1, -0.2]], [[0.2, 0.1, -0.2]], [[0.4, 0.1, 0.0]], [[0.2, 0.1, 0.0]]])
     found = zoo_measure._heads(aie, 2, generator)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from architectures import build, word_prompts
 from checkpoints import save
-from conftest import random_model
+from conftest import random_model, seeded
 from peak_memory import bridged
 
 import fvlens
@@ -38,10 +38,6 @@ from fvlens.suffix._memory import Estimate, is_out_of_memory
 from fvlens.types import Head
 
 PAIRS = [("hot", "coldishness"), ("big", "smallx"), ("happy", "sad"), ("up", "zzqq"), ("wet", "dry"), ("in", "out")]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @contextlib.contextmanager

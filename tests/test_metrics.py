@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,11 +31,6 @@ from fvlens.metrics import (
     top_k_accuracy,
     top_k_overlap,
 )
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
 
 # Probability, rank
 

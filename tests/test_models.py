@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import ARCHITECTURES, GPT2_SHAPE, GROUPED, SHAPE, VOCABULARY, WINDOW, hugging_face, save
+from conftest import seeded
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +48,7 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def random_tokens(n_vocab, shape=(3, 17)):
-    return torch.randint(1, n_vocab, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, n_vocab, shape, generator=seeded(1))
 
 
 def assert_same_logits(mine, reference, atol=1e-4):
@@ -258,9 +259,7 @@ def test_every_architecture_gives_hugging_faces_logits(folders, name, backend):
     assert not mine.training
     assert mine.tokenizer.padding_side == "left"
     assert fingerprint(mine).normalization == ("LN" if name in LAYER_NORMS else "RMS")
-    prompts = fvlens.build_prompts(
-        mine, [("hot", "cold"), ("big", "small")], n_shots=1, generator=torch.Generator().manual_seed(0)
-    )
+    prompts = fvlens.build_prompts(mine, [("hot", "cold"), ("big", "small")], n_shots=1, generator=seeded())
     assert (prompts.tokens[:, 0] == 0).all()
 
 
@@ -1038,3 +1037,15 @@ def test_from_json_refuses_anything_else(model, text):
     for wrong in ({**fields, "colour": "red"}, {key: fields[key] for key in fields if key != "weights"}):
         with pytest.raises(ValueError, match="fingerprint: expected the fields"):
             Fingerprint.from_json(json.dumps(wrong))
+
+
+def test_a_fingerprint_says_how_its_model_was_loaded(model, tiny):
+    mark = fingerprint(model)
+    assert (mark.source, mark.backend) == ("rel-small", "bridge" if is_bridge(model) else "hooked")
+    assert (fingerprint(tiny).source, fingerprint(tiny).backend) == ("", "")  # not from load_model
+    moved = dataclasses.replace(mark, source="elsewhere", backend="")
+    assert moved == mark and moved.differences(mark) == []
+    assert Fingerprint.from_json(moved.to_json()).source == "elsewhere"
+    old = json.loads(mark.to_json())
+    del old["source"], old["backend"]  # as fvlens 0.1 wrote it
+    assert Fingerprint.from_json(json.dumps(old)) == mark

@@ -13,7 +13,7 @@ import math
 import checkpoints
 import pytest
 import torch
-from conftest import needs_hooked
+from conftest import needs_hooked, seeded
 from matrix import BACKENDS
 
 import fvlens
@@ -40,8 +40,8 @@ def loaded(backend, precision, folder="rel-small"):
 
 def built(model, n_prompts, *, labels="true", n_shots=4):
     """Prompts of one relation, the same for every model; every other one is shorter, and so left-padded."""
-    split = fvlens.load_relation(NAME).split(torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
+    split = fvlens.load_relation(NAME).split(seeded())
+    generator = seeded(1)
     long, short = (
         fvlens.build_prompts(
             model,
@@ -179,7 +179,7 @@ def test_ranks_have_no_ties_of_rounding(backend):
     model = loaded(backend, "bfloat16")
     pairs = list(fvlens.load_relation(NAME))
     with captured(model, "unembed.hook_in") as found:
-        score = fvlens.evaluate(model, pairs, batch_size=len(pairs), generator=torch.Generator().manual_seed(0))
+        score = fvlens.evaluate(model, pairs, batch_size=len(pairs), generator=seeded())
     exact = exact_logits(model, found["unembed.hook_in"][0].flatten(0, -2))
     answers = torch.tensor([model.tokenizer(f" {pair.output}", add_special_tokens=False).input_ids for pair in pairs])
     answers = answers[:, :1]
@@ -193,7 +193,7 @@ def test_ranks_have_no_ties_of_rounding(backend):
 def test_wide_logits_in_slices(precision, monkeypatch):
     from fvlens.suffix import _layout
 
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     rows, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 8), (8, 21), (21,)))
     rows, weight, bias = (x.to(HALF[precision]) for x in (rows, weight, bias))
     monkeypatch.setattr(_layout, "WEIGHT_SLICE", 8 * 5)
@@ -415,10 +415,8 @@ def test_the_table_compares_each_precision_with_float32(tmp_path, monkeypatch):
 
 
 def test_the_yardsticks_vector_is_that_of_the_recipe(model):
-    split = fvlens.load_relation("plural").split(torch.Generator().manual_seed(0))
-    found = fvlens.find_vector(
-        model, split, n_prompts=6, n_corrupted=4, seed=0, generator=torch.Generator().manual_seed(0), progress=False
-    )
+    split = fvlens.load_relation("plural").split(seeded())
+    found = fvlens.find_vector(model, split, n_prompts=6, n_corrupted=4, seed=0, generator=seeded(), progress=False)
     vector, scale = study_precision.best_vector(model, split.valid, found.means, found.effects, 0)
     assert torch.equal(vector.vector, found.vector.vector)
     assert (vector.layer, scale) == (found.layer, found.scale)
@@ -432,8 +430,8 @@ def test_the_yardsticks_vector_is_that_of_the_recipe(model):
 def test_products_in_bfloat16_come_near_and_are_recorded(name):
     """The residual stream and sums stay in float32: nearer than a model in bfloat16, and never unasked."""
     model = loaded("hooked", "float32")
-    split = fvlens.load_relation(name).split(torch.Generator().manual_seed(0))
-    build = functools.partial(fvlens.build_prompts, model, split.train, generator=torch.Generator().manual_seed(0))
+    split = fvlens.load_relation(name).split(seeded())
+    build = functools.partial(fvlens.build_prompts, model, split.train, generator=seeded())
     means = fvlens.mean_head_activations(model, build(n_prompts=20), progress=False)
     shuffled = build(n_prompts=25, labels="permuted")
     exact = fvlens.indirect_effects(model, shuffled, means, progress=False)
@@ -443,13 +441,14 @@ def test_products_in_bfloat16_come_near_and_are_recorded(name):
     assert near.cie.dtype == torch.float32
     assert 1e-5 < (near.cie - exact.cie).abs().max() < 0.1  # [0.033], of effects up to 0.9
     assert (near.aie - exact.aie).abs().max() < 0.01  # [0.0031], of averages up to 0.52
-    assert spearman(near.aie.flatten(), exact.aie.flatten()) > 0.97
+    # of heads with effects within the error any order is chance: 0.963 over all 32 heads on one machine, 0.98 on another
+    counts = exact.aie.abs() > 0.0031
+    assert 5 <= counts.sum() < counts.numel()
+    assert spearman(near.aie[counts], exact.aie[counts]) > 0.98
 
     vector = fvlens.function_vector(model, means, heads=exact.top(10), layer=2)
     sweeps = [
-        fvlens.layer_sweep(
-            model, split.test, vector, generator=torch.Generator().manual_seed(1), progress=False, compute=compute
-        )
+        fvlens.layer_sweep(model, split.test, vector, generator=seeded(1), progress=False, compute=compute)
         for compute in (None, torch.bfloat16)
     ]
     assert [one.compute for sweep in sweeps for one in sweep.evaluations[:1]] == [None, "bfloat16"]
@@ -470,7 +469,7 @@ def test_products_in_another_precision_are_refused_where_there_are_none(of):
     def run(backend, precision, **options):
         model = loaded(backend, precision)
         if of == "scores":
-            return fvlens.evaluate(model, pairs, generator=torch.Generator().manual_seed(0), **options)
+            return fvlens.evaluate(model, pairs, generator=seeded(), **options)
         prompts = built(model, 4)
         means = fvlens.mean_head_activations(model, prompts, progress=False)
         return fvlens.indirect_effects(model, prompts, means, progress=False, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build, global_randomness, likely_answers, word_prompts
 from checkpoints import save
-from conftest import random_model
+from conftest import random_model, seeded
 
 import fvlens
 from fvlens.activations import HeadMeans, position_mask
@@ -320,7 +320,7 @@ def test_relevance_equals_a_second_implementation(generator, kind, path):
 def test_relevance_of_one_layer_by_hand():
     """No norm, no MLP, one layer: half of attention times what the label writes towards the answer."""
     model = bare_model(n_layers=1, attn_only=True)
-    g = torch.Generator().manual_seed(5)
+    g = seeded(5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=g))
@@ -754,7 +754,7 @@ def test_screens_of_the_embedded_model(model, labels):
     """Means over every 60th relation; single relations scatter (see the table in ``fvlens/attribution/README.md``)."""
     quality = {m: [] for m in SCREENS}
     for name in fvlens.list_relations()[::60]:
-        g = torch.Generator().manual_seed(0)
+        g = seeded()
         split = fvlens.load_relation(name).split(g)
         common = dict(queries=split.valid, relation=name, generator=g)
         clean = fvlens.build_prompts(model, split.train, n_prompts=100, **common)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
 from fvlens.evaluation import evaluate
@@ -29,10 +30,6 @@ from fvlens.relations import Split
 from fvlens.vectors import FunctionVector, random_vector_like
 
 FAST = Settings(epochs=2, lr=3.0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

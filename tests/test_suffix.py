@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from architectures import ARCHITECTURES, FASTEST, build, word_prompts
-from conftest import needs_hooked, random_model
+from conftest import needs_hooked, random_model, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -455,7 +455,7 @@ def test_variants_may_come_in_any_order(models, generator):
 @given(st.integers(0, 2**32 - 1))
 def test_distinct_beginnings_are_those_found_one_by_one(seed):
     """Few kinds of tokens, so that prompts often begin alike; padding is one beginning of its own."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     n_prompts, n_pos, n_kinds = (int(torch.randint(1, most, (), generator=g)) for most in (7, 9, 4))
     lengths = torch.randint(1, n_pos + 1, (n_prompts,), generator=g)
     mask = (torch.arange(n_pos) >= n_pos - lengths[:, None]).long()

@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import needs_hooked, random_model
+from conftest import needs_hooked, random_model, seeded
 
 import fvlens
 from fvlens.finetuning import LoRA, frozen
@@ -40,7 +40,7 @@ class Fixed:
 
 
 def steering(model, seed=0, size=3.0):
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     cfg = model.cfg
     return Fixed(
         {
@@ -205,7 +205,7 @@ def test_evaluate_beside_a_thread_that_steers_equals_evaluate_alone(each, settin
     def numbers(vector=None):
         found = fvlens.evaluate(
             each, pairs, vector=vector, setting=setting, demonstrations=pool if setting == "icl" else None,
-            generator=torch.Generator().manual_seed(1),
+            generator=seeded(1),
         )  # fmt: skip
         return found.ranks, found.probabilities, found.log_probabilities
 
@@ -227,7 +227,7 @@ def test_evaluate_beside_a_thread_that_steers_equals_evaluate_alone(each, settin
 
 
 def test_forwards_beside_the_engine_are_plain_and_its_effects_are_those_of_a_quiet_model(each):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     relation = fvlens.load_relation("antonym")
     build = dict(n_prompts=6, n_shots=2, generator=generator)
     means = fvlens.mean_head_activations(each, fvlens.build_prompts(each, relation, **build), progress=False)
@@ -250,7 +250,7 @@ def test_forwards_beside_the_engine_are_plain_and_its_effects_are_those_of_a_qui
 
 def test_low_rank_updates_beside_plain_forwards(each):
     fingerprint = fvlens.fingerprint(each)
-    cfg, g = each.cfg, torch.Generator().manual_seed(0)
+    cfg, g = each.cfg, seeded()
     a = torch.randn(1, cfg.d_model, 2, generator=g)
     b = torch.randn(1, 2, cfg.n_heads, cfg.d_head, generator=g)
     change = LoRA(layers=(1,), a_q=a, b_q=b, a_v=a, b_v=b, fingerprint=fingerprint)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 
 import fvlens
 from fvlens import Relation, files, find, universal, universal_heads
@@ -34,7 +35,7 @@ def always(answer="dog", n_other=0):
 
 @pytest.fixture(scope="session")
 def found(model):
-    return universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+    return universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 def made(icl=(0.9, 0.5, 0.4, 0.8), majority=(0.1, 0.5, 0.6, 0.2), aie=None, n=2, **fields):
@@ -79,8 +80,8 @@ def test_majority_baseline_refuses_nothing(pool, wanted):
 @pytest.mark.parametrize("n_other", [0, 10])
 def test_majority_of_a_relation_is_that_of_its_train_pairs_on_its_valid_pairs(model, n_other):
     relation = always(n_other=n_other)
-    found = universal_heads(model, [relation, "plural"], 2, generator=torch.Generator().manual_seed(1), **SMALL)
-    g = torch.Generator().manual_seed(1)
+    found = universal_heads(model, [relation, "plural"], 2, generator=seeded(1), **SMALL)
+    g = seeded(1)
     split = relation.split(g)
     (commonest, _), *_ = Counter(pair.output for pair in split.train).most_common()
     assert commonest == "dog"
@@ -101,7 +102,7 @@ def test_majority_counts_first_tokens_as_the_top1_does(tiny):
     relation = Relation("odd", tuple(Pair(word, f"zzz{word}") for word in words))
     firsts = {tiny.tokenizer(f" {pair.output}", add_special_tokens=False)["input_ids"][0] for pair in relation}
     assert len(firsts) == 1
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     with pytest.raises(ValueError, match=re.escape("odd (0.00 against 1.00)")):
         universal_heads(tiny, [relation], 2, generator=g, **SMALL)
 
@@ -111,7 +112,7 @@ def test_majority_counts_first_tokens_as_the_top1_does(tiny):
 
 def test_effects_and_scores_are_those_of_the_parts(model, found):
     """The same chain from the front's functions, in the documented order of draws."""
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     relations = [fvlens.load_relation(name) for name in NAMES]
     splits = [relation.split(g) for relation in relations]
     for i, (relation, split) in enumerate(zip(relations, splits, strict=True)):
@@ -135,9 +136,9 @@ def test_effects_and_scores_are_those_of_the_parts(model, found):
 
 
 def test_other_labels_and_template_reach_the_prompts(model):
-    g = torch.Generator().manual_seed(2)
+    g = seeded(2)
     given = universal_heads(model, ["plural"], 2, labels="random", template="arrow", generator=g, **SMALL)
-    h = torch.Generator().manual_seed(2)
+    h = seeded(2)
     split = fvlens.load_relation("plural").split(h)
     common = dict(n_shots=4, template="arrow", relation="plural", generator=h)
     fvlens.evaluate(model, split.valid, setting="icl", demonstrations=split.train, **common)
@@ -151,11 +152,11 @@ def test_other_labels_and_template_reach_the_prompts(model):
 
 def test_same_seed_same_bits_and_the_global_generator_is_left_alone(model, found):
     before = torch.get_rng_state()
-    again = universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+    again = universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again.aie, found.aie)
     relations = [fvlens.load_relation(name) for name in NAMES]  # relations are as good as their names
-    third = universal_heads(model, relations, 4, generator=torch.Generator().manual_seed(1), **SMALL)
+    third = universal_heads(model, relations, 4, generator=seeded(1), **SMALL)
     assert not torch.equal(third.aie, found.aie)
     assert third.relations == found.relations
 
@@ -216,7 +217,7 @@ def test_how_effects_are_computed_is_passed_on(tiny, monkeypatch):
         return original(*args, **given)
 
     monkeypatch.setattr(find, "indirect_effects", spy)
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     split = fvlens.load_relation("plural").split(g)
     _, effects = relation_effects(tiny, split, relation="plural", labels="random", path="naive", generator=g, **SMALL)
     assert seen == [{"progress": False, "path": "naive"}]
@@ -295,13 +296,13 @@ def test_an_interruption_keeps_what_is_finished(model, found, monkeypatch):
 
     monkeypatch.setattr(universal, "relation_effects", interrupted)
     with pytest.warns(UserWarning, match="universal_heads was interrupted: 2 of 3 relations are finished"):
-        part = universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        part = universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
     assert not part.complete
     assert part.relations == NAMES[:2]
     assert torch.equal(part.aie, found.aie[:2])
     calls[:] = ["a", "b"]
     with pytest.raises(KeyboardInterrupt):
-        universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, monkeypatch):
@@ -310,7 +311,7 @@ def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, m
         find, "indirect_effects", lambda *a, **k: dataclasses.replace(original(*a, **k), complete=False)
     )
     with pytest.raises(KeyboardInterrupt):
-        universal_heads(model, NAMES, 4, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
 
 
 # --- refusals ---
@@ -336,13 +337,13 @@ def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, m
 )  # fmt: skip
 def test_bad_input_is_refused(unchecked, tiny, relations, n, more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        universal_heads(tiny, relations, n, generator=torch.Generator().manual_seed(0), **(SMALL | more))
+        universal_heads(tiny, relations, n, generator=seeded(), **(SMALL | more))
 
 
 def test_a_relation_too_small_to_split_is_refused_before_anything_runs(tiny):
     five = Relation("five", tuple(Pair(f"a{i}", f"b{i}") for i in range(5)))
     with pytest.raises(ValueError, match=re.escape("split: expected a relation of at least 6 pairs, got 5 in 'five'")):
-        universal_heads(tiny, ["plural", five], 2, generator=torch.Generator().manual_seed(0), **SMALL)
+        universal_heads(tiny, ["plural", five], 2, generator=seeded(), **SMALL)
 
 
 # --- files ---

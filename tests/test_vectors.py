@@ -10,7 +10,7 @@ import struct
 import pytest
 import torch
 from architectures import build, word_prompts
-from conftest import random_model
+from conftest import random_model, seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -485,7 +485,7 @@ def test_saving_into_a_missing_folder_is_refused(vector, tmp_path):
 
 
 def test_random_vector_has_the_norm_and_nothing_else(vector):
-    draw = lambda seed: fvlens.random_vector_like(vector, torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda seed: fvlens.random_vector_like(vector, seeded(seed))  # noqa: E731
     before = torch.get_rng_state()
     made = draw(0)
     assert made.norm() == pytest.approx(vector.norm(), rel=1e-5)
@@ -496,7 +496,7 @@ def test_random_vector_has_the_norm_and_nothing_else(vector):
     assert made.relation == "random like antonym"
     assert made.fingerprint == vector.fingerprint
     # directions are uniform: cosines have mean 0 and variance 1 / d_model
-    g = torch.Generator().manual_seed(0)
+    g = seeded()
     cosines = torch.tensor([fvlens.random_vector_like(vector, g).cosine(vector) for _ in range(500)])
     assert abs(cosines.mean()) < 4 / (32 * 500) ** 0.5
     assert cosines.var() == pytest.approx(1 / 32, rel=0.3)

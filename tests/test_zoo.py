@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,10 +23,6 @@ from fvlens.zoo.recipe import BOS, Recipe, SequenceSampler, train_tokenizer
 
 NAMES = ("country-capital", "country-currency", "verb-past", "verb-german", "plural")
 RELATIONS = [load_relation(name) for name in NAMES]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,8 @@ def _prompts_of(file: TensorFile, header: dict[str, Any], d_vocab: int) -> Promp
         raise ValueError("expected a mask of 0 and 1, and known classes of tokens.")
     for name, least in (("tokens", 0), ("answer_tokens", PAD_ANSWER)):
         ids = tensors[name]
-        if not bool(((ids >= least) & (ids < d_vocab)).all()):
+        # as Python's whole numbers: a damaged d_vocab may be larger than any that a tensor holds
+        if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < d_vocab:
             raise ValueError(f"expected prompts.{name} as ids of {d_vocab} tokens, got {int(ids.min())}..{ids.max()}.")
     if as_text(header["labels"], "labels") not in LABELS:
         raise ValueError(f"labels={header['labels']!r}; expected one of {', '.join(LABELS)}.")

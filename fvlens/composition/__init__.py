@@ -10,7 +10,7 @@ from fvlens.composition._build import library_analogies, library_composite, libr
 from fvlens.composition._evaluate import (
     CONTROLS,
     AnalogyEvaluation,
-    Comparison,
+    PairedComparison,
     Scored,
     evaluate_analogies,
     leaks,
@@ -28,7 +28,7 @@ from fvlens.composition._map import (
     default_rank,
     fit_composite,
 )
-from fvlens.composition._queries import SETTINGS, Queries, SourceScores, source_scores
+from fvlens.composition._queries import ANALOGY_SETTINGS, Queries, SourceScores, source_scores
 from fvlens.composition._rules import (
     RULES,
     best_single_weights,
@@ -42,22 +42,22 @@ from fvlens.composition._rules import (
 from fvlens.composition._sensitivity import BasisStudy, Change, basis_study
 
 __all__ = [
+    "ANALOGY_SETTINGS",
     "CONTROLS",
     "GATES",
     "MAPS",
     "RULES",
     "SCORES",
-    "SETTINGS",
     "SIGNALS",
     "AnalogyEvaluation",
     "Answered",
     "BasisStudy",
     "Change",
-    "Comparison",
     "CompositeMap",
     "Explanation",
     "FitHistory",
     "Gate",
+    "PairedComparison",
     "Queries",
     "Scored",
     "Seen",

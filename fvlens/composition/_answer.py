@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Explanation
-from fvlens.composition._queries import SETTINGS, Queries, Setting, shown_pairs, source_scores
+from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting, Queries, shown_pairs, source_scores
 from fvlens.finetuning import frozen
 from fvlens.metrics import best_tokens
 from fvlens.relations import Analogy, Pair
@@ -28,7 +28,7 @@ class Answered:
 
     answers: dict[str, list[tuple[str, float]]]
     explanation: Explanation
-    gates: dict[Setting, float]
+    gates: dict[AnalogySetting, float]
 
     @property
     def answer(self) -> str:
@@ -70,8 +70,8 @@ def answer_analogy(
     vector = composite.mix(scores.log_probs)[1][0]
     words = [c] if choices is None else list(choices)
     answers: dict[str, list[tuple[str, float]]] = {}
-    gates: dict[Setting, float] = {}
-    for setting in SETTINGS:
+    gates: dict[AnalogySetting, float] = {}
+    for setting in ANALOGY_SETTINGS:
         shown = shown_pairs([source] * len(words), setting)
         pairs = [Pair(c, word) for word in words]
         queries = Queries(model, pairs, shown, layer=composite.basis.layer, template=composite.template)

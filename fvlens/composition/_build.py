@@ -10,7 +10,7 @@ from fvlens.composition._evaluate import plain_pair
 from fvlens.composition._fit_gate import fit_gate
 from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map, fit_composite
-from fvlens.composition._queries import Setting
+from fvlens.composition._queries import AnalogySetting
 from fvlens.finetuning import finetune_many
 from fvlens.prompts import Template
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
@@ -90,7 +90,7 @@ def library_composite(
     layer: int | None = None,
     n_train: int = 20,
     map: Map = "none",
-    setting: Setting = "zero_shot",
+    setting: AnalogySetting = "zero_shot",
     n_analogies: int = 2430,
     epochs: int = 20,
     gate: GateKind | None = None,

@@ -12,7 +12,14 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Seen
-from fvlens.composition._queries import SETTINGS, Queries, Setting, SourceScores, given_or_scored, shown_pairs
+from fvlens.composition._queries import (
+    ANALOGY_SETTINGS,
+    AnalogySetting,
+    Queries,
+    SourceScores,
+    given_or_scored,
+    shown_pairs,
+)
 from fvlens.composition._rules import RULES
 from fvlens.finetuning import frozen
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
@@ -48,7 +55,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedComparison:
     """Two ways on the same analogies.
 
     Attributes:
@@ -131,13 +138,13 @@ class AnalogyEvaluation:
         """Share of the analogies with foils (of a kind) whose answer beats every foil; NaN without any."""
         return _choice(self[name], self._which(kind))
 
-    def compare(self, first: str, second: str, *, kind: str | None = None) -> Comparison:
+    def compare(self, first: str, second: str, *, kind: str | None = None) -> PairedComparison:
         """Top-1 of two ways on the same analogies: paired bootstrap and McNemar's test."""
         keep = self._which(kind)
         a, b = self[first].right[keep], self[second].right[keep]
         p_value, one, two = mcnemar(a, b)
         generator = torch.Generator().manual_seed(self.seed)
-        return Comparison(paired_difference(a, b, generator=generator), p_value, one, two)
+        return PairedComparison(paired_difference(a, b, generator=generator), p_value, one, two)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row an analogy and way: words, kind, relations, ``way, rank, right, log_prob, chosen``."""
@@ -253,7 +260,7 @@ def evaluate_analogies(
     analogies: Sequence[Analogy],
     composite: CompositeMap | None = None,
     *,
-    settings: Sequence[Setting] = SETTINGS,
+    settings: Sequence[AnalogySetting] = ANALOGY_SETTINGS,
     controls: Sequence[str] = CONTROLS,
     demonstrations: Mapping[str, Sequence[Pair | tuple[str, str]]] | None = None,
     n_shots: int = 5,
@@ -309,7 +316,7 @@ def evaluate_analogies(
     analogies = tuple(analogies)
     if not analogies:
         raise ValueError("evaluate_analogies: expected at least one analogy, got none.")
-    for name, values, known in (("setting", settings, SETTINGS), ("control", controls, CONTROLS)):
+    for name, values, known in (("setting", settings, ANALOGY_SETTINGS), ("control", controls, CONTROLS)):
         strange = [value for value in values if value not in known]
         if strange:
             raise ValueError(f"evaluate_analogies: {name} {strange[0]!r}; expected some of {', '.join(known)}.")

@@ -15,9 +15,9 @@ from fvlens.composition._affine import folded, minimise, scale_of
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
 from fvlens.composition._map import CompositeMap
 from fvlens.composition._queries import (
-    SETTINGS,
+    ANALOGY_SETTINGS,
+    AnalogySetting,
     Queries,
-    Setting,
     SourceScores,
     answer_scores,
     given_or_scored,
@@ -40,7 +40,7 @@ def _options(composite: CompositeMap, path: Route | None, max_memory: int | None
     return dict(layer=composite.basis.layer, template=composite.template, path=path, max_memory=max_memory)
 
 
-def _targets(model: Any, analogies: Sequence[Analogy], setting: Setting, options: dict[str, Any]) -> Queries:
+def _targets(model: Any, analogies: Sequence[Analogy], setting: AnalogySetting, options: dict[str, Any]) -> Queries:
     """The targets' prompts: C alone, or behind the source pair."""
     shown = shown_pairs([one.source_pair for one in analogies], setting)
     return Queries(model, [one.target_pair for one in analogies], shown, **options)
@@ -51,7 +51,7 @@ def gate_signals(
     composite: CompositeMap,
     analogies: Sequence[Analogy],
     *,
-    setting: Setting = "one_shot",
+    setting: AnalogySetting = "one_shot",
     sources: SourceScores | None = None,
     path: Route | None = None,
     max_memory: int | None = None,
@@ -85,8 +85,8 @@ def gate_signals(
     Raises:
         ValueError: no analogies; an unknown setting; another model than the basis's; sources of other analogies.
     """
-    if setting not in SETTINGS:
-        raise ValueError(f"gate_signals: setting={setting!r}; expected one of {', '.join(SETTINGS)}.")
+    if setting not in ANALOGY_SETTINGS:
+        raise ValueError(f"gate_signals: setting={setting!r}; expected one of {', '.join(ANALOGY_SETTINGS)}.")
     if not analogies:
         raise ValueError("gate_signals: expected at least one analogy, got none.")
     kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
@@ -124,7 +124,7 @@ def fit_gate(
     analogies: Sequence[Analogy],
     *,
     kind: GateKind = "logistic",
-    setting: Setting = "one_shot",
+    setting: AnalogySetting = "one_shot",
     protect: bool = True,
     l2: float = 1e-3,
     lr: float = 0.1,
@@ -168,7 +168,7 @@ def fit_gate(
         ValueError: no analogies; an unknown kind or setting; numbers out of range; another model than the basis's;
             sources of other analogies.
     """
-    for name, value, known in (("kind", kind, GATES), ("setting", setting, SETTINGS)):
+    for name, value, known in (("kind", kind, GATES), ("setting", setting, ANALOGY_SETTINGS)):
         if value not in known:
             raise ValueError(f"fit_gate: {name}={value!r}; expected one of {', '.join(known)}.")
     if not analogies:
@@ -211,14 +211,14 @@ def _hits(model: Any, queries: Queries, vectors: Float[Tensor, "analogy d_model"
     return torch.cat(parts)
 
 
-def _always(kind: GateKind, is_open: bool, setting: Setting) -> Gate:
+def _always(kind: GateKind, is_open: bool, setting: AnalogySetting) -> Gate:
     """A gate of 0 or 1 that does not look at its signals."""
     return Gate(kind, (0.0,) * len(SIGNALS), 1.0 if is_open else -1.0, setting)
 
 
 def _logistic(
     signals: Float[Tensor, "analogy signal"], plain: Bool[Tensor, " analogy"], steered: Bool[Tensor, " analogy"],
-    near: Bool[Tensor, " analogy"], setting: Setting,
+    near: Bool[Tensor, " analogy"], setting: AnalogySetting,
 ) -> Gate:  # fmt: skip
     changed = plain != steered
     helps = steered[changed].double()
@@ -238,7 +238,7 @@ def _logistic(
 
 
 def _over_plain_signals(
-    kind: GateKind, slope: Tensor, offset: Tensor, centre: Tensor, spread: Tensor, setting: Setting
+    kind: GateKind, slope: Tensor, offset: Tensor, centre: Tensor, spread: Tensor, setting: AnalogySetting
 ) -> Gate:
     """A gate over signals as they are from one over scaled ones."""
     slopes, shift = folded(slope.detach(), offset.detach(), centre, spread)
@@ -247,7 +247,7 @@ def _over_plain_signals(
 
 def _threshold(
     signals: Float[Tensor, "analogy signal"], plain: Bool[Tensor, " analogy"], steered: Bool[Tensor, " analogy"],
-    near: Bool[Tensor, " analogy"], setting: Setting,
+    near: Bool[Tensor, " analogy"], setting: AnalogySetting,
 ) -> Gate:  # fmt: skip
     gain = steered.double() - plain.double()
     best, chosen = (0.0, 0), _always("threshold", False, setting)
@@ -267,7 +267,7 @@ def _threshold(
 
 
 def _learned(
-    queries: Queries, signals: Tensor, vectors: Tensor, setting: Setting, l2: float, lr: float, epochs: int,
+    queries: Queries, signals: Tensor, vectors: Tensor, setting: AnalogySetting, l2: float, lr: float, epochs: int,
     batch_size: int, generator: torch.Generator, progress: bool,
 ) -> Gate:  # fmt: skip
     centre, spread = scale_of(signals)

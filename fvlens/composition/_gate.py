@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.composition._queries import SETTINGS, Setting
+from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting
 from fvlens.types import as_number
 
 GateKind = Literal["logistic", "threshold", "learned"]
@@ -37,15 +37,15 @@ class Gate:
     kind: GateKind
     slopes: tuple[float, ...]
     offset: float
-    setting: Setting
+    setting: AnalogySetting
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:
             raise ValueError(f"Gate: kind={self.kind!r}; expected one of {', '.join(GATES)}.")
         if len(self.slopes) != len(SIGNALS):
             raise ValueError(f"Gate: expected {len(SIGNALS)} slopes ({', '.join(SIGNALS)}), got {len(self.slopes)}.")
-        if self.setting not in SETTINGS:
-            raise ValueError(f"Gate: setting={self.setting!r}; expected one of {', '.join(SETTINGS)}.")
+        if self.setting not in ANALOGY_SETTINGS:
+            raise ValueError(f"Gate: setting={self.setting!r}; expected one of {', '.join(ANALOGY_SETTINGS)}.")
         named = zip(self.slopes, SIGNALS, strict=True)
         slopes = tuple(as_number(slope, f"Gate: slope of {name}") for slope, name in named)
         object.__setattr__(self, "slopes", slopes)

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._gate import Gate
 from fvlens.composition._queries import (
-    SETTINGS,
+    ANALOGY_SETTINGS,
+    AnalogySetting,
     Queries,
-    Setting,
     SourceScores,
     given_or_scored,
     shown_pairs,
@@ -159,7 +159,7 @@ class CompositeMap:
     strength: float = 1.0
     scores: ScoreKind = "log_probability"
     rule: str = "softmax"
-    setting: Setting = "zero_shot"
+    setting: AnalogySetting = "zero_shot"
     template: Template | str = "qa"
     gates: tuple[Gate, ...] = ()
     seen: Seen = field(default_factory=Seen)
@@ -183,7 +183,7 @@ class CompositeMap:
         _check_choice("map", self.map, MAPS)
         _check_choice("scores", self.scores, SCORES)
         _check_choice("rule", self.rule, tuple(RULES))
-        _check_choice("setting", self.setting, SETTINGS)
+        _check_choice("setting", self.setting, ANALOGY_SETTINGS)
         for name in ("matrix", "shift", "transfer"):
             values = getattr(self, name)
             if values is not None:
@@ -200,7 +200,7 @@ class CompositeMap:
         basis: VectorSet,
         *,
         template: Template | str | None = None,
-        setting: Setting = "zero_shot",
+        setting: AnalogySetting = "zero_shot",
         pairs: Sequence[Pair | tuple[str, str]] = (),
     ) -> "CompositeMap":
         """No map: weights are the softmax of the scores. ``pairs`` are those that the basis was trained on."""
@@ -209,7 +209,7 @@ class CompositeMap:
         seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in pairs))
         return cls(basis, "none", torch.eye(n), torch.zeros(n), setting=setting, template=template, seen=seen)
 
-    def gate(self, setting: Setting) -> Gate | None:
+    def gate(self, setting: AnalogySetting) -> Gate | None:
         """The gate for these prompts, if there is one."""
         return next((gate for gate in self.gates if gate.setting == setting), None)
 
@@ -374,7 +374,7 @@ def fit_composite(
     valid: Sequence[Analogy] = (),
     scores: ScoreKind = "log_probability",
     rule: str = "softmax",
-    setting: Setting = "zero_shot",
+    setting: AnalogySetting = "zero_shot",
     rank: int | None = None,
     learn_strength: bool = False,
     l2: float | None = None,
@@ -449,7 +449,7 @@ def fit_composite(
         Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
     """
     for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
-                               ("setting", setting, SETTINGS)):  # fmt: skip
+                               ("setting", setting, ANALOGY_SETTINGS)):  # fmt: skip
         _check_choice(name, value, known)
     l2 = (3e-3 if map == "transfer" else 1e-4) if l2 is None else l2
     for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):

@@ -15,11 +15,11 @@ from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair
 from fvlens.suffix import Route, choose_route
 
-Setting = Literal["zero_shot", "one_shot"]
-SETTINGS: tuple[Setting, ...] = ("zero_shot", "one_shot")
+AnalogySetting = Literal["zero_shot", "one_shot"]
+ANALOGY_SETTINGS: tuple[AnalogySetting, ...] = ("zero_shot", "one_shot")
 
 
-def shown_pairs(sources: Sequence[Pair], setting: Setting) -> list[list[Pair]] | None:
+def shown_pairs(sources: Sequence[Pair], setting: AnalogySetting) -> list[list[Pair]] | None:
     """The demonstrations of each analogy's prompt: its source pair in the one-shot prompt, none in the bare query."""
     return [[source] for source in sources] if setting == "one_shot" else None
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fvlens.composition._evaluate import Unseen, evaluate_analogies
 from fvlens.composition._map import CompositeMap, fit_composite
-from fvlens.composition._queries import Setting
+from fvlens.composition._queries import AnalogySetting
 from fvlens.finetuning import VectorSet
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.relations import Analogy, list_relations, load_relation
@@ -61,7 +61,7 @@ class BasisStudy:
     changes: tuple[Change, ...]
     references: dict[str, float]
     n_analogies: int
-    setting: Setting
+    setting: AnalogySetting
 
     def __getitem__(self, name: str) -> Change:
         """A change by its name.
@@ -113,7 +113,7 @@ def basis_study(
     noise: Sequence[float] = (0.25,),
     remove: Sequence[str] = ("family", "domain"),
     n_repeats: int = 3,
-    setting: Setting = "zero_shot",
+    setting: AnalogySetting = "zero_shot",
     epochs: int = 20,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,

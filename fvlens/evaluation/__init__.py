@@ -13,30 +13,45 @@ each of its intervals starts from the same state of the generator. So the rows o
 prompt, and a row equals what :func:`evaluate` alone gives with a generator of the same seed.
 """
 
-from fvlens.evaluation._controls import KINDS, Control, Controls, Kind, controls
+from fvlens.evaluation._answered import Answered
+from fvlens.evaluation._controls import CONTROL_KINDS, Control, ControlKind, Controls, controls
 from fvlens.evaluation._evaluate import Evaluation, evaluate, evaluations
 from fvlens.evaluation._filter import filter_correct
 from fvlens.evaluation._generate import GeneratedAnswers, generate_answers
 from fvlens.evaluation._layer_scale import SCALES, LayerScaleSweep, layer_scale_sweep
-from fvlens.evaluation._prompting import SETTINGS, Asked, Pairs, Prompting, Setting, asked_prompts, copied, setting_of
+from fvlens.evaluation._prompting import (
+    SETTINGS,
+    Asked,
+    Options,
+    Pairs,
+    Prompting,
+    Running,
+    Setting,
+    asked_prompts,
+    copied,
+    setting_of,
+)
 from fvlens.evaluation._sweeps import COUNTS, HeadCountSweep, LayerSweep, best_of, head_count_sweep, layer_sweep
 
 __all__ = [
+    "CONTROL_KINDS",
     "COUNTS",
-    "KINDS",
     "SCALES",
     "SETTINGS",
+    "Answered",
     "Asked",
     "Control",
+    "ControlKind",
     "Controls",
     "Evaluation",
     "GeneratedAnswers",
     "HeadCountSweep",
-    "Kind",
     "LayerScaleSweep",
     "LayerSweep",
+    "Options",
     "Pairs",
     "Prompting",
+    "Running",
     "Setting",
     "asked_prompts",
     "best_of",

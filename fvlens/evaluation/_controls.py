@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import Evaluation, evaluations
-from fvlens.evaluation._prompting import Pairs, Prompting, asked_prompts, copied
+from fvlens.evaluation._prompting import Options, Pairs, asked_prompts, copied, running
 from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.prompts import Prompts
 from fvlens.scoring import score
-from fvlens.suffix import Route
 from fvlens.types import Head, Steering
 from fvlens.vectors import FunctionVector, function_vector, random_vector_like
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Kind = Literal["no_vector", "vector", "random_vector", "random_heads", "other_relation", "icl", "shuffled"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+ControlKind = Literal["no_vector", "vector", "random_vector", "random_heads", "other_relation", "icl", "shuffled"]
+CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Control:
     """
 
     name: str
-    kind: Kind
+    kind: ControlKind
     evaluations: tuple[Evaluation, ...]
     scores: Float[Tensor, " prompt"]
     interval: Interval
@@ -79,7 +78,7 @@ class Controls:
     pooled: tuple[Control, ...]
     complete: bool
 
-    def summary(self, kind: Kind) -> tuple[float, Interval]:
+    def summary(self, kind: ControlKind) -> tuple[float, Interval]:
         """Mean top-1 of one kind, and its interval.
 
         Raises:
@@ -146,10 +145,7 @@ class Controls:
             [row.interval.low for row in self.rows],
             [row.interval.high for row in self.rows],
             x_title="Top-1",
-            title=titled(
-                f"The vector and its controls, {one.relation or 'custom pairs'} ({one.setting}, {one.n} queries)",
-                self.complete,
-            ),
+            title=titled(f"The vector and its controls, {one.name} ({one.setting}, {one.n} queries)", self.complete),
             highlighted=[vector.name],
         )
 
@@ -163,13 +159,9 @@ def controls(
     means: HeadMeans | None = None,
     n_random: int = 10,
     scale: float | int = 1.0,
-    batch_size: int | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    compute: torch.dtype | None = None,
     generator: torch.Generator,
     progress: bool = True,
-    **prompting: Unpack[Prompting],
+    **options: Unpack[Options],
 ) -> Controls:
     """A vector against what else might explain its score.
 
@@ -187,13 +179,13 @@ def controls(
         means: task means for the vectors of random heads; None leaves that row out.
         n_random: number of random vectors, and of random sets of heads.
         n_shots: demonstrations in the rows that have some.
-        scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
+        scale: factor on the vector.
         generator: draws the prompts first, then the bootstrap and the random vectors and heads.
         progress: show a progress bar. Interrupting returns what is finished, with a warning: the queries that all
             vectors have been tried on, or the rows.
-        prompting: how pairs are asked, as for :func:`evaluate`. ``demonstrations`` are needed, for the rows with
-            demonstrations; ``setting`` is where the vectors are injected; ``labels`` and ``pool`` also say how the
-            ``shuffled`` row corrupts labels.
+        options: how pairs are asked and prompts are run, as for :func:`evaluate`. ``demonstrations`` are needed, for
+            the rows with demonstrations; ``setting`` is where the vectors are injected; ``labels`` and ``pool`` also
+            say how the ``shuffled`` row corrupts labels.
 
     Returns:
         :class:`Controls`.
@@ -222,20 +214,20 @@ def controls(
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     start = copied(generator)
-    shown: list[tuple[Kind, Prompts, torch.Generator]] = []
+    shown: list[tuple[ControlKind, Prompts, torch.Generator]] = []
     settings: tuple[Literal["icl", "shuffled"], ...] = ("icl", "shuffled")
     for setting in settings:
         own = copied(start)
-        labels = prompting.get("labels") if setting == "shuffled" else None
-        options = Prompting(**{**prompting, "setting": setting, "labels": labels})  # pyright: ignore
-        shown.append((setting, asked_prompts("controls", model, pairs, options, own, vector), own))
-    own_labels = prompting.get("labels") if prompting.get("setting") == "shuffled" else None
-    options = Prompting(**{**prompting, "labels": own_labels})  # pyright: ignore
-    prompts = asked_prompts("controls", model, pairs, options, generator, vector)
+        labels = options.get("labels") if setting == "shuffled" else None
+        asked = Options(**{**options, "setting": setting, "labels": labels})  # pyright: ignore
+        shown.append((setting, asked_prompts("controls", model, pairs, asked, own, vector), own))
+    own_labels = options.get("labels") if options.get("setting") == "shuffled" else None
+    asked = Options(**{**options, "labels": own_labels})  # pyright: ignore
+    prompts = asked_prompts("controls", model, pairs, asked, generator, vector)
     bootstrap = copied(generator)
 
     # what is injected, kind by kind; a row is the mean over the vectors of one entry
-    steered: list[tuple[str, Kind, list[Steering | None]]] = [
+    steered: list[tuple[str, ControlKind, list[Steering | None]]] = [
         ("no vector", "no_vector", [None]),
         ("the vector", "vector", [vector]),
         (
@@ -254,17 +246,15 @@ def controls(
 
     # all of it in one go over the prompts' one run
     changes = [change for _, _, own in steered for change in own]
-    engine: dict[str, Any] = dict(
-        batch_size=batch_size, path=path, max_memory=max_memory, compute=compute, progress=progress
-    )
-    scores = score(model, prompts, changes, scales=scale, interruptible=True, what="controls", **engine)
+    how, compute = running(options), options.get("compute")
+    scores = score(model, prompts, changes, scales=scale, interruptible=True, progress=progress, what="controls", **how)
     scored = iter(evaluations(model, prompts, changes, [scale] * len(changes), scores, copied(bootstrap), compute))
-    groups: list[tuple[str, Kind, list[Evaluation]]] = [
+    groups: list[tuple[str, ControlKind, list[Evaluation]]] = [
         (name, kind, [next(scored) for _ in own]) for name, kind, own in steered
     ]
     reference = next(found[0] for _, kind, found in groups if kind == "vector")
 
-    def row(name: str, kind: Kind, found: Sequence[Evaluation]) -> Control:
+    def row(name: str, kind: ControlKind, found: Sequence[Evaluation]) -> Control:
         shares = torch.stack([one.correct.double() for one in found]).mean(dim=0)
         single = len(found) == 1
         return Control(
@@ -278,16 +268,16 @@ def controls(
 
     rows = [row(*group) for group in groups]
     complete = scores.complete
-    demonstrated: list[tuple[Kind, Prompts, torch.Generator]] = shown if complete else []
+    demonstrated: list[tuple[ControlKind, Prompts, torch.Generator]] = shown if complete else []
     n_rows = len(rows) + len(demonstrated)
     with keeping(lambda: len(rows), n_rows, "controls", "rows are finished", stacklevel=2) as loop:
         for kind, own_prompts, own in demonstrated:
-            score_of = score(model, own_prompts, [None], what="controls", **engine)
+            score_of = score(model, own_prompts, [None], progress=progress, what="controls", **how)
             found = evaluations(model, own_prompts, [None], [scale], score_of, own, compute)
             rows.append(row(f"{own_prompts.n_shots} demonstrations, {own_prompts.labels} labels", kind, found))
     complete = complete and loop.complete
     pooled: list[Control] = []
-    for kind in KINDS:
+    for kind in CONTROL_KINDS:
         same = [one for one in rows if one.kind == kind]
         if len(same) > 1:
             pooled.append(row("vectors of other relations", kind, [found for one in same for found in one.evaluations]))

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied, setting_of
+from fvlens.evaluation._answered import Answered, asked
+from fvlens.evaluation._prompting import Asked, Options, asked_prompts, copied, running
 from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
-from fvlens.models import Fingerprint
-from fvlens.prompts import Prompts, Template
-from fvlens.relations import Pair
+from fvlens.prompts import Prompts
 from fvlens.scoring import Scores, score
 from fvlens.suffix import Route, Weights
 from fvlens.types import Steering
@@ -25,62 +24,34 @@ SHARE_AXIS = (0.0, 1.08)
 """Range of an axis that shows shares, with room for the markers at 1."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class Evaluation(Answered):
     """Scores of one setting, one entry a query, in the order of the pairs.
 
     Attributes:
-        setting: ``"zero_shot"``, ``"icl"`` or ``"shuffled"``.
-        relation: name of the relation, if known.
-        queries: the pairs asked.
         predictions: the most likely next token of each prompt, as text without its leading space.
         ranks: number of tokens before the answer's first token, in order of falling logit and rising id; 0 is right.
         probabilities: probability of the answer's first token.
         log_probabilities: teacher-forced log-probability of the whole answer, in nats, summed over its tokens.
         interval: 95% bootstrap interval of :attr:`top1`.
-        template: how the prompts were written.
-        n_shots: demonstrations in each prompt.
-        labels: how the demonstrations' labels were chosen.
-        scale: factor on the vector.
-        vector_kind, vector_relation, vector_layer: what was injected; None without a vector, or where it does not say.
-        model_name: the model's name in its configuration.
-        fingerprint: the model's fingerprint as the vector records it; None without one (hashing takes time; call
-            ``fvlens.fingerprint(model)`` where it is needed).
-        data_hash: hash of the prompts and their answers.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
         batch_size: prompts that ran together at most.
         weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
             second copy does not fit the memory; None on other paths.
         compute: precision of the products, where it is not the model's own.
+
+    What was asked is in the fields of :class:`Answered`.
     """
 
-    setting: str
-    relation: str
-    queries: tuple[Pair, ...]
     predictions: tuple[str, ...]
     ranks: Int[Tensor, " prompt"]
     probabilities: Float[Tensor, " prompt"]
     log_probabilities: Float[Tensor, " prompt"]
     interval: Interval
-    template: Template
-    n_shots: int
-    labels: str
-    scale: float
-    vector_kind: str | None
-    vector_relation: str | None
-    vector_layer: int | None
-    model_name: str
-    fingerprint: Fingerprint | None
-    data_hash: str
     path: Route
     batch_size: int
     weights: Weights | None
     compute: str | None
-
-    @property
-    def n(self) -> int:
-        """Number of queries."""
-        return len(self.queries)
 
     @property
     def correct(self) -> Bool[Tensor, " prompt"]:
@@ -118,30 +89,21 @@ class Evaluation:
         return self.log_probabilities.double().mean().item()
 
     def __repr__(self) -> str:
-        name, low, high = self.relation or "custom pairs", self.interval.low, self.interval.high
+        low, high = self.interval.low, self.interval.high
         vector = "no vector" if self.vector_kind is None else f"{self.vector_kind} vector x {self.scale:g}"
         return (
-            f"Evaluation({name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} [{low:.3f}, {high:.3f}], "
-            f"probability={self.probability:.3f})"
+            f"Evaluation({self.name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} "
+            f"[{low:.3f}, {high:.3f}], probability={self.probability:.3f})"
         )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a query: its words, ``prediction, correct, rank, probability, log_probability``, and the setting."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "relation": self.relation,
-                "setting": self.setting,
-                "vector": self.vector_kind or "none",
-                "query": [pair.input for pair in self.queries],
-                "answer": [pair.output for pair in self.queries],
-                "prediction": list(self.predictions),
-                "correct": self.correct.numpy(),
-                "rank": self.ranks.numpy(),
-                "probability": self.probabilities.numpy(),
-                "log_probability": self.log_probabilities.numpy(),
-            }
+        return self._table(
+            prediction=list(self.predictions),
+            correct=self.correct.numpy(),
+            rank=self.ranks.numpy(),
+            probability=self.probabilities.numpy(),
+            log_probability=self.log_probabilities.numpy(),
         )
 
     def plot(self, *, k: int = 10) -> "go.Figure":
@@ -154,7 +116,7 @@ class Evaluation:
             [top_k_accuracy(self.ranks, count) for count in counts],
             x_title="Tokens counted",
             y_title="Share of answers among them",
-            title=f"Rank of the answer, {self.relation or 'custom pairs'} ({self.setting}, {self.n} queries)",
+            title=f"Rank of the answer, {self.name} ({self.setting}, {self.n} queries)",
             marked=1,
             marked_label="top-1",
             y_range=SHARE_AXIS,
@@ -167,12 +129,8 @@ def evaluate(
     *,
     vector: Steering | None = None,
     scale: float | int = 1.0,
-    batch_size: int | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    compute: torch.dtype | None = None,
     generator: torch.Generator,
-    **prompting: Unpack[Prompting],
+    **options: Unpack[Options],
 ) -> Evaluation:
     """How well the model answers word-pair queries, with or without an injected vector.
 
@@ -186,14 +144,10 @@ def evaluate(
         vector: what is injected, such as a ``FunctionVector``. A tensor in it may have a leading batch axis, one row a
             pair.
         scale: factor on the vector.
-        batch_size: prompts run together at most; by default from the memory plan. It changes nothing but speed, memory
-            and rounding (in half precision rounding moves ranks), and is halved, with a warning, where memory runs out.
-        path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact.
-        max_memory: bytes for activations; by default 1 GiB on a CPU.
-        compute: precision of products, as for :func:`fvlens.scoring.score`; None for the model's own.
         generator: draws the demonstrations first, then the bootstrap.
-        prompting: how pairs are asked, see :class:`~fvlens.evaluation.Prompting`: ``setting, demonstrations, n_shots,
-            template, labels, pool, relation``.
+        options: how pairs are asked, see :class:`~fvlens.evaluation.Prompting` (``setting, demonstrations, n_shots,
+            template, labels, pool, relation``), and how prompts are run, see :class:`~fvlens.evaluation.Running`
+            (``batch_size, path, max_memory, compute``).
 
     Returns:
         :class:`Evaluation`: rank, probability (0..1) and log-probability (nats, at most 0) of each query, and their
@@ -219,19 +173,9 @@ def evaluate(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (zero-shot and shuffled-label evaluation).
     """
-    prompts = asked_prompts("evaluate", model, pairs, prompting, generator, vector)
-    scores = score(
-        model,
-        prompts,
-        [vector],
-        scales=scale,
-        path=path,
-        batch_size=batch_size,
-        max_memory=max_memory,
-        compute=compute,
-        what="evaluate",
-    )
-    (found,) = evaluations(model, prompts, [vector], [scale], scores, generator, compute)
+    prompts = asked_prompts("evaluate", model, pairs, options, generator, vector)
+    scores = score(model, prompts, [vector], scales=scale, what="evaluate", **running(options))
+    (found,) = evaluations(model, prompts, [vector], [scale], scores, generator, options.get("compute"))
     return found
 
 
@@ -252,14 +196,6 @@ def evaluations(
     if not scores.complete:
         prompts = prompts.select(scores.prompts.tolist())
     shared = {
-        "setting": setting_of(prompts),
-        "relation": prompts.relation,
-        "queries": prompts.queries,
-        "template": prompts.template,
-        "n_shots": prompts.n_shots,
-        "labels": prompts.labels,
-        "model_name": str(model.cfg.model_name),
-        "data_hash": prompts.data_hash,
         "path": scores.path,
         "batch_size": scores.batch_size,
         "weights": scores.weights,
@@ -277,23 +213,11 @@ def evaluations(
                 probabilities=scores.first[i].exp(),
                 log_probabilities=scores.whole[i],
                 interval=bootstrap_interval(scores.ranks[i] == 0, generator=own),
-                **described(vector, scale),
+                **asked(model, prompts, vector, scale),
                 **shared,
             )
         )
     return tuple(found)
-
-
-def described(vector: Steering | None, scale: float | int) -> dict[str, Any]:
-    """What was injected, as results record it."""
-    layer = getattr(vector, "layer", None)
-    return {
-        "scale": float(scale),
-        "vector_kind": None if vector is None else str(getattr(vector, "kind", type(vector).__name__)),
-        "vector_relation": getattr(vector, "relation", None),
-        "vector_layer": layer if isinstance(layer, int) else None,
-        "fingerprint": getattr(vector, "fingerprint", None),
-    }
 
 
 def _texts(model: Any, tokens: Int[Tensor, "change prompt"]) -> list[tuple[str, ...]]:

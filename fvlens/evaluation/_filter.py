@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from fvlens.prompts import Template, build_prompts
-from fvlens.relations import Pair, Relation
+from fvlens.relations import Pair, Pairs
 from fvlens.scoring import score
 
 
 def filter_correct(
     model: Any,
-    pairs: Relation | Sequence[Pair | tuple[str, str]],
+    pairs: Pairs,
     *,
     demonstrations: Sequence[Pair | tuple[str, str]] | None = None,
     n_shots: int = 10,

@@ -8,12 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fvlens.evaluation._evaluate import described
-from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied, setting_of
+from fvlens.evaluation._answered import Answered, asked
+from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied
 from fvlens.metrics import Interval, best_token, bootstrap_interval, exact_match, token_f1
-from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts, Template
-from fvlens.relations import Pair
 from fvlens.scoring import Batch, changed, context_batches
 from fvlens.suffix import halving
 from fvlens.types import Steering
@@ -23,14 +21,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class GeneratedAnswers:
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
+class GeneratedAnswers(Answered):
     """Generated answers against the expected ones, one entry a query, in the order of the pairs.
 
     Attributes:
-        setting: ``"zero_shot"``, ``"icl"`` or ``"shuffled"``.
-        relation: name of the relation, if known.
-        queries: the pairs asked.
         texts: the generated answers, cut where the template ends an answer, without white space around them.
         raw_texts: everything that was generated.
         matches: True where the answer equals the expected one (case, punctuation and articles aside).
@@ -38,19 +33,10 @@ class GeneratedAnswers:
         interval: 95% bootstrap interval of :attr:`exact_match`.
         f1_interval: 95% bootstrap interval of :attr:`f1`.
         max_new_tokens: tokens generated at most.
-        template: how the prompts were written.
-        n_shots: demonstrations in each prompt.
-        labels: how the demonstrations' labels were chosen.
-        scale: factor on the vector.
-        vector_kind, vector_relation, vector_layer: what was injected; None without a vector, or where it does not say.
-        model_name: the model's name in its configuration.
-        fingerprint: the model's fingerprint as the vector records it; None without one.
-        data_hash: hash of the prompts and their answers.
+
+    What was asked is in the fields of :class:`Answered`.
     """
 
-    setting: str
-    relation: str
-    queries: tuple[Pair, ...]
     texts: tuple[str, ...]
     raw_texts: tuple[str, ...]
     matches: Bool[Tensor, " prompt"]
@@ -58,21 +44,6 @@ class GeneratedAnswers:
     interval: Interval
     f1_interval: Interval
     max_new_tokens: int
-    template: Template
-    n_shots: int
-    labels: str
-    scale: float
-    vector_kind: str | None
-    vector_relation: str | None
-    vector_layer: int | None
-    model_name: str
-    fingerprint: Fingerprint | None
-    data_hash: str
-
-    @property
-    def n(self) -> int:
-        """Number of queries."""
-        return len(self.queries)
 
     @property
     def exact_match(self) -> float:
@@ -85,28 +56,15 @@ class GeneratedAnswers:
         return self.f1_scores.double().mean().item()
 
     def __repr__(self) -> str:
-        name, low, high = self.relation or "custom pairs", self.interval.low, self.interval.high
+        low, high = self.interval.low, self.interval.high
         return (
-            f"GeneratedAnswers({name}, {self.setting}, n={self.n}, exact_match={self.exact_match:.3f} "
+            f"GeneratedAnswers({self.name}, {self.setting}, n={self.n}, exact_match={self.exact_match:.3f} "
             f"[{low:.3f}, {high:.3f}], f1={self.f1:.3f})"
         )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a query: ``query, answer, text, exact_match, f1`` and the setting."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "relation": self.relation,
-                "setting": self.setting,
-                "vector": self.vector_kind or "none",
-                "query": [pair.input for pair in self.queries],
-                "answer": [pair.output for pair in self.queries],
-                "text": list(self.texts),
-                "exact_match": self.matches.numpy(),
-                "f1": self.f1_scores.numpy(),
-            }
-        )
+        return self._table(text=list(self.texts), exact_match=self.matches.numpy(), f1=self.f1_scores.numpy())
 
     def plot(self) -> "go.Figure":
         """Exact match and F1 as bars with their intervals."""
@@ -119,7 +77,7 @@ class GeneratedAnswers:
             [interval.low for interval in intervals],
             [interval.high for interval in intervals],
             x_title="Mean over queries",
-            title=f"Generated answers, {self.relation or 'custom pairs'} ({self.setting}, {self.n} queries)",
+            title=f"Generated answers, {self.name} ({self.setting}, {self.n} queries)",
         )
 
 
@@ -171,7 +129,7 @@ def generate_answers(
     """
     if max_new_tokens < 1:
         raise ValueError(f"generate_answers: expected max_new_tokens of at least 1, got {max_new_tokens}.")
-    prompts = asked_prompts("generate_answers", model, pairs, prompting, generator, vector)
+    prompts = asked_prompts("generate_answers", model, pairs, prompting, generator, vector, Prompting.__annotations__)
     longest = int(prompts.attention_mask.sum(dim=1).max())
     if longest + max_new_tokens - 1 > model.cfg.n_ctx:
         raise ValueError(
@@ -194,15 +152,7 @@ def generate_answers(
         interval=bootstrap_interval(matches, generator=copied(generator)),
         f1_interval=bootstrap_interval(scores, generator=generator),
         max_new_tokens=max_new_tokens,
-        setting=setting_of(prompts),
-        relation=prompts.relation,
-        queries=prompts.queries,
-        template=prompts.template,
-        n_shots=prompts.n_shots,
-        labels=prompts.labels,
-        model_name=str(model.cfg.model_name),
-        data_hash=prompts.data_hash,
-        **described(vector, scale),
+        **asked(model, prompts, vector, scale),
     )
 
 

@@ -10,11 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation
-from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts
+from fvlens.evaluation._prompting import Asked, Options, asked_prompts
 from fvlens.evaluation._sweeps import LayerSweep, run_sweep, steering_by_layer, sweep_dataframe
 from fvlens.interruption import titled
 from fvlens.metrics import Interval
-from fvlens.suffix import Route
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
@@ -139,8 +138,7 @@ class LayerScaleSweep:
             x_title="Injected after layer",
             y_title="Top-1",
             title=titled(
-                f"Layer and scale, {self.baseline.relation or 'custom pairs'} ({self.baseline.setting}, "
-                f"{self.baseline.n} queries)",
+                f"Layer and scale, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)",
                 self.complete,
             ),
             note=f"Best: {scale:g} v after layer {layer}. Bands: 95% bootstrap over queries",
@@ -156,13 +154,9 @@ def layer_scale_sweep(
     *,
     layers: Sequence[int] | None = None,
     scales: Sequence[float | int] = SCALES,
-    batch_size: int | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    compute: torch.dtype | None = None,
     generator: torch.Generator,
     progress: bool = True,
-    **prompting: Unpack[Prompting],
+    **options: Unpack[Options],
 ) -> LayerScaleSweep:
     """Where a vector works and how strongly it is added there: scores at each layer and scale.
 
@@ -175,10 +169,9 @@ def layer_scale_sweep(
         vector: one vector, moved from layer to layer, or one steering for each layer.
         layers: layers to visit; by default all of the model, or all that ``vector`` maps.
         scales: factors on the vector.
-        batch_size, path, max_memory, compute: as for :func:`evaluate`.
         generator: draws the demonstrations first, then the bootstrap.
         progress: show a progress bar. Interrupting returns the queries that are finished in all cells, with a warning.
-        prompting: how pairs are asked, as for :func:`evaluate`.
+        options: how pairs are asked and prompts are run, as for :func:`evaluate`.
 
     Returns:
         :class:`LayerScaleSweep`.
@@ -207,11 +200,10 @@ def layer_scale_sweep(
         raise ValueError(f"layer_scale_sweep: expected at least one scale, all finite, got {list(scales)}.")
     by_layer = steering_by_layer("layer_scale_sweep", model, vector, layers)
     places = [(layer, factor) for layer in by_layer for factor in factors]
-    prompts = asked_prompts("layer_scale_sweep", model, pairs, prompting, generator, next(iter(by_layer.values())))
+    prompts = asked_prompts("layer_scale_sweep", model, pairs, options, generator, next(iter(by_layer.values())))
     found, baseline, complete = run_sweep(
         model, prompts, [by_layer[layer] for layer, _ in places], "layer and scale sweep",
-        [factor for _, factor in places], generator, batch_size=batch_size, path=path, max_memory=max_memory,
-        compute=compute, progress=progress,
+        [factor for _, factor in places], generator, progress, options,
     )  # fmt: skip
     n = len(factors)
     rows = tuple(found[i * n : (i + 1) * n] for i in range(len(by_layer)))

@@ -1,16 +1,20 @@
-"""The prompts that an evaluation asks: pairs and how they are to be asked, or prompts that are there already."""
+"""The prompts that an evaluation asks: pairs and how they are to be asked, or prompts that are there already.
 
-from collections.abc import Sequence
+The options of everything in this room are here too: how pairs are asked (:class:`Prompting`), how prompts are run
+(:class:`Running`), and both (:class:`Options`).
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
 from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts, template_or
-from fvlens.relations import Pair, Relation
+from fvlens.relations import Pairs, Relation
+from fvlens.suffix import Route
 
 Setting = Literal["zero_shot", "icl", "shuffled"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
-Pairs = Relation | Sequence[Pair | tuple[str, str]]
 Asked = Pairs | Prompts
 """What is asked: pairs, one query each, or prompts."""
 
@@ -40,8 +44,40 @@ class Prompting(TypedDict, total=False):
     relation: str | None
 
 
+class Running(TypedDict, total=False):
+    """How prompts are run, as :func:`fvlens.scoring.score` takes it.
+
+    Attributes:
+        batch_size: prompts run together at most; by default from the memory plan. It changes nothing but speed, memory
+            and rounding (in half precision rounding moves ranks), and is halved, with a warning, where memory runs out.
+        path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest that is exact.
+        max_memory: bytes for activations; by default 1 GiB on a CPU.
+        compute: precision of products; None for the model's own.
+    """
+
+    batch_size: int | None
+    path: Route | None
+    max_memory: int | None
+    compute: torch.dtype | None
+
+
+class Options(Prompting, Running, total=False):
+    """How pairs are asked and how their prompts are run: what evaluations, sweeps and controls take."""
+
+
+def running(options: Options) -> Running:
+    """How prompts are run, of all options."""
+    return Running(**{name: options[name] for name in Running.__annotations__ if name in options})  # pyright: ignore
+
+
 def asked_prompts(
-    function: str, model: Any, asked: Asked, prompting: Prompting, generator: torch.Generator, source: Any = None
+    function: str,
+    model: Any,
+    asked: Asked,
+    options: Options | Prompting,
+    generator: torch.Generator,
+    source: Any = None,
+    known: Iterable[str] = tuple(Options.__annotations__),
 ) -> Prompts:
     """One prompt a pair, as asked for; prompts as they are.
 
@@ -49,20 +85,20 @@ def asked_prompts(
         function: the function that the user called, for messages.
         model: the model.
         asked: the pairs, or prompts.
-        prompting: how pairs are asked.
+        options: how pairs are asked; how they are run is for :func:`running`.
         generator: draws the demonstrations.
         source: a vector, or means, whose template is the default where it has one.
+        known: the options that the function takes.
 
     Raises:
-        ValueError: unknown options or values; settings that do not go together; options beside prompts; whatever
+        TypeError: unknown options.
+        ValueError: unknown values; settings that do not go together; options beside prompts; whatever
             :func:`~fvlens.build_prompts` refuses.
     """
-    unknown = sorted(set(prompting) - set(Prompting.__annotations__))
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(
-            f"{function}: unexpected options {', '.join(unknown)}; pairs are asked by "
-            f"{', '.join(Prompting.__annotations__)}."
-        )
+        raise TypeError(f"{function}: unexpected options {', '.join(unknown)}; expected some of {', '.join(known)}.")
+    prompting = Prompting(**{name: options[name] for name in Prompting.__annotations__ if name in options})  # pyright: ignore
     if isinstance(asked, Prompts):
         given = sorted(name for name, value in prompting.items() if value is not None)
         if given:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation, evaluations
-from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts
+from fvlens.evaluation._prompting import Asked, Options, asked_prompts, running
 from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval
 from fvlens.prompts import Prompts
 from fvlens.scoring import score
-from fvlens.suffix import Route
 from fvlens.types import Head, HeadLike, Steering, as_heads
 from fvlens.vectors import FunctionVector, function_vector
 
@@ -34,15 +33,16 @@ def run_sweep(
     what: str,
     scales: Sequence[float | int] | float | int,
     generator: torch.Generator,
-    *,
-    compute: torch.dtype | None,
-    **options: Any,
+    progress: bool,
+    options: Options,
 ) -> tuple[tuple[Evaluation, ...], Evaluation, bool]:
     """Each vector's evaluation, that without a vector, and whether all queries are finished."""
     changes = [*vectors, None]
     each = [*scales, 1.0] if isinstance(scales, Sequence) else [scales] * len(changes)
-    scores = score(model, prompts, changes, scales=each, compute=compute, interruptible=True, what=what, **options)
-    *found, baseline = evaluations(model, prompts, changes, each, scores, generator, compute)
+    scores = score(
+        model, prompts, changes, scales=each, interruptible=True, progress=progress, what=what, **running(options)
+    )
+    *found, baseline = evaluations(model, prompts, changes, each, scores, generator, options.get("compute"))
     return tuple(found), baseline, scores.complete
 
 
@@ -74,35 +74,51 @@ def sweep_dataframe(
     return marked(pd.DataFrame(rows), complete)
 
 
-def _sweep_plot(
-    coordinates: Sequence[int],
-    evaluations: Sequence[Evaluation],
-    baseline: Evaluation,
-    best: int,
-    x_title: str,
-    what: str,
-    complete: bool,
-) -> "go.Figure":
-    from fvlens import plots
+class _Sweep:
+    """What sweeps over one coordinate share: scores at each of its values, in increasing order."""
 
-    return plots.line_sweep(
-        list(coordinates),
-        [one.top1 for one in evaluations],
-        [one.interval.low for one in evaluations],
-        [one.interval.high for one in evaluations],
-        x_title=x_title,
-        y_title="Top-1",
-        title=titled(
-            f"{what}, {baseline.relation or 'custom pairs'} ({baseline.setting}, {baseline.n} queries)", complete
-        ),
-        references={"no vector": baseline.top1},
-        marked=best,
-        y_range=SHARE_AXIS,
-    )
+    __slots__ = ()
+    evaluations: tuple[Evaluation, ...]
+    baseline: Evaluation
+    complete: bool
+
+    @property
+    def top1(self) -> Float[Tensor, " coordinate"]:
+        """Top-1 accuracy at each value."""
+        return torch.tensor([one.top1 for one in self.evaluations])
+
+    @property
+    def probability(self) -> Float[Tensor, " coordinate"]:
+        """Mean probability of the answer's first token at each value."""
+        return torch.tensor([one.probability for one in self.evaluations])
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """95% bootstrap interval of :attr:`top1` at each value."""
+        return tuple(one.interval for one in self.evaluations)
+
+    def _plot(self, coordinates: Sequence[int], marked: int, x_title: str, what: str) -> "go.Figure":
+        """Top-1 over the values with its interval, one of them marked, and top-1 without a vector for comparison."""
+        from fvlens import plots
+
+        return plots.line_sweep(
+            list(coordinates),
+            [one.top1 for one in self.evaluations],
+            [one.interval.low for one in self.evaluations],
+            [one.interval.high for one in self.evaluations],
+            x_title=x_title,
+            y_title="Top-1",
+            title=titled(
+                f"{what}, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)", self.complete
+            ),
+            references={"no vector": self.baseline.top1},
+            marked=marked,
+            y_range=SHARE_AXIS,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSweep:
+class LayerSweep(_Sweep):
     """Scores with a vector added after each of several layers, all on the same prompts.
 
     Attributes:
@@ -118,21 +134,6 @@ class LayerSweep:
     complete: bool
 
     @property
-    def top1(self) -> Float[Tensor, " layer"]:
-        """Top-1 accuracy at each layer."""
-        return torch.tensor([one.top1 for one in self.evaluations])
-
-    @property
-    def probability(self) -> Float[Tensor, " layer"]:
-        """Mean probability of the answer's first token at each layer."""
-        return torch.tensor([one.probability for one in self.evaluations])
-
-    @property
-    def intervals(self) -> tuple[Interval, ...]:
-        """95% bootstrap interval of :attr:`top1` at each layer."""
-        return tuple(one.interval for one in self.evaluations)
-
-    @property
     def best_layer(self) -> int:
         """Layer of the largest top-1; ties go to the larger mean probability of the answer, then to the lower layer."""
         return self.layers[best_of(self.evaluations)]
@@ -143,15 +144,7 @@ class LayerSweep:
 
     def plot(self) -> "go.Figure":
         """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
-        return _sweep_plot(
-            self.layers,
-            self.evaluations,
-            self.baseline,
-            self.best_layer,
-            "Injected after layer",
-            "Layer sweep",
-            self.complete,
-        )
+        return self._plot(self.layers, self.best_layer, "Injected after layer", "Layer sweep")
 
 
 def layer_sweep(
@@ -161,13 +154,9 @@ def layer_sweep(
     *,
     layers: Sequence[int] | None = None,
     scale: float | int = 1.0,
-    batch_size: int | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    compute: torch.dtype | None = None,
     generator: torch.Generator,
     progress: bool = True,
-    **prompting: Unpack[Prompting],
+    **options: Unpack[Options],
 ) -> LayerSweep:
     """Where a vector works: scores with the vector added after each layer.
 
@@ -179,10 +168,10 @@ def layer_sweep(
         pairs: the pairs asked, or prompts that were built before.
         vector: one vector, moved from layer to layer, or one steering for each layer.
         layers: layers to visit; by default all of the model, or all that ``vector`` maps.
-        scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
+        scale: factor on the vector.
         generator: draws the demonstrations first, then the bootstrap.
         progress: show a progress bar. Interrupting returns the queries that are finished at all layers, with a warning.
-        prompting: how pairs are asked, as for :func:`evaluate`.
+        options: how pairs are asked and prompts are run, as for :func:`evaluate`.
 
     Returns:
         :class:`LayerSweep`.
@@ -208,10 +197,9 @@ def layer_sweep(
     """
     by_layer = steering_by_layer("layer_sweep", model, vector, layers)
     vectors = list(by_layer.values())
-    prompts = asked_prompts("layer_sweep", model, pairs, prompting, generator, vectors[0])
+    prompts = asked_prompts("layer_sweep", model, pairs, options, generator, vectors[0])
     found, baseline, complete = run_sweep(
-        model, prompts, vectors, "layer sweep", scale, generator, batch_size=batch_size, path=path,
-        max_memory=max_memory, compute=compute, progress=progress,
+        model, prompts, vectors, "layer sweep", scale, generator, progress, options,
     )  # fmt: skip
     return LayerSweep(layers=tuple(by_layer), evaluations=found, baseline=baseline, complete=complete)
 
@@ -242,7 +230,7 @@ def steering_by_layer(
 
 
 @dataclass(frozen=True, slots=True)
-class HeadCountSweep:
+class HeadCountSweep(_Sweep):
     """Scores with the vector of the first n heads of a ranking, for several n, all on the same prompts.
 
     Attributes:
@@ -262,21 +250,6 @@ class HeadCountSweep:
     complete: bool
 
     @property
-    def top1(self) -> Float[Tensor, " count"]:
-        """Top-1 accuracy at each number of heads."""
-        return torch.tensor([one.top1 for one in self.evaluations])
-
-    @property
-    def probability(self) -> Float[Tensor, " count"]:
-        """Mean probability of the answer's first token at each number of heads."""
-        return torch.tensor([one.probability for one in self.evaluations])
-
-    @property
-    def intervals(self) -> tuple[Interval, ...]:
-        """95% bootstrap interval of :attr:`top1` at each number of heads."""
-        return tuple(one.interval for one in self.evaluations)
-
-    @property
     def best_count(self) -> int:
         """Number of heads with the largest top-1; ties go to the larger mean probability, then to fewer heads."""
         return self.counts[best_of(self.evaluations)]
@@ -287,15 +260,7 @@ class HeadCountSweep:
 
     def plot(self) -> "go.Figure":
         """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""
-        return _sweep_plot(
-            self.counts,
-            self.evaluations,
-            self.baseline,
-            self.best_count,
-            "Heads in the vector",
-            "Head-count sweep",
-            self.complete,
-        )
+        return self._plot(self.counts, self.best_count, "Heads in the vector", "Head-count sweep")
 
 
 def head_count_sweep(
@@ -307,13 +272,9 @@ def head_count_sweep(
     *,
     counts: Sequence[int] | None = None,
     scale: float | int = 1.0,
-    batch_size: int | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    compute: torch.dtype | None = None,
     generator: torch.Generator,
     progress: bool = True,
-    **prompting: Unpack[Prompting],
+    **options: Unpack[Options],
 ) -> HeadCountSweep:
     """How many heads a vector needs: scores with the vector of the first n heads of a ranking.
 
@@ -326,10 +287,10 @@ def head_count_sweep(
         ranking: heads, best first, such as ``effects.top(20)``.
         layer: the vectors are added after this layer.
         counts: numbers of heads; by default 1, 2, 3, 5, 8, 10, 15, 20, 30, 50 as far as the ranking goes.
-        scale, batch_size, path, max_memory, compute: as for :func:`evaluate`.
+        scale: factor on the vector.
         generator: draws the demonstrations first, then the bootstrap.
         progress: show a progress bar. Interrupting returns the queries that are finished at all counts, with a warning.
-        prompting: how pairs are asked, as for :func:`evaluate`.
+        options: how pairs are asked and prompts are run, as for :func:`evaluate`.
 
     Returns:
         :class:`HeadCountSweep`.
@@ -361,10 +322,9 @@ def head_count_sweep(
             f"head_count_sweep: expected counts in 1..{len(heads)} (the ranking's length), got {list(counts or ())}."
         )
     vectors = [function_vector(model, means, heads=heads[:count], layer=layer) for count in chosen]
-    prompts = asked_prompts("head_count_sweep", model, pairs, prompting, generator, means)
+    prompts = asked_prompts("head_count_sweep", model, pairs, options, generator, means)
     found, baseline, complete = run_sweep(
-        model, prompts, vectors, "head-count sweep", scale, generator, batch_size=batch_size, path=path,
-        max_memory=max_memory, compute=compute, progress=progress,
+        model, prompts, vectors, "head-count sweep", scale, generator, progress, options,
     )  # fmt: skip
     return HeadCountSweep(
         counts=tuple(chosen),

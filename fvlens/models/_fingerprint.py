@@ -1,5 +1,6 @@
 """Which model something was made on: shape, precision, and a hash of all weights."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,9 @@ from fvlens.models._looks import of_weights
 from fvlens.models._tokenizer import bos_token_id
 from fvlens.types import as_text, as_whole
 
+INFORMATIVE = ("name", "revision", "source", "backend")
+"""Fields that say where a model came from, not which one it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -31,6 +35,10 @@ class Fingerprint:
         dtype: precision of the parameters.
         normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
         bos: ``"one"`` if prompts start with one BOS token, ``"none"`` if the tokenizer has none.
+        source: what :func:`load_model` was given, a name or a folder as it was written; empty for a model that it did
+            not load, and in files of fvlens 0.1 (informative, not compared).
+        backend: the class that held the model, ``"hooked"`` or ``"bridge"``; empty as ``source`` (informative, not
+            compared).
     """
 
     name: str
@@ -44,9 +52,11 @@ class Fingerprint:
     dtype: str
     normalization: str
     bos: str
+    source: str = dataclasses.field(default="", compare=False)
+    backend: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "revision", "weights", "dtype", "normalization", "bos"):
+        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", "source", "backend"):
             as_text(getattr(self, name), f"fingerprint: {name}")
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
             as_whole(getattr(self, name), f"fingerprint: {name}", 1)
@@ -60,7 +70,7 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
         mine, theirs = asdict(self), asdict(other)
-        compared = [key for key in mine if key not in ("name", "revision")]
+        compared = [key for key in mine if key not in INFORMATIVE]
         return [f"{key}: {mine[key]} / {theirs[key]}" for key in compared if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
@@ -72,8 +82,8 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields, or a field is not what it
-                should be.
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields (``source`` and ``backend``
+                may be missing), or a field is not what it should be.
         """
         try:
             return cls.from_fields(parse_json(text))
@@ -87,10 +97,11 @@ class Fingerprint:
         Raises:
             ValueError: as for :meth:`from_json`.
         """
-        expected = set(cls.__slots__)
-        if not isinstance(fields, dict) or set(fields) != expected:
+        known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
+        needed = {name for name, is_needed in known.items() if is_needed}
+        if not isinstance(fields, dict) or not needed <= set(fields) <= set(known):
             got = json.dumps(fields, default=repr)
-            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(expected))}, got {got[:80]!r}.")
+            raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(known))}, got {got[:80]!r}.")
         return cls(**fields)
 
 
@@ -102,11 +113,15 @@ class Origin:
         weights: hash of the Hugging Face model's parameters, the same whatever class holds them.
         parameters: hash of the loaded model's own parameters, to tell later whether they are still those.
         revision: commit or revision on the hub, or ``"local"``.
+        source: what :func:`load_model` was given.
+        backend: the class that holds the model.
     """
 
     weights: str
     parameters: str
     revision: str
+    source: str
+    backend: str
 
 
 ORIGIN = "_fvlens_origin"
@@ -151,6 +166,8 @@ def describe(model: Any, own: str) -> Fingerprint:
         dtype=str(cfg.dtype).removeprefix("torch."),
         normalization=normalization,
         bos="none" if bos_token_id(model) is None else "one",
+        source="" if origin is None else origin.source,
+        backend="" if origin is None else origin.backend,
     )
 
 

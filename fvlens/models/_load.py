@@ -115,7 +115,8 @@ def load_model(
     model.cfg.model_name = checkpoint.name
     give_tokenizer(model, tokenizer)
     own = weights_hash(model.named_parameters())
-    vars(model)[ORIGIN] = Origin(weights, own, "local" if checkpoint.local else checkpoint.revision or "main")
+    commit = "local" if checkpoint.local else checkpoint.revision or "main"
+    vars(model)[ORIGIN] = Origin(weights, own, commit, str(name_or_path), backend)
     of_weights(model, "fingerprint", lambda: describe(model, own))  # not hashed again
     return model
 

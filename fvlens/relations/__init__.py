@@ -25,6 +25,7 @@ from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurri
 from fvlens.relations._library import (
     CATEGORIES,
     Pair,
+    Pairs,
     Relation,
     Split,
     as_pair,
@@ -42,6 +43,7 @@ __all__ = [
     "Analogy",
     "HeldOut",
     "Pair",
+    "Pairs",
     "Relation",
     "Split",
     "analogies_within",

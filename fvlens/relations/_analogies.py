@@ -19,8 +19,8 @@ from fvlens.files import read_text
 from fvlens.relations._library import Pair, Relation
 from fvlens.types import as_text, as_texts
 
-Kind = Literal["near", "far"]
-KINDS = ("near", "far")
+AnalogyKind = Literal["near", "far"]
+ANALOGY_KINDS = ("near", "far")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Analogy:
     c: str
     d: str
     foils: tuple[str | Pair, ...] = ()
-    kind: Kind | None = None
+    kind: AnalogyKind | None = None
     source: str = ""
     alternatives: tuple[str, ...] = ()
     source_relation: str = ""
@@ -59,7 +59,7 @@ class Analogy:
         blank = [name for name in "abcd" if not getattr(self, name).strip()]
         if blank:
             raise ValueError(f"analogy {self}: {', '.join(blank)} is blank.")
-        if self.kind not in (None, *KINDS):
+        if self.kind not in (None, *ANALOGY_KINDS):
             raise ValueError(f"analogy {self}: kind={self.kind!r}; expected near, far or None.")
         foils = tuple(Pair(*foil) if isinstance(foil, tuple) else foil for foil in self.foils)
         right = {self.d, *self.alternatives, (self.c, self.d)}
@@ -87,7 +87,7 @@ class Analogy:
 def make_analogies(
     relations: Sequence[Relation],
     *,
-    kind: Kind,
+    kind: AnalogyKind,
     n: int | None = None,
     generator: torch.Generator,
     n_foils: int = 3,
@@ -124,7 +124,7 @@ def make_analogies(
         >>> [(analogy.source_relation, analogy.target_relation) for analogy in made]
         [('body-part', 'tool-part'), ('tool-part', 'body-part')]
     """
-    if kind not in KINDS:
+    if kind not in ANALOGY_KINDS:
         raise ValueError(f"make_analogies: kind={kind!r}; expected near or far.")
     if (n is not None and n < 1) or n_foils < 0:
         raise ValueError(f"make_analogies: expected n of at least 1 and n_foils of at least 0, got {n} and {n_foils}.")

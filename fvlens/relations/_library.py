@@ -73,7 +73,8 @@ class Relation:
     source: str = ""
     family: str = ""
     domain: str = ""
-    direction: str = field(default="")
+    direction: str = ""
+    _hash: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("name", "category", "source", "family", "domain", "direction"):
@@ -105,8 +106,11 @@ class Relation:
     @property
     def data_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the pairs in file order."""
-        text = "\n".join(f"{pair.input}\t{pair.output}" for pair in self.pairs)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._hash is None:  # a run asks for that of the whole library
+            text = "\n".join(f"{pair.input}\t{pair.output}" for pair in self.pairs)
+            object.__setattr__(self, "_hash", hashlib.sha256(text.encode()).hexdigest()[:16])
+        assert self._hash is not None
+        return self._hash
 
     def split(
         self, generator: torch.Generator, *, train: float = 0.45, valid: float = 0.15, min_train: int = 20
@@ -183,6 +187,10 @@ class Relation:
         for pair in self.pairs:
             by_input[pair.input].append(pair)
         return list(by_input.values()), "input"
+
+
+Pairs = Relation | Sequence[Pair | tuple[str, str]]
+"""Word pairs, as functions that ask them take them."""
 
 
 def read_relation(path: str | Path) -> Relation:

@@ -5,7 +5,7 @@
 everything that the numbers depend on, so that :func:`rerun` can repeat the run from it and say what differs.
 """
 
-from fvlens.report._differences import Difference
+from fvlens.report._differences import RunDifference
 from fvlens.report._files import TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._numbers import SCHEMA, results_json
 from fvlens.report._page import write_report
@@ -14,20 +14,19 @@ from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._rerun import Rerun, rerun
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._run import other_relations, run_relation
-from fvlens.report._settings import Backend, Loading, Precision, RunOptions
+from fvlens.report._settings import Loading, Precision, RunOptions
 
 __all__ = [
     "PACKAGES",
     "SCHEMA",
     "TUNED_FILE",
     "VECTOR_FILE",
-    "Backend",
-    "Difference",
     "Loading",
     "Precision",
     "Provenance",
     "RecordedRun",
     "Rerun",
+    "RunDifference",
     "RunOptions",
     "RunResult",
     "Source",

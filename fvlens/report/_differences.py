@@ -26,7 +26,7 @@ _NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions")
 _KINDS = PROVENANCE | {"path": "setting", "ffv_path": "setting"}
 
 
-class Difference(NamedTuple):
+class RunDifference(NamedTuple):
     """One thing that is not the same in two runs.
 
     Attributes:
@@ -55,7 +55,7 @@ def count_numbers(content: Any) -> int:
     return sum(_is_number(value) for _, value in _leaves(content))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[RunDifference]:
     """What is not the same in two parts of ``results.json``, in the order of the first."""
     before, after = dict(_leaves(dict(old))), dict(_leaves(dict(new)))
     differing = []
@@ -67,23 +67,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
         # among the outcomes numbers are compared as numbers, 1 and 1.0 too; in the provenance everything as it is
         if field not in _KINDS and _is_number(a) and _is_number(b):
             if a != b:
-                differing.append(Difference("number", name, a, b, abs(a - b) / max(1.0, abs(a), abs(b))))
+                differing.append(RunDifference("number", name, a, b, abs(a - b) / max(1.0, abs(a), abs(b))))
         else:
-            differing.append(Difference(_KINDS.get(field, "result"), name, a, b))
+            differing.append(RunDifference(_KINDS.get(field, "result"), name, a, b))
     return differing
 
 
-def vector_differences(name: str, old: FunctionVector | None, new: FunctionVector) -> list[Difference]:
+def vector_differences(name: str, old: FunctionVector | None, new: FunctionVector) -> list[RunDifference]:
     """What differs in two vector files of this name, one row for all numbers of the vector."""
     if old is None:
-        return [Difference("data", name, ABSENT, "written")]
+        return [RunDifference("data", name, ABSENT, "written")]
     if old.vector.shape != new.vector.shape:
-        return [Difference("result", f"{name}: length", len(old.vector), len(new.vector))]
+        return [RunDifference("result", f"{name}: length", len(old.vector), len(new.vector))]
     if torch.equal(old.vector, new.vector):
         return []
     a, b = old.vector.double(), new.vector.double()
     size = (a - b).abs() / torch.stack([a.abs(), b.abs(), torch.ones_like(a)]).amax(dim=0)
-    return [Difference("number", f"{name}: norm", old.norm(), new.norm(), float(size.max()))]
+    return [RunDifference("number", f"{name}: norm", old.norm(), new.norm(), float(size.max()))]
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

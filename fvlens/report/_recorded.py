@@ -12,7 +12,7 @@ from fvlens.files import read_json
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import template_from
 from fvlens.relations import Relation, list_relations, load_relation
-from fvlens.report._differences import ABSENT, Difference, differences
+from fvlens.report._differences import ABSENT, RunDifference, differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE
 from fvlens.report._numbers import SCHEMA
@@ -39,7 +39,7 @@ class RecordedRun:
     heads: GivenHeads | None
     content: dict[str, Any]
 
-    def changes(self, model: Any) -> list[Difference]:
+    def changes(self, model: Any) -> list[RunDifference]:
         """What the numbers depend on and is not as it was: model, data, versions, platform."""
         known = set(list_relations())
         names = [name for name in self.content["data"]["relations"] if name in known]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvlens.report._differences import Difference, count_numbers, differences, outcomes, vector_differences
+from fvlens.report._differences import RunDifference, count_numbers, differences, outcomes, vector_differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._recorded import RecordedRun, read_run
@@ -26,7 +26,7 @@ class Rerun:
     Attributes:
         folder: the files of the first run.
         out: the files of the second.
-        tolerance: largest :attr:`Difference.size` at which two numbers count as the same.
+        tolerance: largest :attr:`RunDifference.size` at which two numbers count as the same.
         n_numbers: numbers compared.
         differences: everything that is not exactly the same: what the numbers depend on first, then the numbers.
         result: the second run.
@@ -37,13 +37,13 @@ class Rerun:
     out: Path
     tolerance: float
     n_numbers: int
-    differences: tuple[Difference, ...]
+    differences: tuple[RunDifference, ...]
     result: RunResult
     files: tuple[Path, ...]
 
     @property
     def largest(self) -> float:
-        """Largest :attr:`Difference.size`; 0 if all numbers are equal."""
+        """Largest :attr:`RunDifference.size`; 0 if all numbers are equal."""
         sizes = [difference.size for difference in self.differences if difference.size is not None]
         return max(sizes, default=0.0)
 
@@ -56,7 +56,7 @@ class Rerun:
         """One row a difference: ``kind, name, old, new, size``."""
         import pandas as pd
 
-        return pd.DataFrame(list(self.differences), columns=list(Difference._fields))
+        return pd.DataFrame(list(self.differences), columns=list(RunDifference._fields))
 
 
 def rerun(
@@ -65,7 +65,7 @@ def rerun(
     out: str | Path | None = None,
     model: Any = None,
     tolerance: float = 1e-5,
-    announce: Callable[[Sequence[Difference]], None] | None = None,
+    announce: Callable[[Sequence[RunDifference]], None] | None = None,
     command: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Rerun:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fvlens.attribution import IndirectEffects
-from fvlens.evaluation import Controls, Evaluation, Kind, LayerScaleSweep
+from fvlens.evaluation import ControlKind, Controls, Evaluation, LayerScaleSweep
 from fvlens.find import Ranking
 from fvlens.finetuning import FineTuned
 from fvlens.metrics import Interval
@@ -119,7 +119,7 @@ class RunResult:
         """Number of pairs that the fine-tuned vector was trained on."""
         return len(self.split.train[: self.options.n_train])
 
-    def control(self, kind: Kind) -> tuple[float, Interval]:
+    def control(self, kind: ControlKind) -> tuple[float, Interval]:
         """Mean top-1 and interval of one kind of control, ``"random_vector"`` or ``"other_relation"``."""
         return self.controls.summary(kind)
 

@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 
 from fvlens.find import RANKINGS, Ranking
-from fvlens.models import load_model
+from fvlens.models import Backend, load_model
 from fvlens.prompts import Template, get_template
 
-Backend = Literal["hooked", "bridge"]
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -19,8 +18,11 @@ class Loading:
     """How the model was loaded: the arguments of :func:`fvlens.load_model`, as given.
 
     Attributes:
-        model: a name, or a folder as it was written.
-        device, dtype, revision, backend: None where :func:`fvlens.load_model` chooses.
+        model: the model: rel-small, a name that TransformerLens or the hub knows, or a folder as it was written.
+        device: where the model goes, such as cpu or cuda; by default CUDA if there is one.
+        dtype: precision of the model; by default float32.
+        revision: revision of the model on the hub; by default its main branch.
+        backend: class of the model, HookedTransformer or TransformerBridge; by default as load_model chooses.
     """
 
     model: str = "rel-small"
@@ -55,7 +57,7 @@ class RunOptions:
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
         n_train: pairs that the fine-tuned vector is trained on, the first of the train part.
-        epochs: passes over them; 0 leaves the training out.
+        epochs: passes over these pairs; 0 leaves the training out.
     """
 
     seed: int = 0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fvlens.suffix._memory import Estimate, Weights, plan_slices, portions, power_above, room_for_kept
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
-from fvlens.suffix._run import joined_runs
+from fvlens.suffix._run import SuffixRun, joined_runs
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
 
 
@@ -125,18 +125,21 @@ class SteeredPrompts:
         size = self._size(i)
         while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
             self._steps.popitem(last=False)  # before the new ones are made
-        options: dict[str, Any] = dict(copied=self.is_copied) if self.path == "weights" else {}
-        runs = []
-        for part in torch.arange(len(whole)).split(self._prompts_at_once(n_answer)):
-            run = run_prefix(
-                self.model, whole[part], seen[part], n_suffix=n_answer, path=self.path, **self._kept_part(), **options
-            )
-            if self.path == "weights":  # steps start from one layer: the residual streams before the others may go
-                run = dataclasses.replace(run, resid_pre=run.resid_pre[:1].clone())
-            runs.append(run)
-        steps = joined_runs(runs).steps(self.layer)
+        parts = torch.arange(len(whole)).split(self._prompts_at_once(n_answer))
+        runs = (self._run(whole[part], seen[part], n_answer) for part in parts)
+        steps = joined_runs(runs, len(whole)).steps(self.layer)
         self._steps[i] = steps, size
         return steps
+
+    def _run(self, whole: Int[Tensor, "own pos"], seen: Int[Tensor, "own pos"], n_answer: int) -> SuffixRun:
+        """Prompts, run once."""
+        if self.path != "weights":
+            return run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path)
+        run = run_prefix(
+            self.model, whole, seen, n_suffix=n_answer, path=self.path, copied=self.is_copied, **self._kept_part()
+        )
+        # steps start from one layer: the residual streams before the others may go
+        return dataclasses.replace(run, resid_pre=run.resid_pre[:1].clone())
 
     def _parts(self, rows: Int[Tensor, " row"]) -> list[tuple[SteeredSuffix, Tensor, Tensor]]:
         """Steps, places in them, and positions in ``rows``, slice by slice."""

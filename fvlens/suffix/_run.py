@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -271,24 +271,41 @@ def row_edits(edits: SiteEdits, layer: int, n_prompts: int) -> dict[str, Any]:
     return {z_hook(layer): apply}
 
 
-def joined_runs(runs: Sequence[SuffixRun]) -> SuffixRun:
-    """Runs of the same length one after another, as if their prompts had been run together."""
-    first = runs[0]
-    if len(runs) == 1:
-        return first
-    caches = [run._cache(lambda tensor: tensor) for run in runs]
-    return dataclasses.replace(
-        first,
-        resid_pre=torch.cat([run.resid_pre for run in runs], dim=1),
-        z=None if first.z is None else torch.cat([run.z for run in runs if run.z is not None], dim=1),
-        resid_final=torch.cat([run.resid_final for run in runs]),
-        attention_mask=torch.cat([run.attention_mask for run in runs]),
-        suffix_tokens=torch.cat([run.suffix_tokens for run in runs]),
-        **{name: _side_by_side([cache[name] for cache in caches]) for name in caches[0]},
-    )
+def joined_runs(runs: Iterable[SuffixRun], n_prompts: int) -> SuffixRun:
+    """Runs of the same length one after another, as if their prompts had been run together.
+
+    Each is copied into its place and may go before the next one is made, so that nothing is held twice.
+
+    Args:
+        runs: the runs.
+        n_prompts: their prompts together.
+    """
+    whole: dict[str, list[Tensor]] = {}
+    last: SuffixRun | None = None
+    start = 0
+    for run in runs:
+        if run.n_prompts == n_prompts:
+            return run
+        for name, parts, dim in _tensors(run):
+            if name not in whole:
+                shapes = [(*part.shape[:dim], n_prompts, *part.shape[dim + 1 :]) for part in parts]
+                whole[name] = [part.new_empty(shape) for part, shape in zip(parts, shapes, strict=True)]
+            for place, part in zip(whole[name], parts, strict=True):
+                place.narrow(dim, start, run.n_prompts).copy_(part)
+        start += run.n_prompts
+        last = run
+    assert last is not None, "no runs"
+    assert start == n_prompts, f"runs of {start} prompts instead of {n_prompts}"
+    several = {name for name in whole if isinstance(getattr(last, name), tuple)}
+    return dataclasses.replace(last, **{k: tuple(v) if k in several else v[0] for k, v in whole.items()})
 
 
-def _side_by_side(parts: Sequence[Any]) -> Any:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))
-    return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+def _tensors(run: SuffixRun) -> Iterator[tuple[str, list[Tensor], int]]:
+    """Name, tensors and axis of prompts of everything that a run holds of its prompts."""
+    yield "resid_pre", [run.resid_pre], 1
+    if run.z is not None:
+        yield "z", [run.z], 1
+    for name in ("resid_final", "attention_mask", "suffix_tokens"):
+        yield name, [getattr(run, name)], 0
+    for name, value in run._cache(lambda tensor: tensor).items():
+        yield name, list(value) if isinstance(value, tuple) else [value], 0

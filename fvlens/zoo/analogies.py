@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.composition import (
+    ANALOGY_SETTINGS,
     MAPS,
-    SETTINGS,
     AnalogyEvaluation,
     CompositeMap,
     SourceScores,
@@ -87,7 +87,7 @@ def measure_seed(
 
     of_gate = scores_of(for_gate)
     of_tests = {level: scores_of(analogies) for level, analogies in tests.items()}
-    for setting in SETTINGS:
+    for setting in ANALOGY_SETTINGS:
         shot = setting == "one_shot"
         train = library_analogies("train", n=max(4, n_fit), kind="far" if shot else None, **drawn)
         valid = library_analogies("valid", n=max(4, n_fit // 10), kind="far" if shot else "near", **drawn)
@@ -155,7 +155,7 @@ def measure(
     means = {key: torch.stack([solved[key] for solved in every]).mean(dim=0) for key in every[0]}
     rows, relations = [], []
     for level, analogies in tests.items():
-        for setting in SETTINGS:
+        for setting in ANALOGY_SETTINGS:
             ways = {way: values for (of, how, way), values in means.items() if (of, how) == (level, setting)}
             row: dict[str, Any] = {"level": level, "setting": setting.replace("_", "-"), "n": len(analogies)}
             row |= {way: mean_with_interval(values.tolist(), 0) for way, values in ways.items()}

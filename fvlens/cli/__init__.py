@@ -1,0 +1,25 @@
+"""Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
+``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``.
+
+One file holds a group of commands. Options are made from the dataclasses of settings that they fill (``_options.py``);
+whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Errors are one line with
+a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
+"""
+
+from fvlens.cli._analogies import analogies, analogy, compose, sensitivity
+from fvlens.cli._app import app, err, main, out
+from fvlens.cli._heads import heads, universal
+from fvlens.cli._inject import inject
+from fvlens.cli._library import models, relations
+from fvlens.cli._run import rerun, run
+from fvlens.cli._training import compare, study
+
+__all__ = ["app", "err", "main", "out"]
+
+COMMANDS = (
+    run, rerun, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies, sensitivity,
+)  # fmt: skip
+"""In the order in which the help lists them."""
+
+for _command in COMMANDS:
+    app.command()(_command)

@@ -1,0 +1,5 @@
+"""``python -m fvlens.cli``."""
+
+from fvlens.cli import main
+
+main()

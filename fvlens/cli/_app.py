@@ -1,0 +1,74 @@
+"""The command line itself: what it prints to, and how errors and interruptions end it."""
+
+import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="fvlens",
+    help="Find, measure and combine function vectors in transformer language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(markup=False, emoji=False)  # names, paths and prompts are shown as they are
+err = Console(stderr=True, markup=False, emoji=False)
+
+command_line: ContextVar[list[str] | None] = ContextVar("command line", default=None)
+"""What :func:`main` was given, recorded with a run."""
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Find, measure and combine function vectors in transformer language models."""
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+def wrote(files: Sequence[Path]) -> None:
+    """Name the files that were written."""
+    for file in files:
+        say(f"wrote {file}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: run the app, turn errors into one line and exit code 2."""
+    from typer import main as typer_main
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"] or ["--help"]
+    command = typer_main.get_command(app)
+    command_line.set(["fvlens", *args])
+    try:
+        code = command.main(args=args, prog_name="fvlens", standalone_mode=False)
+    except (KeyboardInterrupt, EOFError):
+        err.print("fvlens: interrupted", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        if type(error).__name__ == "Abort":
+            err.print("fvlens: interrupted", highlight=False)
+            sys.exit(130)
+        usage = getattr(error, "format_message", None)  # an error of the command line's own parser
+        text = usage() if usage is not None else str(error) or type(error).__name__
+        hint = "" if isinstance(error, ValueError) else " (fvlens --help, or --debug for details)"
+        err.print(f"fvlens: {' '.join(text.split())}{hint}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    if code == 130:  # the parser has caught the interruption itself
+        err.print("fvlens: interrupted", highlight=False)
+    sys.exit(code if isinstance(code, int) else 0)

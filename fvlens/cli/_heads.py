@@ -1,0 +1,120 @@
+"""``fvlens heads`` and ``universal``: the heads that carry a relation, or many."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.table import Table
+
+from fvlens.cli._app import out, say, wrote
+from fvlens.cli._options import Fields, QuietOption, RelationArgument, spread
+from fvlens.relations import list_relations, load_relation
+from fvlens.report import Loading, RunOptions
+
+RankingOptions = Annotated[
+    RunOptions, Fields(RunOptions, ("seed", "n_shots", "n_prompts", "n_corrupted", "n_heads", "labels", "template"))
+]
+
+
+@spread
+def heads(
+    relation: RelationArgument,
+    loading: Loading,
+    settings: RankingOptions,
+    method: Annotated[
+        Literal["exact", "atp", "ig", "lrp"], typer.Option("--method", help="Exact effects, or a gradient screen.")
+    ] = "exact",
+    recheck: Annotated[
+        int, typer.Option("--recheck", min=0, help="Run so many of a screen's best heads again exactly.")
+    ] = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """The heads that carry a relation, by average indirect effect or a gradient screen."""
+    from fvlens.find import relation_effects
+
+    found = load_relation(relation)
+    generator = torch.Generator().manual_seed(settings.seed)
+    split = found.split(generator)
+    _, chosen = relation_effects(
+        loading.load(), split, relation=found.name, labels=settings.labels, n_shots=settings.n_shots,
+        n_prompts=settings.n_prompts, n_corrupted=settings.n_corrupted, template=settings.template, method=method,
+        recheck=recheck, generator=generator, progress=not quiet,
+    )  # fmt: skip
+    again = chosen.recheck
+    caution = chosen.caution(settings.n_heads)  # first, since it checks the number
+    table = Table("head", chosen.score, "standard error", title=f"{relation}, {settings.labels} labels", box=None)
+    if again is not None:
+        table.add_column("exact AIE")
+        table.add_column("standard error")
+    for head in chosen.ranking[: settings.n_heads]:
+        row = [str(head), f"{chosen.aie[head]:.4f}", f"{chosen.stderr[head]:.4f}"]
+        if again is not None and head in again.heads:
+            i = again.heads.index(head)
+            row += [f"{again.aie[i]:.4f}", f"{again.stderr[i]:.4f}"]
+        table.add_row(*row)
+    out.print(table)
+    if chosen.note:
+        say(chosen.note)
+    if caution:
+        say(caution)
+
+
+@spread
+def universal(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RELATIONS]...", help="Relations [default: all of the library].")
+    ] = None,
+    *,
+    loading: Loading,
+    settings: RankingOptions,
+    file: Annotated[Path, typer.Option("--out", help="File for the heads; the figure goes beside it.")] = Path(
+        "heads.json"
+    ),
+    category: Annotated[str | None, typer.Option("--category", help="Only relations of this category.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Only relations of this family.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first ones, by name.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The heads with the largest effect on average over relations; `fvlens run --heads` uses them."""
+    from fvlens.pages import write_figure
+    from fvlens.universal import universal_heads
+
+    if names and (category or family):
+        raise ValueError(
+            "relations are named, so --category and --family have nothing to choose; give one or the other."
+        )
+    chosen = list(names or list_relations(category, family=family))[:limit]
+    for name in chosen:
+        load_relation(name)
+    if file.is_dir() or file.suffix == ".html":
+        raise ValueError(f"--out {file}: expected a name for a JSON file, such as heads.json.")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out {file}: folder {file.parent} does not exist; create it first.")
+    found = universal_heads(
+        loading.load(),
+        chosen,
+        settings.n_heads,
+        n_shots=settings.n_shots,
+        n_prompts=settings.n_prompts,
+        n_corrupted=settings.n_corrupted,
+        labels=settings.labels,
+        template=settings.template,
+        generator=torch.Generator().manual_seed(settings.seed),
+        progress=not quiet,
+    )
+    n_kept = int(found.kept.sum())
+    table = Table("head", "mean AIE", "standard error", box=None)
+    for head in found.heads:
+        table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
+    say(f"mean over {n_kept} relations on {loading.model}, {settings.labels} labels")
+    out.print(table)
+    if found.caution:
+        say(found.caution)
+    left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
+    if left_out:
+        say(f"left out, {settings.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
+    wrote([found.save(file), write_figure(file.with_suffix(".html"), found.plot())])
+    if not found.complete:
+        say(f"{len(found.relations)} of {len(chosen)} relations were finished")
+        raise typer.Exit(130)

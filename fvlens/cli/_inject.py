@@ -1,0 +1,75 @@
+"""``fvlens inject``: a vector at work."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from fvlens.cli._app import out, say
+from fvlens.cli._loading import GivenLoading, load_recorded
+from fvlens.cli._options import spread
+from fvlens.cli._options import template as read_template
+from fvlens.prompts import template_or
+
+
+@spread
+def inject(
+    vector: Annotated[Path, typer.Argument(help="A vector file written by `fvlens run`.")],
+    prompt: Annotated[str, typer.Argument(help="Text; a single word is asked in the vector's own template.")],
+    loading: GivenLoading,
+    scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
+    top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
+    generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate this many tokens.")] = 0,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
+    ] = None,
+) -> None:
+    """What a prompt continues with, without and with a vector injected at its last token."""
+    from fvlens.interventions import inject as injecting
+    from fvlens.metrics import best_tokens
+    from fvlens.models import bos_token_id, model_device
+    from fvlens.vectors import FunctionVector
+
+    loaded = FunctionVector.load(vector, template=None if template is None else read_template(template))
+    _, network = load_recorded(vector, loaded.fingerprint, loading)
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give some text.")
+    if len(prompt.split()) == 1:
+        prompt = template_or(loaded.template).bare(prompt.strip())
+    bos = bos_token_id(network)
+    ids = network.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[*([] if bos is None else [bos]), *ids]], device=model_device(network))
+    if tokens.shape[1] + generate > network.cfg.n_ctx:
+        raise ValueError(
+            f"the prompt has {tokens.shape[1]} tokens, and --generate asks for {generate} more; the model's context "
+            f"holds {network.cfg.n_ctx}."
+        )
+
+    def answer() -> tuple[list[str], str]:
+        with torch.inference_mode():
+            logits = network(tokens)[0, -1].float()
+            text = ""
+            if generate:
+                longer = network.generate(tokens, max_new_tokens=generate, do_sample=False, verbose=False)
+                text = network.tokenizer.decode(longer[0, tokens.shape[1] :].tolist())
+        best = best_tokens(logits, min(top, len(logits)))
+        chances = logits.softmax(dim=-1)[best].tolist()
+        words = [
+            f"{network.tokenizer.decode([token])!r} {chance:.3f}"
+            for token, chance in zip(best.tolist(), chances, strict=True)
+        ]
+        return words, text
+
+    plain, plain_text = answer()
+    with injecting(network, loaded, scale=scale):
+        steered, steered_text = answer()
+    say(f"prompt {prompt!r}")
+    table = Table("rank", "plain", f"with {loaded.relation or 'vector'} after layer {loaded.layer}", box=None)
+    for i, (before, after) in enumerate(zip(plain, steered, strict=True), start=1):
+        table.add_row(str(i), before, after)
+    out.print(table)
+    if generate:
+        say(f"plain   {plain_text!r}")
+        say(f"steered {steered_text!r}")

@@ -1,0 +1,121 @@
+"""``fvlens run`` and ``rerun``: the whole chain on one relation, and the same run again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fvlens.cli._app import command_line, out, say, wrote
+from fvlens.cli._loading import GivenLoading, load_recorded
+from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
+from fvlens.relations import load_relation
+from fvlens.report import Loading, RunOptions, RunResult
+
+
+@spread
+def run(
+    relation: RelationArgument,
+    loading: GivenLoading,
+    settings: Annotated[dict[str, Any], Fields(RunOptions)],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results [default: fvlens-RELATION].")
+    ] = None,
+    heads_file: Annotated[
+        Path | None,
+        typer.Option("--heads", help="Take the heads of this file (`fvlens universal`, or a JSON list); rank none."),
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole chain on one relation: heads, function vector, fine-tuning, controls, report."""
+    from fvlens.report import run_relation, write_run
+    from fvlens.universal import made_on, read_heads
+
+    found = load_relation(relation)
+    options = made(RunOptions, settings)
+    ranked = [name for name in ("n_heads", "labels", "both_labels") if name in settings]
+    if heads_file is not None and ranked:
+        raise ValueError(
+            f"{option_name(ranked[0])} says how to rank heads, but --heads {heads_file} gives them; leave one of them "
+            "out."
+        )
+    folder = result_folder(folder, relation)
+    mark = None if heads_file is None else made_on(heads_file)
+    if heads_file is None or mark is None:
+        how = made(Loading, loading)
+        network = how.load()
+    else:
+        how, network = load_recorded(heads_file, mark, loading)
+    given = None if heads_file is None else read_heads(heads_file, network)
+    result = run_relation(
+        network,
+        found,
+        options=options,
+        heads=given,
+        loading=how,
+        command=command_line.get(),
+        progress=not quiet,
+    )
+    files = write_run(result, folder)
+    if given is not None:
+        say(f"{len(given.heads)} heads from {given.path} ({given.note})")
+    out.print(_summary(result))
+    for caution in result.cautions:
+        say(caution)
+    wrote(files)
+
+
+@spread
+def rerun(
+    folder: Annotated[Path, typer.Argument(help="Folder that `fvlens run` wrote.")],
+    again: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the second run's results [default: DIR-rerun].")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Numbers count as the same up to this, relative above 1.")
+    ] = 1e-5,
+    quiet: QuietOption = False,
+) -> None:
+    """Repeat a run from its files and say what differs; exit code 1 if a number does."""
+    from fvlens.report import rerun as run_again
+
+    def announce(changes: Sequence[Any]) -> None:
+        told = ", ".join(f"{one.kind} {one.name}" for one in changes) or "nothing that the numbers depend on"
+        say(f"changed since the first run: {told}")
+
+    done = run_again(
+        folder, out=again, tolerance=tolerance, announce=announce, command=command_line.get(), progress=not quiet
+    )
+    if done.differences:
+        table = Table("what differs", "", "first run", "this run", "difference", title=str(folder), box=None)
+        for one in done.differences:
+            size = "" if one.size is None else f"{one.size:.1e}"
+            table.add_row(one.kind, one.name, str(one.old), str(one.new), size)
+        out.print(table)
+    wrote(done.files)
+    if done.agrees:
+        most = f"largest difference {done.largest:.1e}" if done.largest else "all equal"
+        say(f"the same run: {done.n_numbers} numbers compared, {most}")
+        return
+    n_beyond = sum(one.kind == "result" or (one.size or 0) > tolerance for one in done.differences)
+    say(
+        f"not the same run: {n_beyond} results differ beyond {tolerance:g} ({done.n_numbers} numbers compared, largest "
+        f"difference {done.largest:.1e})"
+    )
+    raise typer.Exit(1)
+
+
+def _summary(result: RunResult) -> Table:
+    """Short table of a run: who answers how often."""
+    table = Table(
+        "zero-shot top-1 on test unless said otherwise",
+        "top-1",
+        "95% interval",
+        title=f"{result.relation} on {result.model_name}, {result.n_test} test pairs",
+        box=None,
+    )
+    for name, value, interval in result.summary():
+        text = "" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}"
+        table.add_row(name, f"{value:.2f}", text)
+    return table

@@ -1,0 +1,110 @@
+"""``fvlens compose``, ``analogy``, ``analogies`` and ``sensitivity``."""
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+from conftest import seeded
+
+import fvlens
+from fvlens.relations import held_out
+
+
+@pytest.fixture(scope="session")
+def composite_file(model, tmp_path_factory):
+    """A small composite of the embedded model."""
+    from fvlens.composition import library_composite
+
+    made = library_composite(
+        model, names=["animal-young", "animal-home", "body-part", "tool-part", "vehicle-part"], gate="threshold",
+        setting="one_shot", n_analogies=20, epochs=5, generator=seeded(), progress=False,
+    )  # fmt: skip
+    return made.save(tmp_path_factory.mktemp("composite") / "small.safetensors")
+
+
+def test_analogy_prints_answer_weights_and_the_unsteered_answer(call, composite_file):
+    code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", composite_file, "--choices", "den, cub,paw")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == "cow : calf :: bear : cub"
+    assert any(re.match(r" *unsteered, one-shot +cub \d\.\d\d, ", line) for line in lines)
+    assert any(re.fullmatch(r" *animal-young +[01]\.\d{3} *", line) for line in lines)
+    assert any(re.search(r"gate, one-shot prompt: [01]\.00 of the composite is injected", line) for line in lines)
+
+
+def test_analogy_says_what_a_transfer_map_takes_the_pair_for(call, composite_file, model, tmp_path):
+    from fvlens.composition import CompositeMap, fit_composite, library_analogies
+
+    basis, generator = CompositeMap.load(composite_file).basis, seeded()
+    asked = library_analogies("train", n=60, names=basis.names, kind="near", generator=generator)
+    made = fit_composite(model, basis, asked, map="transfer", epochs=1, generator=generator, progress=False)
+    code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "made.safetensors"))
+    assert code == 0
+    first, chance = made.explain(model, "cow", "calf").named(1)[0]
+    assert f"cow : calf is taken for: {first} {chance:.2f}, " in text
+
+
+def test_analogy_refuses_a_single_choice_and_a_strange_file(refused, saved, composite_file):
+    hint = "expected at least two different words with commas between them"
+    assert hint in refused("analogy", "a", "b", "c", "--choices", "one", "--composite", composite_file)
+    assert "antonym.safetensors" in refused("analogy", "cow", "calf", "bear", "--composite", saved)
+
+
+def test_a_composite_says_how_its_model_is_loaded(call, refused, tmp_path):
+    from fvlens.composition import library_composite
+
+    half = fvlens.load_model("rel-small", device="cpu", dtype=torch.bfloat16)
+    names = ["animal-young", "animal-home"]
+    made = library_composite(half, names=names, epochs=1, generator=seeded(), progress=False)
+    asked = ("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "half.safetensors"))
+    code, out, err = call(*asked, "--device", "cpu")
+    assert (code, err) == (0, "") and out.startswith("cow : calf :: bear : ")
+    message = refused(*asked, "--dtype", "float32")
+    assert "dtype: bfloat16 / float32); leave out --dtype: the file says how its model is loaded." in message
+
+
+def test_analogies_evaluates_a_file(call, refused, composite_file, tmp_path):
+    file, folder = tmp_path / "some.tsv", tmp_path / "out"
+    seen = held_out().split(fvlens.load_relation("animal-young")).train[0]
+    file.write_text("".join(f"{seen.input}\t{seen.output}\t{target}\tcub\n" for target in ("bear", "lion")))
+    given = ("analogies", file, "--composite", composite_file, "--quiet")
+    assert "took part in making the composite" in refused(*given)
+    code, text, _ = call(*given, "--allow-leak", "--out", folder)
+    assert code == 0
+    assert re.search(r"unsteered, one-shot +2 +1\.000 +\[1\.000, 1\.000\]", text)
+    assert set(pd.read_csv(folder / "summary.csv")["way"]) >= {"composite, one-shot", "gated composite, one-shot"}
+    assert len(pd.read_csv(folder / "analogies.csv")["analogy"].unique()) == 2
+    assert (folder / "analogies.html").exists()
+    assert call(*given, "--allow-leak", "--limit", "1")[1].count(" 1.000") >= 1
+
+
+def test_sensitivity_prints_and_writes_its_study(call, composite_file, tmp_path):
+    folder = tmp_path / "study"
+    code, text, _ = call(
+        "sensitivity", "--composite", composite_file, "--n-test", "12", "--n-repeats", "1", "--out", folder, "--quiet"
+    )
+    assert code == 0
+    table = pd.read_csv(folder / "sensitivity.csv")
+    for row in table.to_dict("records"):
+        assert re.search(rf"{row['change']} +{row['n_basis']:.0f} +{row['top1']:.3f} ", text)
+    assert "12 analogies, bare query; unsteered" in text and (folder / "sensitivity.html").exists()
+
+
+def test_compose_writes_what_analogy_reads(call, refused, monkeypatch, model, tmp_path):
+    from fvlens import composition
+
+    asked = {}
+
+    def quick(network, **options):
+        asked.update(options)
+        return whole(network, **{**options, "names": ["animal-young", "animal-home"], "epochs": 1})
+
+    whole = composition.library_composite
+    monkeypatch.setattr(composition, "library_composite", quick)
+    file = tmp_path / "made.safetensors"
+    code, text, _ = call("compose", "--out", file, "--layer", "2", "--seed", "3", "--quiet")
+    assert code == 0 and "2 vectors after layer 2, map none" in text and f"wrote {file}" in text
+    assert asked["map"] == "none" and asked["n_analogies"] == 2430 and asked["generator"].initial_seed() == 3
+    assert composition.CompositeMap.load(file, model=model).basis.names == ("animal-young", "animal-home")
+    assert "expected a name for a file in a folder that exists" in refused("compose", "--out", tmp_path)

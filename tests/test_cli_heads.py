@@ -1,0 +1,225 @@
+"""``fvlens heads`` and ``universal``, and a run with the heads of a file."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from commands import cells, library
+from conftest import seeded
+
+import fvlens
+from fvlens import FunctionVector
+from fvlens.universal import UniversalHeads
+
+
+def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
+    path = tmp_path / "heads.json"
+    names = ("antonym", "plural", "capitalised")
+    code, out, err = call(
+        "universal", *names, "--n-heads", 3, "--n-prompts", 6, "--n-shots", 4, "--seed", 5, "--out", path, "--quiet"
+    )
+    assert (code, err) == (0, "")
+    expected = fvlens.universal_heads(model, names, 3, n_prompts=6, n_shots=4, generator=seeded(5), progress=False)
+    loaded = UniversalHeads.load(path, model=model)
+    assert torch.equal(loaded.aie, expected.aie)
+    assert {file.name for file in tmp_path.iterdir()} == {"heads.json", "heads.html"}
+    page = (tmp_path / "heads.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert "capitalised" in page
+    rows = cells(out)
+    assert rows[:2] == [["mean over 3 relations on rel-small, permuted labels"], ["head", "mean AIE", "standard error"]]
+    assert rows[2:5] == [[str(h), f"{expected.mean[h]:.4f}", f"{expected.stderr[h]:.4f}"] for h in expected.heads]
+    assert out.splitlines()[-2:] == [f"wrote {path}", f"wrote {tmp_path / 'heads.html'}"]
+
+    folder = tmp_path / "run"
+    code, out, err = call(
+        "run", "antonym", "--heads", path, "--n-prompts", 6, "--n-shots", 4, "--out", folder, "--quiet"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith(f"3 heads from {path} (universal heads of this model, 3 relations, permuted labels)\n")
+    read = json.loads((folder / "results.json").read_text())
+    assert (read["heads_source"], read["options"]["heads_file"]) == ("file", str(path))
+    assert [entry[:2] for entry in read["heads"]] == [list(head) for head in expected.heads]
+    g = seeded()
+    split = fvlens.load_relation("antonym").split(g)
+    clean = fvlens.build_prompts(
+        model, split.train, queries=split.valid, n_prompts=6, n_shots=4, relation="antonym", generator=g
+    )
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    vector = fvlens.function_vector(model, means, heads=expected.heads, layer=read["layer"])
+    assert torch.equal(FunctionVector.load(folder / "vector.safetensors").vector, (read["scale"] * vector).vector)
+
+
+def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(model, relations, n, **options):
+        seen.append((list(relations), n, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fvlens.universal.universal_heads", stop)
+    monkeypatch.chdir(tmp_path)
+    call("universal")
+    call("universal", "--family", "part", "--n-heads", 4)
+    call("universal", "--category", "translation", "--limit", 2, "--labels", "random", "--template", "arrow", "--quiet")
+    headers = {name: header for name, (header, _) in sorted(library().items())}
+    assert seen[0][:2] == (list(headers), 10)
+    assert seen[1][:2] == ([name for name, header in headers.items() if header["family"] == "part"], 4)
+    translations = [name for name, header in headers.items() if header["category"] == "translation"]
+    assert seen[2][:2] == (translations[:2], 10)
+    options = seen[2][2]
+    assert options.pop("generator").initial_seed() == 0
+    assert options == {
+        "n_shots": 10, "n_prompts": 100, "n_corrupted": 25, "labels": "random", "template": "arrow", "progress": False
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, monkeypatch, tmp_path):
+    g = seeded()
+    found = fvlens.universal_heads(
+        model, ["antonym", "plural"], 2, n_prompts=4, n_corrupted=2, n_shots=3, generator=g, progress=False
+    )
+    part = dataclasses.replace(found, majority=torch.tensor([0.0, 1.0]), complete=False)
+    monkeypatch.setattr("fvlens.universal.universal_heads", lambda *args, **options: part)
+    code, out, err = call("universal", "antonym", "plural", "tool-use", "--out", tmp_path / "h.json", "--n-shots", 3)
+    assert (code, err) == (130, "fvlens: interrupted\n")
+    assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
+    assert out.splitlines()[-1] == "2 of 3 relations were finished"
+    assert "interrupted" in (tmp_path / "h.html").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"h\.json: the search for these heads was interrupted after 2 relations"):
+        assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+    first, second, *_ = cells(out)[2:]  # one relation has no standard error
+    assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
+
+
+def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text("[[1, 2], [9, 0]]")
+    assert "heads.json: heads: L9H0 does not exist: the model has layers 0..3" in refused(
+        "run", "plural", "--heads", path
+    )
+    assert f"no file of heads at {tmp_path / 'none'}." in refused("run", "plural", "--heads", tmp_path / "none")
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"format": "fvlens-heads-1", "fingerprint": {"name": "x"}}')
+    assert "damaged.json: damaged field 'fingerprint' (fingerprint: expected the fields " in refused(
+        "run", "plural", "--heads", damaged
+    )
+    for option, *value in (("--n-heads", 10), ("--labels", "permuted"), ("--both-labels",)):
+        message = refused("run", "plural", "--heads", path, option, *value)
+        assert (
+            message == f"fvlens: {option} says how to rank heads, but --heads {path} gives them; leave one of them out."
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["antonim"], "no relation named 'antonim'"),
+        (["plural", "--family", "part"], "relations are named, so --category and --family have nothing to choose"),
+        (["--family", "nosuch"], "no relation has family 'nosuch'"),
+        (["plural", "--out", "x.html"], "--out x.html: expected a name for a JSON file, such as heads.json."),
+        (["plural", "--out", "."], "--out .: expected a name for a JSON file, such as heads.json."),
+        (["plural", "--out", "none/h.json"], "--out none/h.json: folder none does not exist; create it first."),
+        (["plural", "--n-heads", "33"], "n: expected 1 to 32 (all heads), got 33."),
+        (["plural", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
+        (["plural", "plural"], "relation 'plural' is given 2 times"),
+    ],
+)
+def test_universal_refuses(refused, monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("universal", *args, "--quiet")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- heads ---
+
+
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_heads_prints_the_effects_of_the_best_heads(call, model, labels):
+    code, out, err = call(
+        "heads", "plural", "--n-prompts", 8, "--n-heads", 4, "--labels", labels, "--seed", 2, "--template", "arrow",
+        "--quiet",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    g = seeded(2)
+    split = fvlens.load_relation("plural").split(g)
+    common = dict(queries=split.valid, template="arrow", relation="plural", generator=g)
+    clean = fvlens.build_prompts(model, split.train, n_prompts=8, **common)
+    means = fvlens.mean_head_activations(model, clean, progress=False)
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels=labels, **common)
+    effects = fvlens.indirect_effects(model, corrupted, means, progress=False)
+    expected = [[str(h), f"{effects.aie[h]:.4f}", f"{effects.stderr[h]:.4f}"] for h in effects.top(4)]
+    rows = cells(out)
+    assert rows[0] == [f"plural, {labels} labels"]
+    assert rows[1:] == [["head", "AIE", "standard error"], *expected]
+
+
+@pytest.mark.parametrize("labels", ["permuted", "random"])
+def test_heads_ranks_by_the_labels_that_were_asked_for_alone(call, monkeypatch, labels):
+    asked = []
+    original = fvlens.find.indirect_effects
+
+    def watched(model, prompts, *args, **given):
+        asked.append(prompts.labels)
+        return original(model, prompts, *args, **given)
+
+    monkeypatch.setattr("fvlens.find.indirect_effects", watched)
+    assert call("heads", "plural", "--n-prompts", 2, "--labels", labels, "--quiet")[0] == 0
+    assert asked == [labels]
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "atp", "--recheck", 32]])
+def test_heads_says_which_heads_do_not_help(call, options):
+    """Of all 32 heads many hurt; of the best two none does."""
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 32, *options, "--quiet")
+    assert (code, err) == (0, "")
+    effects = [float(row[3 if options else 1]) for row in cells(out)[2:34]]
+    n_below = sum(effect < 0 for effect in effects)
+    assert effects == sorted(effects, reverse=True) and n_below > 2
+    last = out.splitlines()[-1]
+    assert re.match(r"\d+ of the 32 best heads have an exact AIE of 0 or less \(L\dH\d, ", last)
+    assert int(last.split()[0]) >= n_below
+    assert "exact AIE of 0" not in call("heads", "plural", "--n-prompts", 4, "--n-heads", 2, *options, "--quiet")[1]
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 33, "--quiet")
+    assert code == 2 and "expected n between 1 and 32 (all heads), got 33" in err
+
+
+def test_heads_prints_a_screen_and_its_recheck(call, model):
+    code, out, err = call(
+        "heads", "plural", "--n-prompts", 8, "--n-heads", 4, "--method", "atp", "--recheck", 3, "--quiet"
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    g = seeded()
+    split = fvlens.load_relation("plural").split(g)
+    common = dict(queries=split.valid, relation="plural", generator=g)
+    means = fvlens.mean_head_activations(
+        model, fvlens.build_prompts(model, split.train, n_prompts=8, **common), progress=False
+    )
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels="permuted", **common)
+    screen = fvlens.indirect_effects(model, corrupted, means, method="atp", recheck=3, progress=False)
+    exact = fvlens.indirect_effects(model, corrupted, means, progress=False)
+    expected = []
+    for head in screen.top(4):
+        row = [str(head), f"{screen.aie[head]:.4f}", f"{screen.stderr[head]:.4f}"]
+        again = [f"{exact.aie[head]:.4f}", f"{exact.stderr[head]:.4f}"] if head in screen.recheck.heads else []
+        expected.append(row + again)
+    rows = cells(out)
+    assert rows[1] == ["head", "AtP", "standard error", "exact AIE", "standard error"]
+    assert rows[2:] == expected
+    assert [len(row) for row in expected] == [5, 5, 5, 3]
+
+
+def test_heads_says_how_relevance_was_computed(call):
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--n-heads", 2, "--method", "lrp", "--quiet")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "AttnLRP rules for norms, activation functions, gates and attention products"
+    assert cells(out)[1] == ["head", "LRP relevance", "standard error"]
+
+
+def test_heads_refuses_a_recheck_of_exact_effects(call):
+    code, out, err = call("heads", "plural", "--n-prompts", 4, "--recheck", 3, "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("fvlens: indirect_effects: recheck=3 runs the best heads of a screen again; method='exact'")
