@@ -343,6 +343,8 @@ def test_pages_quote_what_was_measured():
         size = sum(file.stat().st_size for file in measured_folder(root, study).glob("*"))
         if size > measured_module.MOST_BYTES:
             wrong.append(f"{study.name}: {size} bytes")
+        if tables and not pages(root, study):
+            wrong.append(f"{study.name}: quoted nowhere")
         for page in pages(root, study) if tables else []:
             quoted = between(study).search(page.read_text(encoding="utf-8")).group()
             if quoted != study.markdown(tables) + "\n":
