@@ -441,7 +441,7 @@ def test_products_in_bfloat16_come_near_and_are_recorded(name):
     assert near.cie.dtype == torch.float32
     assert 1e-5 < (near.cie - exact.cie).abs().max() < 0.1  # [0.033], of effects up to 0.9
     assert (near.aie - exact.aie).abs().max() < 0.01  # [0.0031], of averages up to 0.52
-    # of heads with effects within the error any order is chance: 0.963 over all 32 heads on one machine, 0.98 on another
+    # of heads with effects within the error any order is chance: over all 32 heads 0.963 here, over 0.97 elsewhere
     counts = exact.aie.abs() > 0.0031
     assert 5 <= counts.sum() < counts.numel()
     assert spearman(near.aie[counts], exact.aie[counts]) > 0.98
