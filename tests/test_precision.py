@@ -1,14 +1,13 @@
 """bfloat16 and float16 models: what is summed in float32, and how near the numbers come to a float32 model's.
 
 Bars leave about three times the error that was measured on these prompts; what was measured, the worst of all classes
-and paths, stands behind them in brackets. ``python -m fvlens.zoo.precision`` measures more relations and prompts.
+and paths, stands behind them in brackets. ``fvlens study precision`` measures more relations and prompts.
 """
 
 import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
 
 import checkpoints
@@ -21,10 +20,11 @@ import fvlens
 from fvlens.metrics import spearman, top_k_overlap
 from fvlens.models import fingerprint
 from fvlens.prompts import TokenClass
+from fvlens.studies import STUDIES, Settings, run_study
+from fvlens.studies import _precision as study_precision
 from fvlens.suffix import open_reader, run_prefix, steered_resid, wide_logits
 from fvlens.suffix._layout import is_laid_out, laid_out
 from fvlens.suffix._memory import Estimate
-from fvlens.zoo import precision as zoo_precision
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUTES = {"hooked": ("weights", "kv", "naive"), "bridge": ("kv", "naive")}
@@ -380,42 +380,44 @@ def effects_with(aie):
 def test_compare_counts_heads_above_the_error():
     theirs = [0.5, -0.4, 0.3, 0.2, 0.02, 0.01, 0.0, -0.01, -0.02, 0.011, 0.012, 0.013]
     ours = [0.5, -0.4, 0.2, 0.3, 0.02, 0.01, 0.0, -0.01, -0.02, 0.011, 0.012, 0.013]
-    found = zoo_precision.compare(effects_with(ours), effects_with(theirs))
+    found = study_precision.compare(effects_with(ours), effects_with(theirs))
     assert found["difference"] == pytest.approx(0.1)
     assert found["clear"] == pytest.approx(4 / 12)
     assert found["spearman_clear"] == pytest.approx(1 - 6 * 2 / (4 * 15))  # two neighbours of four swapped
     assert found["spearman"] == pytest.approx(1 - 6 * 2 / (12 * 143))
     assert found["overlap"] == 1.0
-    far = zoo_precision.compare(effects_with([-x for x in theirs]), effects_with(theirs))
+    far = study_precision.compare(effects_with([-x for x in theirs]), effects_with(theirs))
     assert far["clear"] == 0 and math.isnan(far["spearman_clear"])
 
 
-def test_the_table_is_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(zoo_precision, "N_CLEAN", 8)
-    monkeypatch.setattr(zoo_precision, "N_CORRUPTED", 4)
-    out = tmp_path / "table.json"
-    zoo_precision.main(["--relations", NAME, "--backends", "bridge", "--precisions", "bfloat16", "--out", str(out)])
-    found = json.loads(out.read_text())
-    lines = capsys.readouterr().out.strip().splitlines()
+def test_the_table_compares_each_precision_with_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_precision, "N_CLEAN", 8)
+    monkeypatch.setattr(study_precision, "N_CORRUPTED", 4)
+    monkeypatch.setattr(study_precision, "BACKENDS", ("bridge",))
+    monkeypatch.setattr(study_precision, "DTYPES", {"float32": torch.float32, "bfloat16": torch.bfloat16})
+    study = STUDIES["precision"]
+    outcome = run_study(study, study.cells(Settings(relations=(NAME,))), tmp_path)
+    tables = outcome.tables()
+    lines = study.markdown(tables).splitlines()[:-2]
     assert [line.split(" | ")[:3] for line in lines[2:]] == [
         ["| bridge", precision, labels]
         for precision in ("other prompts", "bfloat16")
         for labels in ("permuted", "random")
     ]
     assert len({line.count("|") for line in lines}) == 1
-    rows = {(row["precision"], row["labels"]): row for row in found["rows"]}
+    rows = {(row["precision"], row["labels"]): row for row in tables["precisions"].to_dict("records")}
     for labels in ("permuted", "random"):
         half, other = rows["bfloat16", labels], rows["other prompts", labels]
-        assert half["spearman"]["mean"] > 0.98  # [0.99]
-        assert half["difference"]["mean"] < 0.2 * other["difference"]["mean"]
-        by_relation = [r for r in found["by_relation"] if (r["precision"], r["labels"]) == ("bfloat16", labels)]
-        assert [r["overlap"] for r in by_relation] == [half["overlap"]["mean"]]
+        assert half["spearman"] > 0.98  # [0.99]
+        assert half["difference"] < 0.2 * other["difference"]
+        by_relation = [r for r in outcome.rows() if (r["precision"], r["labels"]) == ("bfloat16", labels)]
+        assert [r["overlap"] for r in by_relation] == [half["overlap"]]
 
 
 def test_the_yardsticks_vector_is_that_of_the_recipe(model):
     split = fvlens.load_relation("plural").split(seeded())
     found = fvlens.find_vector(model, split, n_prompts=6, n_corrupted=4, seed=0, generator=seeded(), progress=False)
-    vector, scale = zoo_precision._vector(model, split.valid, found.means, found.effects, 0)
+    vector, scale = study_precision.best_vector(model, split.valid, found.means, found.effects, 0)
     assert torch.equal(vector.vector, found.vector.vector)
     assert (vector.layer, scale) == (found.layer, found.scale)
 

@@ -1,20 +1,20 @@
 """``fvlens compare`` and ``study``: trained vectors beside other methods, and what training depends on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Column, Table
 
 from fvlens.cli._app import out, say, wrote
-from fvlens.cli._options import Fields, QuietOption, RelationArgument, result_folder, spread
+from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
+from fvlens.cli._studies import list_studies, measure
 from fvlens.files import write_table
 from fvlens.relations import load_relation
 from fvlens.report import Loading, RunOptions
 
 _RECIPE = ("seed", "n_shots", "n_prompts", "n_heads", "labels", "layer", "template")
-RecipeOptions = Annotated[RunOptions, Fields(RunOptions, _RECIPE)]
 TrainingOptions = Annotated[RunOptions, Fields(RunOptions, (*_RECIPE, "n_train"))]
 
 
@@ -66,12 +66,14 @@ def compare(
 
 @spread
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="training-size, layer, scale, l2 or init.")],
-    relation: RelationArgument,
-    loading: Loading,
-    settings: RecipeOptions,
+    loading: Annotated[dict[str, Any], Fields(Loading)],
+    settings: Annotated[dict[str, Any], Fields(RunOptions, _RECIPE)],
+    name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="By default all are listed.")] = None,
+    relation: Annotated[
+        str | None, typer.Argument(help="Of a study of trained vectors: name of a library relation.")
+    ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for table and figure [default: fvlens-RELATION].")
+        Path | None, typer.Option("--out", help="Folder for results [default: fvlens-RELATION or fvlens-study-STUDY].")
     ] = None,
     n_seeds: Annotated[
         int | None, typer.Option("--n-seeds", min=1, help="Trainings behind each point [default: 3 or 5].")
@@ -79,16 +81,71 @@ def study(
     n_train: Annotated[
         int | None, typer.Option("--n-train", min=1, help="Training pairs [default: 20; not for training-size].")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training pairs.")] = 20,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Passes over the training pairs [default: 20].")
+    ] = None,
+    relations: Annotated[
+        list[str] | None,
+        typer.Option("--relations", help="Of a study over the library, once each [default: as the study chooses]."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes of a study over the library [default: 1].")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of each of its cells [default: 1].")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Keep its tables in assets/measured, and put them into pages.")
+    ] = False,
     quiet: QuietOption = False,
+) -> None:
+    """A study over the library, kept cell by cell, or of what one relation's fine-tuned vector depends on."""
+    from fvlens.training import STUDIES as TRAINED
+    from fvlens.studies import STUDIES
+
+    if name is None:
+        list_studies(STUDIES, TRAINED)
+        return
+    if name not in STUDIES and name not in TRAINED:
+        raise ValueError(f"no study named {name!r}; expected one of {', '.join([*STUDIES, *TRAINED])}.")
+    over_library = {"relations": relations, "jobs": jobs, "threads": threads, "write": write or None}
+    of_training = {"n_seeds": n_seeds, "n_train": n_train, "epochs": epochs}
+    if name in STUDIES:
+        if relation is not None:
+            raise ValueError(f"study {name} measures over the library; name relations with --relations.")
+        given = loading | settings | {key: value for key, value in of_training.items() if value is not None}
+        measure(
+            STUDIES[name], given, relations=relations, folder=folder, jobs=jobs or 1, threads=threads or 1, write=write
+        )
+        return
+    if relation is None:
+        raise ValueError(f"study {name}: expected the name of a relation; see `fvlens relations`.")
+    others = [option_name(key) for key, value in over_library.items() if value is not None]
+    if others:
+        raise ValueError(f"{', '.join(others)}: study {name} does not take this; leave it out.")
+    _study_training(
+        name, relation, made(Loading, loading), made(RunOptions, settings), folder=folder, n_seeds=n_seeds,
+        n_train=n_train, epochs=20 if epochs is None else epochs, quiet=quiet,
+    )  # fmt: skip
+
+
+def _study_training(
+    name: str,
+    relation: str,
+    loading: Loading,
+    settings: RunOptions,
+    *,
+    folder: Path | None,
+    n_seeds: int | None,
+    n_train: int | None,
+    epochs: int,
+    quiet: bool,
 ) -> None:
     """What a fine-tuned vector depends on: training pairs, layer, scale, l2 or start."""
     from fvlens.find import find_vector
     from fvlens.pages import write_figure
     from fvlens.training import STUDIES, Settings
 
-    if name not in STUDIES:
-        raise ValueError(f"no study named {name!r}; expected one of {', '.join(STUDIES)}.")
     sized = name == "training-size"
     if sized and n_train is not None:
         raise ValueError("--n-train: the number of training pairs is what this study varies; leave it out.")

@@ -65,7 +65,12 @@ class SteeredPrompts:
         self.is_copied = plan.copied
         self.weights: Weights | None = plan.weights if path == "weights" else None
         self._room = room_for_kept(model) if max_memory is None else max_memory // 2
-        by_length = [self._with_answers(tokens, mask, answers, n) for n in self.n_answers]
+        lengths = mask.sum(dim=1)
+        by_length = [
+            self._with_answers(tokens, mask, answers, index, n)
+            for n in self.n_answers
+            for index in _short_and_long((self.n_tokens == n).nonzero().flatten(), lengths)
+        ]
         self._all_fit = sum(self._bytes(len(index), whole, n) for index, whole, _, n in by_length) <= self._room
         self._slices: list[tuple[Tensor, Tensor, int]] = []
         self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
@@ -79,10 +84,9 @@ class SteeredPrompts:
         self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
 
     def _with_answers(
-        self, tokens: Tensor, mask: Tensor, answers: Tensor, n_answer: int
+        self, tokens: Tensor, mask: Tensor, answers: Tensor, index: Int[Tensor, " own"], n_answer: int
     ) -> tuple[Int[Tensor, " own"], Int[Tensor, "own pos"], Int[Tensor, "own pos"], int]:
-        """The prompts with answers of one length: which, their tokens with all of the answer but the last, masks."""
-        index = (self.n_tokens == n_answer).nonzero().flatten()
+        """Prompts with answers of one length: which, their tokens with all of the answer but the last, and masks."""
         width = int(mask[index].sum(dim=1).max())
         given = answers[index, : n_answer - 1]
         whole = torch.cat([tokens[index, -width:], given], dim=1)
@@ -220,6 +224,24 @@ class SteeredPrompts:
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
+
+
+_MANY = 64
+"""Prompts of one length of answer from which on short and long ones may lie apart."""
+_WORTH = 0.9
+"""Share of the positions from which on it is not worth it: every slice costs each step its own attention."""
+
+
+def _short_and_long(index: Int[Tensor, " own"], lengths: Int[Tensor, " prompt"]) -> list[Int[Tensor, " _own"]]:
+    """Prompts cut in two at the length that spares most padding, or left together where that is little."""
+    own = lengths[index].cpu()
+    whole = len(index) * int(own.max())
+    cuts = {int(cut): int((own <= cut).sum()) for cut in own.unique()[:-1]}
+    sizes = {cut: n * cut + (len(index) - n) * int(own.max()) for cut, n in cuts.items()}
+    if len(index) < _MANY or not sizes or min(sizes.values()) > _WORTH * whole:
+        return [index]
+    cut = min(sizes, key=sizes.__getitem__)
+    return [index[own <= cut], index[own > cut]]
 
 
 def _firsts(order: Sequence[tuple[Int[Tensor, " _row"], int]]) -> Int[Tensor, " total"]:

@@ -1,0 +1,34 @@
+"""Every measurement over the library: a list of cells, what is measured in one, and tables over all.
+
+:func:`run_study` runs the cells of a :class:`Study`, keeps each as it is finished, and goes on where it was stopped.
+``fvlens study NAME`` is the command. A new study is a module with a :class:`Study` in it and one entry in
+:data:`STUDIES`.
+"""
+
+from fvlens.studies._measured import measured_folder, pages, project_root, read_measured, write_measured
+from fvlens.studies._precision import PRECISION
+from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
+from fvlens.studies._screening import SCREENING
+from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value
+
+__all__ = [
+    "STUDIES",
+    "Cell",
+    "Kept",
+    "Loaded",
+    "Outcome",
+    "Row",
+    "Settings",
+    "Study",
+    "Value",
+    "measured_folder",
+    "pages",
+    "project_root",
+    "read_cell",
+    "read_measured",
+    "run_study",
+    "write_measured",
+]
+
+STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION)}
+"""All studies by name, in the order in which they are listed."""

@@ -1,0 +1,78 @@
+"""Measured tables that are kept with the project, and the pages that quote them."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fvlens.files import read_text, write_text
+from fvlens.studies._runner import Outcome
+from fvlens.studies._study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_BYTES = 1_000_000
+"""Of the tables of one study."""
+
+
+def project_root() -> Path:
+    """The folder of the project, which has pages and measured tables; an installed package has none.
+
+    Raises:
+        ValueError: this is an installed package.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        raise ValueError(f"--write: {root} is no checkout of fvlens; measured tables are kept only there.")
+    return root
+
+
+def measured_folder(root: Path, study: Study) -> Path:
+    """Where the study's tables are kept."""
+    return root / "assets" / "measured" / study.name
+
+
+def read_measured(root: Path, study: Study) -> "dict[str, pd.DataFrame]":
+    """The study's kept tables by name; none if it has not been measured."""
+    import pandas as pd
+
+    # a hash may look like a number
+    texts: Any = dict.fromkeys(("model", "fingerprint", "data_hash", "seed", "fvlens", "cells"), str)
+    return {file.stem: pd.read_csv(file, dtype=texts) for file in sorted(measured_folder(root, study).glob("*.csv"))}
+
+
+def between(study: Study) -> re.Pattern[str]:
+    """What of a page is the study's: the text between its markers."""
+    return re.compile(
+        rf"(?<=<!-- study {re.escape(study.name)} -->\n).*?(?=<!-- end study {re.escape(study.name)} -->)", re.DOTALL
+    )
+
+
+def pages(root: Path, study: Study) -> list[Path]:
+    """The project's READMEs that quote the study."""
+    files: Iterable[Path] = [root / "README.md", *sorted((root / "fvlens").rglob("README.md"))]
+    return [file for file in files if file.is_file() and between(study).search(read_text(file, "page"))]
+
+
+def write_measured(outcome: Outcome, root: Path) -> list[Path]:
+    """Keep a study's tables under ``assets/measured`` and put them into the pages that quote it.
+
+    Raises:
+        ValueError: cells are missing; the tables are too large.
+    """
+    study = outcome.study
+    if not outcome.complete:
+        raise ValueError(f"--write: only {outcome.standing} are finished; pages quote whole studies.")
+    texts = {name: frame.to_csv(index=False, lineterminator="\n") for name, frame in outcome.tables().items()}
+    n_bytes = sum(len(text.encode()) for text in texts.values())
+    if n_bytes > MOST_BYTES:
+        raise ValueError(f"--write: the tables take {n_bytes:,} bytes; expected at most {MOST_BYTES:,}.")
+    folder = measured_folder(root, study)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [write_text(folder / f"{name}.csv", text) for name, text in texts.items()]
+    # from the files, not from memory: that is what the test compares pages with
+    text = study.markdown(read_measured(root, study)) + "\n"
+    for page in pages(root, study):
+        written.append(write_text(page, between(study).sub(lambda _: text, read_text(page, "page"))))
+    return written

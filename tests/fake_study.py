@@ -1,0 +1,67 @@
+"""A study that needs no model, in a module that other processes import. Files in the folder MOOD say what cells do."""
+
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from fvlens.studies import Cell, Loaded, Study
+from fvlens.studies._tables import markdown, means_over_relations
+
+RELATIONS = ("antonym", "plural", "animal-german")
+
+
+def mood(cell):
+    """What the test asks of a cell, if anything."""
+    file = Path(os.environ.get("MOOD", "/nonexistent")) / cell.relation
+    return file.read_text() if file.exists() else ""
+
+
+def cells(settings):
+    names = settings.relations or RELATIONS
+    return [
+        Cell(settings.model, name, settings.seed, settings.threads, (("step", n),)) for n in (1, 2) for name in names
+    ]
+
+
+def load(cell):
+    if cell.model == "missing":
+        raise ValueError("no such model")
+    return Loaded(len(cell.model), {"weights": f"{len(cell.model):016x}", "dtype": "float32"})
+
+
+def run(cell, model):
+    asked = mood(cell)
+    if asked == "fail":
+        raise RuntimeError("it\nbroke")
+    if asked == "interrupt":
+        raise KeyboardInterrupt
+    if asked == "hang":
+        (Path(os.environ["MOOD"]) / "hanging").touch()
+        time.sleep(300)
+    with open(Path(os.environ["MOOD"]) / "runs", "a") as file:
+        file.write(f"{cell}\n")
+    seed = cell.seed + 1
+    return [
+        {"kind": kind, "score": (len(cell.relation) * seed) ** 0.5 / cell["step"] / n, "odd": float("nan")}
+        for n, kind in enumerate(("near", "far"), 1)
+    ]
+
+
+def tables(rows):
+    return {"means": means_over_relations(rows, ("step", "kind"), ("score",))}
+
+
+def text(tables):
+    return markdown(tables["means"], {"step": "step", "kind": "kind"}, {"score": ("score", 3)})
+
+
+def figures(rows):
+    import plotly.graph_objects as go
+
+    frame = pd.DataFrame(rows)
+    return {"scores": go.Figure(go.Bar(x=frame.relation, y=frame.score), layout={"title": "Scores"})}
+
+
+FAKE = Study("fake", "a study of nothing", 1, cells, run, tables, text, figures, load)

@@ -1,0 +1,397 @@
+"""Studies as cells: kept one by one, run again only where needed, and always saying how many they are."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_study
+import pandas as pd
+import pytest
+import torch
+from fake_study import FAKE
+from scipy.stats import spearmanr
+
+import fvlens
+from fvlens.studies import (
+    STUDIES,
+    Cell,
+    Settings,
+    measured_folder,
+    pages,
+    project_root,
+    read_cell,
+    read_measured,
+    run_study,
+    write_measured,
+)
+from fvlens.studies import _measured as measured_module
+from fvlens.studies import _screening as screening
+from fvlens.studies._measured import between
+from fvlens.studies._runner import _duration
+from fvlens.studies._study import library_data
+
+CELLS = FAKE.cells(Settings())
+
+
+@pytest.fixture(autouse=True)
+def mood(tmp_path, monkeypatch):
+    """Folder whose files say what cells shall do, and in which cells note that they were run."""
+    folder = tmp_path / "mood"
+    folder.mkdir()
+    monkeypatch.setenv("MOOD", str(folder))
+    return folder
+
+
+def ran(mood):
+    """Cells that were run so far, in order."""
+    file = mood / "runs"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def saved(outcome, folder):
+    """The bytes of all tables."""
+    folder.mkdir(exist_ok=True)
+    return {path.name: path.read_bytes() for path in outcome.save(folder)}
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    """The tables of a run in one go in one process."""
+    return saved(run_study(FAKE, CELLS, tmp_path / "undisturbed"), tmp_path / "undisturbed")
+
+
+# --- a run ---
+
+
+def test_tables_are_those_of_the_cells_and_say_what_they_stand_on(tmp_path, mood):
+    said = []
+    outcome = run_study(FAKE, CELLS, tmp_path / "new" / "folder", say=said.append)
+    assert outcome.complete and outcome.standing == "6 of 6 cells" and outcome.failed == outcome.redone == ()
+    assert ran(mood) == [str(cell) for cell in CELLS]
+    assert said[0] == "1 of 6 cells: antonym, seed 0, step 1"
+    assert said[1] == "about 0 s for the 5 left" and len(said) == 7
+    tables = outcome.tables()
+    rows = tables["rows"]
+    assert rows.score.tolist() == [row["score"] for cell in CELLS for row in fake_study.run(cell, None)]
+    assert rows.odd.isna().all() and rows.relation.tolist()[:3] == ["antonym", "antonym", "plural"]
+    assert rows.data_hash.tolist()[::2] == [library_data(cell) for cell in CELLS]
+    means = tables["means"]
+    assert means.score[0] == pytest.approx(sum(len(name) ** 0.5 for name in fake_study.RELATIONS) / 3)
+    assert means.score_low[0] == pytest.approx(6**0.5) and means.score_high[0] == pytest.approx(13**0.5)
+    for table in tables.values():
+        assert set(table.model) == {"rel-small"} and set(table.fingerprint) == {f"{9:016x}"}
+        assert set(table.seed.astype(str)) == {"0"} and set(table.threads.astype(str)) == {"1"}
+        assert set(table.fvlens) == {rows.fvlens[0]} and set(table.cells) == {"6 of 6 cells"}
+        assert table.data_hash.str.fullmatch("[0-9a-f]{16}").all()
+    assert outcome.figures()["scores"].layout.title.text == "Scores (6 of 6 cells)"
+    assert FAKE.markdown(tables).splitlines()[-1].endswith("6 of 6 cells.")
+
+
+def test_finished_cells_are_not_run_again(tmp_path, mood, undisturbed):
+    said = []
+    again = run_study(FAKE, CELLS, tmp_path / "undisturbed", say=said.append)
+    assert saved(again, tmp_path / "tables") == undisturbed
+    assert len(ran(mood)) == 6 and said == ["6 of 6 cells were finished before"]
+
+
+def test_several_processes_give_what_one_gives(tmp_path, mood, undisturbed):
+    outcome = run_study(FAKE, CELLS, tmp_path / "two", jobs=2)
+    assert saved(outcome, tmp_path / "two") == undisturbed
+    assert sorted(ran(mood)) == sorted(2 * [str(cell) for cell in CELLS])
+
+
+def test_failed_cells_are_listed_and_the_others_run(tmp_path, mood, undisturbed):
+    (mood / "plural").write_text("fail")
+    folder = tmp_path / "out"
+    for jobs in (1, 2):
+        said = []
+        outcome = run_study(FAKE, CELLS, folder, jobs=jobs, say=said.append)
+        assert not outcome.complete and outcome.standing == "4 of 6 cells"
+        assert [(str(cell), error) for cell, error in outcome.failed] == [
+            (f"plural, seed 0, step {n}", "RuntimeError: it broke") for n in (1, 2)
+        ]
+        assert "failed: plural, seed 0, step 1: RuntimeError: it broke" in said
+        tables = saved(outcome, folder)
+        assert all(b"4 of 6 cells" in table for table in tables.values())
+        assert pd.read_csv(folder / "failed.csv").error.tolist() == 2 * ["RuntimeError: it broke"]
+        assert outcome.figures()["scores"].layout.title.text == "Scores (4 of 6 cells)"
+        assert "4 of 6 cells." in FAKE.markdown(outcome.tables())
+    (mood / "plural").unlink()
+    assert saved(run_study(FAKE, CELLS, folder), folder) == undisturbed
+    assert not (folder / "failed.csv").exists()
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_cells(tmp_path):
+    cells = [Cell("missing", "plural", 0, varies=(("step", 1),)), CELLS[0]]
+    outcome = run_study(FAKE, cells, tmp_path)
+    assert outcome.failed == ((cells[0], "ValueError: no such model"),) and outcome.standing == "1 of 2 cells"
+    nothing = run_study(FAKE, cells[:1], tmp_path)
+    assert nothing.standing == "0 of 1 cell"
+    with pytest.raises(ValueError, match=r"^study fake: 0 of 1 cell finished; there is no table to make"):
+        nothing.tables()
+
+
+def test_an_interrupted_run_keeps_what_is_finished(tmp_path, mood, undisturbed):
+    (mood / "plural").write_text("interrupt")
+    with pytest.warns(UserWarning, match="study fake was interrupted: 1 of 6 cells are finished"):
+        outcome = run_study(FAKE, CELLS, tmp_path / "out")
+    assert outcome.standing == "1 of 6 cells" and outcome.failed == ()
+    assert set(outcome.tables()["means"].cells) == {"1 of 6 cells"}
+    (mood / "plural").unlink()
+    assert saved(run_study(FAKE, CELLS, tmp_path / "out"), tmp_path / "out") == undisturbed
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path, mood, undisturbed):
+    (mood / "runs").unlink()
+    (mood / "plural").write_text("hang")
+    code = (
+        "import sys; from pathlib import Path; from fake_study import FAKE; from fvlens.studies import *\n"
+        "run_study(FAKE, FAKE.cells(Settings()), Path(sys.argv[1]))"
+    )
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=env)
+    try:
+        deadline = time.monotonic() + 120
+        while not (mood / "hanging").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert ran(mood) == [str(CELLS[0])]
+    (mood / "plural").unlink()
+    assert saved(run_study(FAKE, CELLS, tmp_path / "out"), tmp_path / "out") == undisturbed
+    assert ran(mood) == [str(cell) for cell in CELLS]
+
+
+def test_threads_are_those_of_the_cell_and_only_there(tmp_path):
+    seen = []
+
+    def run(cell, model):
+        seen.append(torch.get_num_threads())
+        return []
+
+    before = torch.get_num_threads()
+    study = dataclasses.replace(FAKE, run=run)
+    run_study(study, study.cells(Settings(threads=before + 1, relations=("plural",))), tmp_path)
+    assert seen == 2 * [before + 1] and torch.get_num_threads() == before
+
+
+# --- the hash and the files ---
+
+
+def key(cell=CELLS[0], study=FAKE, data="data"):
+    return cell.key(study, study.load(cell).fingerprint, data)
+
+
+def test_the_hash_is_over_all_that_rows_depend_on_and_nothing_else():
+    cell = CELLS[0]
+    others = [
+        key(dataclasses.replace(cell, relation="plural")),
+        key(dataclasses.replace(cell, seed=1)),
+        key(dataclasses.replace(cell, threads=2)),
+        key(dataclasses.replace(cell, varies=(("step", 3),))),
+        key(dataclasses.replace(cell, varies=(("stop", 1),))),
+        key(dataclasses.replace(cell, model="another model")),
+        key(study=dataclasses.replace(FAKE, name="other")),
+        key(study=dataclasses.replace(FAKE, version=2)),
+        key(data="other data"),
+    ]
+    assert len({key(), *others}) == 10
+    # the same model from another folder
+    assert key(dataclasses.replace(cell, model="/a/folder")) == key(dataclasses.replace(cell, model="/b/folder"))
+
+
+def test_cells_have_the_same_names_in_any_folder(tmp_path):
+    names = []
+    for folder in (tmp_path / "a", tmp_path / "b" / "c"):
+        run_study(FAKE, CELLS, folder)
+        names.append({path.name for path in (folder / "cells").iterdir()})
+    assert names[0] == names[1] and len(names[0]) == 6
+
+
+def test_other_library_data_is_another_cell():
+    assert library_data(CELLS[0]) != library_data(CELLS[1])
+    assert library_data(CELLS[0]) == library_data(CELLS[3])
+
+
+DAMAGES = {
+    "half a file": (lambda text, other: text[: len(text) // 2], r"\.json"),
+    "another number": (
+        lambda text, other: text.replace('"score": 2', '"score": 3', 1),
+        r"damaged: the rows are not those that were written",
+    ),
+    "another cell": (lambda text, other: other, r"is the cell '[0-9a-f]{16}', expected '[0-9a-f]{16}'"),
+    "another format": (lambda text, other: '{"format": "other"}', r"not a cell of a study"),
+    "no rows": (lambda text, other: text.replace('"rows"', '"lines"'), r"damaged: the rows are not those"),
+    "no version": (
+        lambda text, other: text.replace('"fvlens"', '"version"'),
+        r"damaged: expected weights, data_hash, fvlens as text",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_and_foreign_files_are_reported_and_run_again(damage, tmp_path, mood, undisturbed):
+    change, message = DAMAGES[damage]
+    folder = tmp_path / "undisturbed"
+    names = [key(cell, data=library_data(cell)) + ".json" for cell in CELLS]
+    path, other = (folder / "cells" / name for name in names[:2])
+    path.write_text(change(path.read_text(), other.read_text()))
+    with pytest.raises(ValueError, match=message):
+        read_cell(path, CELLS[0], path.stem)
+    (mood / "runs").unlink()
+    said = []
+    outcome = run_study(FAKE, CELLS, folder, say=said.append)
+    assert len(outcome.redone) == 1 and re.search(message, outcome.redone[0]) and path.name in outcome.redone[0]
+    assert said[0] == f"run again: {outcome.redone[0]}"
+    assert ran(mood) == [str(CELLS[0])]
+    assert saved(outcome, folder) == undisturbed
+
+
+def test_a_cell_without_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no file of a cell at"):
+        read_cell(tmp_path / "none.json", CELLS[0], "none")
+
+
+def test_rows_that_a_file_cannot_hold_fail_their_cell(tmp_path):
+    study = dataclasses.replace(FAKE, run=lambda cell, model: [{"score": float("inf")}])
+    outcome = run_study(study, CELLS[:1], tmp_path)
+    assert "expected finite numbers" in outcome.failed[0][1]
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="threads=0; expected at least 1"):
+        Settings(threads=0)
+    with pytest.raises(ValueError, match="expected at least one relation, got none"):
+        Settings(relations=())
+    with pytest.raises(ValueError, match="expected each relation once, got plural, plural"):
+        Settings(relations=("plural", "plural"))
+    with pytest.raises(ValueError, match="study fake: expected at least one cell, got none"):
+        run_study(FAKE, [], tmp_path)
+    with pytest.raises(ValueError, match="study fake: expected each cell once"):
+        run_study(FAKE, [CELLS[0], CELLS[0]], tmp_path)
+    with pytest.raises(ValueError, match="jobs=0; expected at least 1"):
+        run_study(FAKE, CELLS, tmp_path, jobs=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be made .*; choose another"):
+        run_study(FAKE, CELLS, tmp_path / "file")
+
+
+def test_remaining_time_is_said_in_fitting_units():
+    assert [_duration(seconds) for seconds in (3.2, 300.0, 9000.0)] == ["3 s", "5 min", "2.5 h"]
+
+
+# --- measured tables and pages ---
+
+
+def project(folder, text):
+    """A project with one page."""
+    (folder / "fvlens" / "room").mkdir(parents=True)
+    page = folder / "fvlens" / "room" / "README.md"
+    page.write_text(text)
+    return page
+
+
+def test_measured_tables_and_pages_are_written_and_agree(tmp_path):
+    root = tmp_path / "project"
+    page = project(root, "before\n<!-- study fake -->\nold\n<!-- end study fake -->\nafter\n<!-- study fakes -->\n")
+    outcome = run_study(FAKE, CELLS, tmp_path)
+    written = write_measured(outcome, root)
+    assert [path.relative_to(root).as_posix() for path in written] == [
+        "assets/measured/fake/means.csv", "assets/measured/fake/rows.csv", "fvlens/room/README.md",
+    ]  # fmt: skip
+    text = FAKE.markdown(outcome.tables())
+    assert page.read_text() == (
+        f"before\n<!-- study fake -->\n{text}\n<!-- end study fake -->\nafter\n<!-- study fakes -->\n"
+    )
+    assert FAKE.markdown(read_measured(root, FAKE)) == text
+    assert write_measured(outcome, root) == written and text in page.read_text()
+
+
+def test_parts_of_studies_and_large_tables_are_not_kept(tmp_path, mood, monkeypatch):
+    (mood / "plural").write_text("fail")
+    outcome = run_study(FAKE, CELLS, tmp_path)
+    with pytest.raises(ValueError, match="--write: only 4 of 6 cells are finished; pages quote whole studies"):
+        write_measured(outcome, tmp_path)
+    (mood / "plural").unlink()
+    monkeypatch.setattr(measured_module, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"--write: the tables take [\d,]+ bytes; expected at most 1,000"):
+        write_measured(run_study(FAKE, CELLS, tmp_path), tmp_path)
+    assert not (tmp_path / "assets").exists()
+
+
+def test_only_a_checkout_has_measured_tables(tmp_path, monkeypatch):
+    assert (project_root() / "fvlens").is_dir()
+    monkeypatch.setattr(measured_module, "__file__", str(tmp_path / "fvlens" / "studies" / "_measured.py"))
+    with pytest.raises(ValueError, match="is no checkout of fvlens"):
+        project_root()
+
+
+def test_pages_quote_what_was_measured():
+    root, wrong = project_root(), []
+    for study in STUDIES.values():
+        tables = read_measured(root, study)
+        size = sum(file.stat().st_size for file in measured_folder(root, study).glob("*"))
+        if size > measured_module.MOST_BYTES:
+            wrong.append(f"{study.name}: {size} bytes")
+        if tables and not pages(root, study):
+            wrong.append(f"{study.name}: quoted nowhere")
+        for page in pages(root, study) if tables else []:
+            quoted = between(study).search(page.read_text(encoding="utf-8")).group()
+            if quoted != study.markdown(tables) + "\n":
+                wrong.append(f"{study.name}: {page}")
+    assert wrong == []
+
+
+# --- the studies ---
+
+
+def test_studies_are_listed_under_their_names():
+    assert list(STUDIES) == ["screening", "precision"]
+    for name, study in STUDIES.items():
+        cells = study.cells(Settings(seed=3))
+        assert study.name == name and "\n" not in study.summary and {cell.seed for cell in cells} == {3}
+        assert len(cells) == len(set(cells)) > 10
+
+
+def test_the_table_of_screens_is_made_of_what_a_screen_says(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(screening, "REPEATS", 1)
+    study = STUDIES["screening"]
+    outcome = run_study(study, study.cells(Settings(relations=("antonym",))), tmp_path)
+    found = outcome.tables()["screens"]
+    assert list(zip(found.screen, found.labels, strict=True)) == [
+        (screen, labels) for labels in ("permuted", "random") for screen in screening.SCREENS
+    ]
+    g = torch.Generator().manual_seed(0)
+    split = fvlens.load_relation("antonym").split(g)
+    common = dict(queries=split.valid, relation="antonym", generator=g)
+    means = fvlens.mean_head_activations(
+        model, fvlens.build_prompts(model, split.train, n_prompts=100, **common), progress=False
+    )
+    corrupted = fvlens.build_prompts(model, split.train, n_prompts=25, labels="permuted", **common)
+    exact = fvlens.indirect_effects(model, corrupted, means, progress=False)
+    rough = fvlens.indirect_effects(model, corrupted, means, method="atp", progress=False)
+    row = found.iloc[0]
+    wanted = spearmanr(rough.aie.flatten().numpy(), exact.aie.flatten().numpy()).statistic
+    assert row.spearman == pytest.approx(wanted, abs=1e-4)
+    assert row.overlap == pytest.approx(len(set(rough.top(10)) & set(exact.top(10))) / 10)
+    assert row["first"] == float(rough.top(1) == exact.top(1))
+    assert row.cost > 0
+    assert row.fingerprint == fvlens.models.fingerprint(model).weights
+
+
+def test_files_of_cells_are_plain_json(tmp_path):
+    outcome = run_study(FAKE, CELLS[:1], tmp_path)
+    (file,) = (tmp_path / "cells").iterdir()
+    content = json.loads(file.read_text())
+    assert content["rows"][0]["odd"] is None and content["fvlens"] == outcome.kept[0].fvlens
+    assert str(tmp_path) not in file.read_text()
