@@ -100,8 +100,8 @@ def study(
     quiet: QuietOption = False,
 ) -> None:
     """A study over the library, kept cell by cell, or of what one relation's fine-tuned vector depends on."""
-    from fvlens.training import STUDIES as TRAINED
     from fvlens.studies import STUDIES
+    from fvlens.training import STUDIES as TRAINED
 
     if name is None:
         list_studies(STUDIES, TRAINED)
