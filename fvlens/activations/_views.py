@@ -151,6 +151,7 @@ def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "go.Figure":
 def _thinned(shown: "go.Figure", n_tokens: int) -> "go.Figure":
     """The figure with as many of the tokens named below it as have room there, the last one always among them."""
     step = math.ceil(n_tokens * _LABEL / _INSIDE)
-    axis = shown.layout.xaxis
+    layout: Any = shown.layout  # plotly's attributes are made at run time
+    axis = layout.xaxis
     shown.update_xaxes(tickvals=axis.tickvals[::-1][::step], ticktext=axis.ticktext[::-1][::step])
     return shown

@@ -16,13 +16,13 @@ import time
 import pytest
 import torch
 from conftest import needs_hooked, random_model
+from fvlens.training._training import Task, Training, VectorAdapter, prompts_of
 from torch.nn import functional as F
 
 import fvlens
 from fvlens.interventions import resid_hook
 from fvlens.models import fingerprint
 from fvlens.training import Settings, TrainableVector, finetune, finetune_many, frozen
-from fvlens.training._training import Task, Training, VectorAdapter, prompts_of
 
 N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
 """Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.
