@@ -106,6 +106,17 @@ def as_number(value: Any, what: str) -> float:
     return number
 
 
+def as_flag(value: Any, what: str) -> bool:
+    """A truth value; no number or text that could be read as one.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{what}: expected true or false, got {value!r}.")
+    return value
+
+
 def as_text(value: Any, what: str) -> str:
     """A text.
 

@@ -134,6 +134,8 @@ def call(capsys, monkeypatch):
     from fvlens import cli
 
     monkeypatch.setenv("COLUMNS", "200")
+    for console in (cli.out, cli.err):  # made in a test that had another width, it would keep that for good
+        monkeypatch.setattr(console, "_width", None)
 
     def run(*args):
         capsys.readouterr()

@@ -1031,7 +1031,7 @@ def test_a_fingerprint_survives_json(model):
 
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "null", "not json", ""])
 def test_from_json_refuses_anything_else(model, text):
-    with pytest.raises(ValueError, match=r"fingerprint: expected the fields bos, d_head, .* got"):
+    with pytest.raises(ValueError, match=r"fingerprint: expected the fields backend, bos, d_head, .* got"):
         Fingerprint.from_json(text)
     fields = json.loads(fingerprint(model).to_json())
     for wrong in ({**fields, "colour": "red"}, {key: fields[key] for key in fields if key != "weights"}):

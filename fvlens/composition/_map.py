@@ -21,7 +21,7 @@ from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair
 from fvlens.training import TrainingState, VectorSet
-from fvlens.types import as_list, as_number, as_texts
+from fvlens.types import as_flag, as_list, as_number, as_texts
 from fvlens.vectors import FunctionVector, as_float32
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ class CompositeMap:
                     frozenset(map(_pair, as_list(seen["pairs"], "seen pairs"))),
                 ),
                 gates=tuple(Gate.from_header(gate) for gate in as_list(header["gates"], "gates")),
-                complete=bool(header.get("complete", True)),  # version 0.1 saved no other
+                complete=as_flag(header.get("complete", True), "complete"),  # version 0.1 saved no other
                 history=FitHistory(**{name: tuple(as_list(curve, name)) for name, curve in header["history"].items()}),
                 **{name: header[name] for name in _PLAIN},
                 template=template_or(template_from(header, template)),

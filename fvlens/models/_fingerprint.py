@@ -59,7 +59,7 @@ class Fingerprint:
         for name in ("name", "revision", "weights", "dtype", "normalization", "bos", "source", "backend"):
             as_text(getattr(self, name), f"fingerprint: {name}")
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
-            as_whole(getattr(self, name), f"fingerprint: {name}", 1)
+            as_whole(getattr(self, name), f"fingerprint: {name}", 1, 2**31 - 1)
         if not re.fullmatch("[0-9a-f]{16}", self.weights):
             raise ValueError(f"fingerprint: weights: expected 16 hex digits, got {self.weights!r}.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):

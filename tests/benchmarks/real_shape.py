@@ -14,6 +14,7 @@ when any of its optimisers has made a step.
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -550,17 +551,82 @@ def many(real, machine, *, full=False, n_relations=145, n_epochs=20):
     )
 
 
-def run(folder):
-    """Seconds of ``fvlens run verb-past`` with default options on a checkpoint, in words."""
+STAGES = {
+    ("fvlens.report._settings", "load_model"): "load the model",
+    ("fvlens.find", "mean_head_activations"): "task means, four relations",
+    ("fvlens.find", "indirect_effects"): "effects of all heads, four relations",
+    ("fvlens.find", "layer_scale_sweep"): "layer and scale",
+    ("fvlens.report._run", "finetune"): "training",
+    ("fvlens.report._run", "finetune_many"): "training of three other relations",
+    ("fvlens.report._run", "controls"): "controls, in-context rows among them",
+    ("fvlens.report._run", "evaluate"): "other scores",
+    ("fvlens.report", "write_run"): "files and page",
+}
+"""Where the command looks each stage up -> what it is called."""
+
+
+def stages_of_run(folder, out, counted):
+    """Run the command in this process and print, as JSON, seconds and counted operations of each stage."""
+    import importlib
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spent = {name: [0.0, 0] for name in STAGES.values()}
+
+    def timed(function, name):
+        def call(*args, **kwargs):
+            counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
+            with counter:
+                taken, value = seconds(lambda: function(*args, **kwargs))
+            spent[name][0] += taken
+            spent[name][1] += counter.get_total_flops() if counted else 0
+            return value
+
+        return call
+
+    for (module, function), name in STAGES.items():
+        place = importlib.import_module(module)
+        setattr(place, function, timed(getattr(place, function), name))
+    from fvlens.cli import main
+
+    arguments = ["run", "verb-past", "--model", str(folder), "--device", "cpu", "--out", str(out), "--quiet"]
+    whole, _ = seconds(lambda: main(arguments))
+    print("stages:" + json.dumps({"whole": whole, "stages": spent}))
+
+
+def run(folder, machine, *, full=False):
+    """Seconds of ``fvlens run verb-past`` with default options on a checkpoint, stage by stage, in words.
+
+    With ``full`` it runs a second time to count the operations of each stage, which is slower; the seconds are those of
+    the first.
+    """
+    found = []
     with tempfile.TemporaryDirectory() as out:
-        command = ["-m", "fvlens.cli", "run", "verb-past", "--model", str(folder), "--device", "cpu"]
-        spent, done = seconds(
-            lambda: subprocess.run(
-                [sys.executable, *command, "--out", f"{out}/run"], capture_output=True, text=True, env=os.environ
+        for counted in (False, True)[: 1 + full]:
+            code = (
+                f"import sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; "
+                f"from benchmarks.real_shape import stages_of_run; stages_of_run({str(folder)!r}, {out!r}, {counted})"
             )
-        )
-    lines = (done.stdout + done.stderr).strip().splitlines()[-12:]
-    return "\n".join([f"\nfvlens run verb-past: {spent:.0f} s (bar {RUN_SECONDS} s), exit {done.returncode}", *lines])
+            spent, done = seconds(
+                lambda code=code: subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+                )
+            )
+            told = [line for line in done.stdout.splitlines() if line.startswith("stages:")]
+            if done.returncode or not told:
+                raise RuntimeError(f"fvlens run ended with {done.returncode}: {done.stderr[-2000:]}")
+            found.append((spent, json.loads(told[0].removeprefix("stages:"))))
+    spent, times = found[0]
+    rest = spent - sum(taken for taken, _ in times["stages"].values())
+    lines = [f"\nfvlens run verb-past: {spent:.0f} s (bar {RUN_SECONDS} s)"]
+    for name, (taken, _) in times["stages"].items():
+        line = f"  {name}: {taken:.1f} s"
+        operations = found[-1][1]["stages"][name][1]
+        if operations:
+            share = operations / 1e9 / taken / machine.matmul
+            line += f", {operations / 1e9:.0f} GFLOP counted, {share:.0%} of the matmul rate"
+        lines.append(line)
+    return "\n".join([*lines, f"  imports and all else: {rest:.1f} s"])
 
 
 def main():
@@ -582,7 +648,7 @@ def main():
             for name in given.rows or names[:-1]:
                 machine = measure_machine()
                 if name == "run":
-                    text = run(given.checkpoint or real.folder)
+                    text = run(given.checkpoint or real.folder, machine, full=given.full)
                 elif name == "many":
                     text = many(real, machine, full=given.full)
                 else:

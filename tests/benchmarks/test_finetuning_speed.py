@@ -16,13 +16,22 @@ import time
 import pytest
 import torch
 from conftest import needs_hooked, random_model
-from fvlens.training._training import Task, Training, VectorAdapter, prompts_of
 from torch.nn import functional as F
 
 import fvlens
 from fvlens.interventions import resid_hook
 from fvlens.models import fingerprint
-from fvlens.training import Settings, TrainableVector, finetune, finetune_many, frozen
+from fvlens.training import (
+    Settings,
+    SteerablePrompts,
+    Task,
+    TrainableVector,
+    Training,
+    VectorChange,
+    finetune,
+    finetune_many,
+    frozen,
+)
 
 N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
 """Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.
@@ -66,7 +75,7 @@ class Plain:
         self.model, self.layer = model, layer
         self.vectors = torch.zeros(len(tasks), model.cfg.d_model, requires_grad=True)
         self.optimiser = torch.optim.Adam([self.vectors], lr=lr)
-        self.prompts = prompts_of(model, tasks, "qa")
+        self.prompts = SteerablePrompts.of(model, tasks, layer=layer).prompts
 
     def loss(self, rows, relation):
         vectors = self.vectors[relation]
@@ -90,8 +99,8 @@ def measure_steps(model, *, n_relations, batch_size, layer):
     """Both sides' median time of one step over the same pairs, and the largest difference of the trained vectors."""
     tasks = [Task(name, split.train[:20], (), 0) for name, split in splits_of(n_relations).items()]
     trainable = TrainableVector(torch.zeros(n_relations, model.cfg.d_model), layer)
-    adapter = VectorAdapter(model, prompts_of(model, tasks, "qa"), trainable, "weights")
-    training = Training(tasks, adapter, Settings(lr=0.05, batch_size=batch_size))
+    prompts = SteerablePrompts.of(model, tasks, layer=layer, path="weights")
+    training = Training(tasks, VectorChange(prompts, trainable), Settings(lr=0.05, batch_size=batch_size))
     plain = Plain(model, tasks, layer, lr=0.05)
     batch = [torch.arange(20 * i, 20 * i + batch_size) for i in range(n_relations)]
     rows, relation = torch.cat(batch), torch.arange(n_relations).repeat_interleave(batch_size)
@@ -113,7 +122,7 @@ def measure_steps(model, *, n_relations, batch_size, layer):
         **medians,
         n_steps=len(times["plain"]),
         n_rows=len(rows),
-        n_pos=adapter.tokens.shape[1],
+        n_pos=prompts.tokens.shape[1],
         ratio=medians["plain"] / medians["suffix"],
         difference=float(difference.norm() / plain.vectors.detach().norm()),
     )
