@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fvlens.types import Head, HookedModel, Steering, as_heads
+from fvlens.types import Head, HookedModel, Steering, as_flag, as_heads, as_number, as_text, as_texts, as_whole
 
 
 def test_a_head_is_a_pair_with_a_short_name():
@@ -70,3 +70,30 @@ def test_numpy_integers_are_integers(unchecked):
     pairs = [tuple(row) for row in torch.tensor([[1, 2], [0, 3]]).numpy()]
     assert as_heads(pairs, 2, 4) == [Head(1, 2), Head(0, 3)]
     assert all(type(i) is int for head in as_heads(pairs, 2, 4) for i in head)
+
+
+@pytest.mark.parametrize(
+    "check, wrong, expected",
+    [
+        (as_flag, [0, 1, None, "true", 1.0], "expected true or false"),
+        (as_whole, [True, 1.0, "1", None, float("nan")], "expected a whole number"),
+        (as_number, [True, "1", None, float("nan"), float("inf"), 10**400], "expected a finite number"),
+        (as_text, [1, None, True, ["a"], b"a"], "expected a text"),
+        (as_texts, ["ab", None, {"a": 1}], "expected a list"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_and_none_is_read_out_of_it(unchecked, check, wrong, expected):
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"here: {expected}, got "):
+            check(value, "here")
+
+
+def test_values_of_the_right_kind_are_taken_as_they_are(unchecked):
+    assert as_flag(True, "here") is True
+    assert as_flag(False, "here") is False
+    assert as_whole(3, "here", 1, 3) == 3
+    assert as_number(2, "here") == 2.0
+    assert (as_text("a", "here"), as_texts(["a", "b"], "here")) == ("a", ("a", "b"))
+    for value, bounds, expected in ((0, (1,), "at least 1"), (4, (1, 3), "1..3")):
+        with pytest.raises(ValueError, match=f"here: expected {expected}, got {value}"):
+            as_whole(value, "here", *bounds)
