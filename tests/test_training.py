@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import needs_hooked, random_model
 from test_documents import blocks
 from torch import nn
 from torch.nn import functional as F
@@ -129,7 +129,7 @@ def steered(model, n=4, layer=1, path=None, pairs=PAIRS):
     return tasks, VectorChange(SteerablePrompts.of(model, tasks, layer=layer, path=path), trainable)
 
 
-@pytest.mark.parametrize("path", ["weights", "kv"])
+@pytest.mark.parametrize("path", [pytest.param("weights", marks=needs_hooked), "kv"])
 def test_whole_distributions_over_kept_prompts_are_those_of_whole_passes(tiny, path):
     """Answers of several lengths, so that rows of several slices come back in order."""
     _, kept = steered(tiny, path=path)
