@@ -61,7 +61,7 @@ class SteeredPrompts:
             model, n_pos=tokens.shape[1] + self.n_answers[-1] - 1, n_suffix=1, n_variants=1, path=path, gradients=True,
             max_memory=max_memory, shares=2, n_prompts=power_above(int(self.n_tokens.sum())), **self._kept_part(),
         )  # fmt: skip
-        self.tokens_at_once = min(most, 1 << (plan.prompts.bit_length() - 1))
+        self.tokens_at_once = min(most, _round(plan.prompts))
         self.is_copied = plan.copied
         self.weights: Weights | None = plan.weights if path == "weights" else None
         self._room = room_for_kept(model) if max_memory is None else max_memory // 2
@@ -224,6 +224,12 @@ class SteeredPrompts:
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
+
+
+def _round(n: int) -> int:
+    """A round number that is not above ``n``: in eighths of the power of 2 below it."""
+    eighth = max(1, (1 << (n.bit_length() - 1)) // 8)
+    return n // eighth * eighth
 
 
 _MANY = 64
