@@ -31,7 +31,7 @@ class SteeredPrompts:
         layer: vectors are added after this layer.
         path: ``"weights"`` or ``"kv"``.
         max_memory: bytes for activations and what is kept; by default as :func:`plan_slices` for the former, and a
-            third of what is free for the latter, which changes the order of rows but none of their numbers.
+            third of what is free for the latter, which changes the order of rows, and so no more than their rounding.
         most: answer tokens that go through together at most.
 
     Attributes:

@@ -27,9 +27,8 @@ Weights = Literal["copied", "laid out at each call"]
 _MOST_ROWS = 128
 """Rows of an automatic batch at most: more is no faster (see tests/benchmarks/test_cost.py)."""
 _WIDEST = 8 * 1024 * 1024
-"""Bytes of a block's widest activation in an automatic batch of plain passes, on a CPU: 40 prompts of 97 tokens over
-the shape of SmolLM2-135M ran at 202 GFLOP/s in batches of 4 (4.5 MiB), at 186 in batches of 8, at 176 in batches of 14.
-"""
+"""Bytes of a block's widest activation in an automatic batch of plain passes, on a CPU: wider ones leave its caches and
+are taken from the system anew at each operation."""
 _MOST_LOGITS = 64 * 1024 * 1024
 """Numbers in one slice of logits at most."""
 
@@ -384,7 +383,7 @@ def _too_small(available: int, n_pos: int, what: str, least: int) -> str:
 def room_for_kept(model: Any) -> int:
     """Bytes that may be kept of prompts between runs where no bound is given: a third of what is free.
 
-    Unlike the size of a batch it changes no number, only how often prompts run again.
+    It changes how often prompts run again and the order of rows in products, so numbers move by rounding alone.
     """
     free = [free_memory(device) for device in _devices(model)]
     known = [own // 3 for own in free if own is not None]

@@ -20,7 +20,7 @@ Edit = Callable[[Tensor], Tensor | None]
 """The activation at a hook -> a new one, or None to leave it."""
 
 _MOST_ROWS = 512
-"""Pairs that go through together at most: more is no faster, and what is free must not decide the rounding."""
+"""What a batch costs at most, in answer tokens of kept prompts or in whole prompts: more is no faster."""
 
 
 def prompts_of(model: Any, tasks: Sequence[Task], template: Template | str) -> Prompts:
