@@ -174,12 +174,16 @@ class Passed:
     @property
     def before(self) -> Float[Tensor, "prompt query d_model"]:
         """The residual stream before the block."""
-        return self.rows_before[self.places]
+        return self._at_places(self.rows_before)
 
     @property
     def after(self) -> Float[Tensor, "prompt query d_model"]:
         """The residual stream after the block."""
-        return self.rows_after[self.places]
+        return self._at_places(self.rows_after)
+
+    def _at_places(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "prompt query d_model"]:
+        # as many rows as positions are those of the positions, in order: no copy
+        return rows.view(*self.places.shape, -1) if len(rows) == self.places.numel() else rows[self.places]
 
 
 def passes(
