@@ -9,7 +9,7 @@ os.environ.pop("COLUMNS", None)  # xdist sets it, and a console keeps for good t
 
 import jaxtyping
 
-jaxtyping.install_import_hook("fvlens", "beartype.beartype")
+jaxtyping.install_import_hook("fvlens", "checked.check")
 
 import dataclasses
 import time
