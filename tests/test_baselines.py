@@ -17,6 +17,7 @@ from scipy.stats import entropy
 from torch.nn import functional as F
 
 import fvlens
+from fvlens.evaluation import LayerScaleSweep
 from fvlens.metrics import kl_divergence
 from fvlens.models import embedded_folder, fingerprint
 from fvlens.prompts import Template
@@ -328,6 +329,7 @@ def test_activation_addition_chooses_layer_and_scale_on_validation_pairs(model, 
     added = act_add(model, pairs, layer=(0, 1), scales=(1, 3), valid=split.valid, n_shots=3, generator=seeded())
     assert [choice[:2] for choice in added.choices] == [(0, 1.0), (0, 3.0), (1, 1.0), (1, 3.0)]
     prompts = fvlens.build_prompts(model, split.valid, n_shots=0, generator=seeded())
+    cells = {}
     for layer, scale, top1, loss in added.choices:
         single = act_add(model, pairs, layer=layer, scales=(scale,), n_shots=3, generator=seeded())
         right, logs = [], []
@@ -336,11 +338,12 @@ def test_activation_addition_chooses_layer_and_scale_on_validation_pairs(model, 
             right.append(int(logits.argmax()) == answer[0])
             logs.append(float(logits.log_softmax(-1)[answer[0]]))
         assert top1 == pytest.approx(np.mean(right))
+        cells[layer, scale] = top1, float(np.exp(logs).mean()), single.vector
         if max(map(len, rows_of(prompts)[1])) == 1:
             assert loss == pytest.approx(-np.mean(logs), rel=1e-4)
-        if (top1, -loss) == max((choice[2], -choice[3]) for choice in added.choices):
-            assert added.vector.layer == layer
-            assert torch.equal(added.vector.vector, single.vector.vector)
+    *_, best = max(cells.values(), key=lambda cell: cell[:2])
+    assert added.vector.layer == best.layer
+    assert torch.equal(added.vector.vector, best.vector)
     every = act_add(model, pairs, valid=split.valid, n_shots=3, generator=seeded())
     assert len(every.choices) == model.cfg.n_layers * 4
 
@@ -348,20 +351,29 @@ def test_activation_addition_chooses_layer_and_scale_on_validation_pairs(model, 
 # --- scores ---
 
 
-def test_activation_addition_takes_top1_before_the_loss_and_the_first_of_equals(model, split, monkeypatch):
-    scores = iter([(0.5, -1.0), (0.75, -9.0), (0.75, -3.0), (0.75, -3.0)])
+def test_activation_addition_takes_top1_before_all_else(model, split, monkeypatch, unchecked):
+    """Best top-1; of equals the likelier answer, then the scale nearer to 1, whatever the loss."""
+    cells = [(0.5, 0.9, -1.0), (0.75, 0.1, -2.0), (0.75, 0.3, -9.0), (0.75, 0.3, -3.0)]
 
-    def evaluate(*args, **kwargs):
-        top1, log_probability = next(scores)
-        return SimpleNamespace(top1=top1, answer_log_probability=log_probability)
+    def sweep(model, pairs, vectors, *, scales, **how):
+        row = [SimpleNamespace(top1=a, probability=b, answer_log_probability=c) for a, b, c in cells]
+        return LayerScaleSweep(tuple(vectors), tuple(scales), (tuple(row),), row[0], True)
 
-    monkeypatch.setattr(_untrained, "evaluate", evaluate)
-    added = act_add(
-        model, split.train[:4], layer=2, scales=(1, 2, 3, 4), valid=split.valid, n_shots=2, generator=seeded()
-    )
-    single = act_add(model, split.train[:4], layer=2, scales=(3,), n_shots=2, generator=seeded())
+    monkeypatch.setattr(_untrained, "layer_scale_sweep", sweep)
+    how = dict(layer=2, n_shots=2)
+    added = act_add(model, split.train[:4], scales=(1, 2, 3, 4), valid=split.valid, generator=seeded(), **how)
+    single = act_add(model, split.train[:4], scales=(3,), generator=seeded(), **how)
     assert torch.equal(added.vector.vector, single.vector.vector)
-    assert [choice[2:] for choice in added.choices] == [(0.5, 1.0), (0.75, 9.0), (0.75, 3.0), (0.75, 3.0)]
+    assert [choice[2:] for choice in added.choices] == [(0.5, 1.0), (0.75, 2.0), (0.75, 9.0), (0.75, 3.0)]
+
+
+def test_an_interrupted_choice_of_activation_addition_is_none(model, split, monkeypatch):
+    original = _untrained.layer_scale_sweep
+    monkeypatch.setattr(
+        _untrained, "layer_scale_sweep", lambda *a, **k: dataclasses.replace(original(*a, **k), complete=False)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        act_add(model, split.train[:4], valid=split.valid[:4], n_shots=2, generator=seeded())
 
 
 def test_scores_equal_evaluate_for_vectors_and_prompting(either, split):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fvlens.activations import mean_residuals
-from fvlens.evaluation import evaluate
+from fvlens.evaluation import layer_scale_sweep
+from fvlens.find import finished
 from fvlens.models import fingerprint
 from fvlens.prompts import Template, build_prompts
 from fvlens.relations import Pair
@@ -16,7 +17,7 @@ from fvlens.training._adaptations import Demonstrations, Steered
 from fvlens.training._adapted import Baseline, Pairs, drawn_seed, given_pairs
 from fvlens.vectors import FunctionVector
 
-SCALES = (0.5, 1.0, 2.0, 4.0)
+ADDED_SCALES = (0.5, 1.0, 2.0, 4.0)
 """Factors on the difference of means that :func:`act_add` tries."""
 
 
@@ -84,7 +85,7 @@ def act_add(
         pairs: the pairs; each is asked once, after ``n_shots`` of the others.
         layer: the vector is added after this layer; by default each of the model's. Of several, the best on ``valid``.
         scales: factors; by default 0.5, 1, 2 and 4, or 1 without ``valid``. Of several, the best on ``valid``.
-        valid: validation pairs; the best has the highest top-1, then the lowest loss, as in training.
+        valid: validation pairs; for the choice among them see :attr:`~fvlens.evaluation.LayerScaleSweep.best_place`.
         n_shots: demonstrations in each prompt.
         template: how prompts are written.
         relation: name of the relation; by default that of ``pairs``.
@@ -114,11 +115,11 @@ def act_add(
     own, name = given_pairs("act_add", pairs, relation)
     asked = () if valid is None else tuple(Pair(*pair) for pair in valid)
     n_layers = model.cfg.n_layers
-    layers = list(range(n_layers)) if layer is None else [layer] if isinstance(layer, int) else list(layer)
+    layers = list(range(n_layers)) if layer is None else [layer] if isinstance(layer, int) else sorted(set(layer))
     outside = [one for one in layers if not 0 <= one < n_layers]
     if not layers or outside:
         raise ValueError(f"act_add: expected layers in 0..{n_layers - 1}, got {outside or layers}.")
-    factors = [float(one) for one in ((SCALES if asked else (1.0,)) if scales is None else scales)]
+    factors = [float(one) for one in ((ADDED_SCALES if asked else (1.0,)) if scales is None else scales)]
     if not factors or not all(map(torch.isfinite, torch.tensor(factors))):
         raise ValueError(f"act_add: expected finite scales, got {factors}.")
     if len(layers) * len(factors) > 1 and not asked:
@@ -133,9 +134,9 @@ def act_add(
     mean = functools.partial(mean_residuals, model, layers=layers, batch_size=batch_size, what="act_add")
     means = [mean(prompts) for prompts in (clean, bare)]
     mark = fingerprint(model)
-    candidates = [
-        FunctionVector(
-            vector=factor * difference,
+    vectors = {
+        one: FunctionVector(
+            vector=difference,
             layer=one,
             heads=(),
             relation=name,
@@ -145,19 +146,20 @@ def act_add(
             data_hash=clean.data_hash,
         )
         for one, difference in zip(layers, means[0] - means[1], strict=True)
-        for factor in factors
-    ]
-    tried = []
+    }
+    best, factor, tried = layers[0], factors[0], []
     if asked:
-        score = functools.partial(evaluate, model, asked, template=template, relation=name, batch_size=batch_size)
-        for vector, factor in zip(candidates, factors * len(layers), strict=True):
-            found = score(vector=vector, generator=torch.Generator())
-            tried.append((vector.layer, factor, found.top1, -found.answer_log_probability))
-    best = max(range(len(candidates)), key=lambda i: (tried[i][2], -tried[i][3], -i) if tried else 0)
+        sweep = layer_scale_sweep(
+            model, asked, vectors, scales=factors, template=template, relation=name, batch_size=batch_size,
+            generator=torch.Generator(), progress=False,
+        )  # fmt: skip
+        best, factor = finished(sweep).best_place
+        places = [(one, scale, sweep.at(one, scale)) for one in sweep.layers for scale in sweep.scales]
+        tried = [(one, scale, found.top1, -found.answer_log_probability) for one, scale, found in places]
     return Baseline(
         method="activation addition",
         relation=name,
-        change=Steered(candidates[best]),
+        change=Steered(vectors[best] * factor),
         n_trainable=0,
         seconds=time.monotonic() - began,
         choices=tuple(tried),
