@@ -8,11 +8,13 @@ left to the umask, an old one's is kept, and so is a link to it. The same conten
 is a ``ValueError`` that names it. JSON is strict: a key that comes twice, NaN and infinity are refused.
 
 Tensors lie in the safetensors format, with a JSON header in its metadata. They may be given in pieces and read in
-parts, so that a file can be larger than memory.
+parts, so that a file can be larger than memory. The metadata also holds checksums, of each tensor and of all that the
+header says: what was changed after it was saved is refused. Files of version 0.1 have none and are read as they are.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -57,6 +59,9 @@ _MOST_TENSORS = 16 * 1024**3
 """Bytes of a file of tensors that is read whole."""
 
 _BUFFER = 1024 * 1024
+
+_TENSORS, _SEAL = "sha256 of tensors", "sha256"
+"""Keys of checksums in the metadata: JSON with that of each tensor, and that of all else in the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,22 +220,43 @@ def write_tensors(
             "shape": list(given[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(layout, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # as long as it will be with the checksums, which are known when the tensors are written
+    digests = dict.fromkeys(order, "0" * 64)
+    text = _sealed(layout, digests)
     if len(text) > _MOST_HEADER:
         raise ValueError(f"save: the header of {path.name} would take {len(text)} bytes; {_MOST_HEADER} are allowed.")
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            written = 0
+            written, digest = 0, hashlib.sha256()
             for piece in given[name].parts():
-                data = piece.detach().to("cpu", given[name].dtype).contiguous().flatten().view(torch.uint8)
-                file.write(data.numpy().data)
-                written += data.numel()
+                data = piece.detach().to("cpu", given[name].dtype).contiguous().flatten().view(torch.uint8).numpy().data
+                file.write(data)
+                digest.update(data)
+                written += data.nbytes
+            digests[name] = digest.hexdigest()
             if written != given[name].n_bytes:
                 raise ValueError(f"save: {name!r} takes {given[name].n_bytes} bytes, but its pieces have {written}.")
+        file.seek(8)
+        file.write(_sealed(layout, digests))
     return path
+
+
+def _sealed(layout: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    """The header of a file of tensors, with their checksums and its own."""
+    metadata = layout["__metadata__"] | {_TENSORS: json.dumps(digests, sort_keys=True)}
+    whole = {**layout, "__metadata__": metadata}
+    whole["__metadata__"] = metadata | {_SEAL: _seal(whole)}
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _seal(layout: Mapping[str, Any]) -> str:
+    """Checksum of all that a header says, but for itself, in whatever order."""
+    metadata = {name: value for name, value in layout["__metadata__"].items() if name != _SEAL}
+    said = json.dumps({**layout, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _one_piece(tensor: Shaped[Tensor, "..."]) -> Pieces:
@@ -385,12 +411,14 @@ class TensorFile:
         path: the file.
         header: its JSON header.
         entries: tensor name -> precision, shape and place.
+        digests: tensor name -> its checksum; empty for files of version 0.1, which have none.
         identity: what tells whether the file is still the one that was opened.
     """
 
     path: Path
     header: dict[str, Any]
     entries: dict[str, _Entry]
+    digests: dict[str, str]
     identity: tuple[int, ...]
 
     @classmethod
@@ -405,14 +433,16 @@ class TensorFile:
             if most is not None and size > most:
                 raise ValueError(f"{path.name}: expected a {what} of at most {most} bytes, got {size}.")
             layout, first = _layout(raw, size, path)
-            header = _header(layout.pop("__metadata__", {}), path, format)
+            header = _header(layout.get("__metadata__"), path, format)
+            digests = _digests(layout, path)
+            del layout["__metadata__"]
             try:
                 entries = _entries(layout, first, size)
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{path.name}: unexpected tensors ({type(error).__name__}: {error}).") from error
             except ValueError as error:
                 raise ValueError(f"{path.name}: not a safetensors file, or a truncated one ({error}).") from error
-            return cls(path, header, entries, _identity(raw))
+            return cls(path, header, entries, digests, _identity(raw))
 
     def read_into(self, out: Shaped[Tensor, "..."], name: str, first: int = 0) -> None:
         """Fill ``out``, contiguous and of the tensor's precision, with its numbers from the ``first`` one on.
@@ -435,9 +465,18 @@ class TensorFile:
                 rest = rest[n_read:]
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
-        """A whole tensor."""
+        """A whole tensor; its checksum is compared.
+
+        Raises:
+            ValueError: as for :meth:`read_into`; its numbers are not those that were saved.
+        """
         out = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
         self.read_into(out, name)
+        if (
+            self.digests
+            and hashlib.sha256(out.flatten().view(torch.uint8).numpy().data).hexdigest() != self.digests[name]
+        ):
+            raise _changed(self.path, f"the numbers of {name!r}")
         return out
 
 
@@ -450,7 +489,7 @@ def read_tensors(
 
     Raises:
         ValueError: no such file, or not a regular one; larger than ``most`` bytes; not a safetensors file, a truncated
-            one, or one of another format; a damaged header.
+            one, or one of another format; a damaged header; a checksum that is not that of what the file holds.
     """
     file = TensorFile.open(path, format, what, most=most)
     return {name: file.read(name) for name in file.entries}, file.header
@@ -482,6 +521,27 @@ def _header(metadata: Any, path: Path, format: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path.name}: damaged metadata ({type(error).__name__}: {error}).") from error
     return header
+
+
+def _digests(layout: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The checksums of the tensors; none in a file of version 0.1.
+
+    Raises:
+        ValueError: the header is not what was saved.
+    """
+    metadata = layout["__metadata__"]
+    if _SEAL not in metadata and _TENSORS not in metadata:
+        return {}
+    if metadata.get(_SEAL) != _seal(layout) or _TENSORS not in metadata:
+        raise _changed(path, "its metadata")
+    return json.loads(metadata[_TENSORS])
+
+
+def _changed(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path.name}: {what} changed after the file was saved (another checksum); take an undamaged copy, or make it "
+        "again."
+    )
 
 
 def _entries(layout: dict[str, Any], first: int, size: int) -> dict[str, _Entry]:

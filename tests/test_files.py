@@ -1,6 +1,7 @@
 """Files of tensors against the safetensors library, and what a write leaves behind when it fails."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -44,7 +45,9 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
         for other in (found[name], theirs[name], lazily.read(name)):
             assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": FORM, "fvlens": json.dumps(header, sort_keys=True)}
+        metadata = file.metadata()
+    assert metadata.keys() == {"format", "fvlens", "sha256", "sha256 of tensors"}
+    assert (metadata["format"], metadata["fvlens"]) == (FORM, json.dumps(header, sort_keys=True))
     whole = {name: tensor.contiguous() for name, tensor in made.items()}
     save_file(whole, tmp_path / "theirs", metadata={"format": FORM, "fvlens": "{}"})
     lazily = TensorFile.open(tmp_path / "theirs", FORM, "file")
@@ -75,9 +78,9 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
             write_tensors(path, {"x": wrong}, {}, FORM)
     with pytest.raises(ValueError, match=r"save: 'x' has dtype torch.complex64; expected one of torch.float64, torch"):
         write_tensors(path, {"x": torch.ones(2, dtype=torch.complex64)}, {}, FORM)
-    monkeypatch.setattr(files, "_MOST_HEADER", 200)
-    with pytest.raises(ValueError, match=r"save: the header of x would take \d+ bytes; 200 are allowed"):
-        write_tensors(path, {"x": torch.ones(2)}, {"long": "x" * 200}, FORM)
+    monkeypatch.setattr(files, "_MOST_HEADER", 500)
+    with pytest.raises(ValueError, match=r"save: the header of x would take \d+ bytes; 500 are allowed"):
+        write_tensors(path, {"x": torch.ones(2)}, {"long": "x" * 500}, FORM)
     missing = tmp_path / "no" / "x"
     with pytest.raises(ValueError, match=re.escape(f"save: folder {missing.parent} does not exist; create it first.")):
         write_tensors(missing, {"x": torch.ones(2)}, {}, FORM)
@@ -383,6 +386,67 @@ def test_bytes_that_change_are_refused_or_read_as_the_library_reads_them(tmp_pat
     theirs = load_file(tmp_path / "x")
     assert found.keys() == theirs.keys()
     assert all(torch.equal(found[name], theirs[name]) or found[name].isnan().any() for name in found)
+
+
+def test_every_bit_of_a_file_counts(tmp_path):
+    """Whatever bit is turned: refused, unless the file says the same (a space in place of another, say)."""
+    path = write_tensors(tmp_path / "x", {"x": torch.arange(2.0), "y": torch.ones(1, dtype=torch.bool)}, {"a": 1}, FORM)
+    whole = path.read_bytes()
+    n_refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found, header = read_tensors(path, FORM)
+        except ValueError:
+            n_refused += 1
+        else:
+            assert found["x"].tolist() == [0.0, 1.0] and found["y"].tolist() == [True] and header == {"a": 1}
+    assert n_refused > len(whole) - 8
+
+
+def test_checksums_are_those_of_what_the_file_holds(tmp_path):
+    tensors = {"x": torch.arange(4.0), "y": torch.ones(2, 1, dtype=torch.int8), "none": torch.zeros(0)}
+    path = write_tensors(tmp_path / "x", tensors, {"layer": 1}, FORM)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["sha256 of tensors"]) == {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()
+    }
+    whole = path.read_bytes()
+    n_header = int.from_bytes(whole[:8], "little")
+    layout = json.loads(whole[8 : 8 + n_header])
+    assert layout["__metadata__"].pop("sha256") == metadata["sha256"]
+    text = json.dumps(layout, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == metadata["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        (b'layer\\": 1', b'layer\\": 2', "its metadata"),
+        (b'"shape":[4]', b'"shape":[1,4]', "its metadata"),
+        (b"sha256 of tensors", b"sha256 of nothing", "its metadata"),
+        (b'"sha256":', b'"sha255":', "its metadata"),
+        (torch.full((4,), 7.0).numpy().tobytes(), torch.full((4,), 6.0).numpy().tobytes(), "the numbers of 'x'"),
+    ],
+)
+def test_what_was_changed_after_it_was_saved_is_refused(tmp_path, old, new, what):
+    path = write_tensors(tmp_path / "x", {"x": torch.full((4,), 7.0)}, {"layer": 1}, FORM)
+    whole = path.read_bytes()
+    assert whole.count(old) == 1
+    path.write_bytes(whole.replace(old, new))
+    told = f"x: {what} changed after the file was saved (another checksum); take an undamaged copy, or make it again."
+    with pytest.raises(ValueError, match=re.escape(told)):
+        read_tensors(path, FORM)
+
+
+def test_a_file_that_is_read_in_parts_is_checked_where_it_is_read_whole(tmp_path):
+    path = write_tensors(tmp_path / "x", {"x": torch.full((4,), 7.0), "y": torch.ones(1)}, {}, FORM)
+    path.write_bytes(path.read_bytes().replace(torch.full((4,), 7.0).numpy().tobytes(), bytes(16)))
+    file = TensorFile.open(path, FORM, "file")
+    assert file.read("y").tolist() == [1.0]
+    with pytest.raises(ValueError, match="x: the numbers of 'x' changed after the file was saved"):
+        file.read("x")
 
 
 @pytest.mark.parametrize(
