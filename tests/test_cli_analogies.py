@@ -105,6 +105,13 @@ def test_compose_writes_what_analogy_reads(call, refused, monkeypatch, model, tm
     file = tmp_path / "made.safetensors"
     code, text, _ = call("compose", "--out", file, "--layer", "2", "--seed", "3", "--quiet")
     assert code == 0 and "2 vectors after layer 2, map none" in text and f"wrote {file}" in text
-    assert asked["map"] == "none" and asked["n_analogies"] == 2430 and asked["generator"].initial_seed() == 3
+    assert (
+        asked["map"] == "none"
+        and asked["start"] == "zero"
+        and asked["n_analogies"] == 2430
+        and asked["generator"].initial_seed() == 3
+    )
     assert composition.CompositeMap.load(file, model=model).basis.names == ("animal-young", "animal-home")
     assert "expected a name for a file in a folder that exists" in refused("compose", "--out", tmp_path)
+    call("compose", "--out", file, "--start", "vector", "--layer", "0", "--n-train", "2", "--quiet")
+    assert asked["start"] == "vector"

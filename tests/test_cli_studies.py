@@ -24,8 +24,8 @@ def test_studies_are_listed_a_line_each(call):
     code, out, err = call("study")
     lines = [re.split(" {2,}", line) for line in out.splitlines()]
     assert (code, err) == (0, "")
-    assert [name for name, _ in lines][:4] == ["screening", "precision", "fake", "training-size RELATION"]
-    assert lines[2][1] == "a study of nothing" and all(summary for _, summary in lines)
+    assert [name for name, _ in lines][:5] == ["screening", "precision", "start", "fake", "training-size RELATION"]
+    assert lines[3][1] == "a study of nothing" and all(summary for _, summary in lines)
 
 
 def test_a_study_prints_and_writes_its_tables(call, tmp_path):
@@ -78,7 +78,7 @@ def test_options_of_other_studies_are_refused(refused, tmp_path):
         "study", "layer", "plural", "--jobs", 2, "--write", "--relations", "plural"
     )
     assert "study layer: expected the name of a relation" in refused("study", "layer")
-    assert "no study named 'nothing'; expected one of screening, precision, fake, training-size" in refused(
+    assert "no study named 'nothing'; expected one of screening, precision, start, fake, training-size" in refused(
         "study", "nothing"
     )
     assert "nosuch" in refused("study", "fake", "--relations", "nosuch", "--out", tmp_path / "out")

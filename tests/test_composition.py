@@ -54,9 +54,10 @@ from fvlens.composition._gate import GATE_FORMAT
 from fvlens.composition._map import MAP_FORMAT
 from fvlens.composition._sensitivity import _noise
 from fvlens.files import read_tensors, write_tensors
+from fvlens.find import find_vector
 from fvlens.prompts import TEMPLATES, Template, render_prompts
 from fvlens.relations import Analogy, Pair, held_out, load_relation, make_analogies
-from fvlens.training import Training
+from fvlens.training import Training, finetune_many
 from fvlens.vectors import FunctionVector
 
 NAMES = ("body-part", "tool-part", "vehicle-part", "animal-french", "tool-french")
@@ -698,6 +699,36 @@ def test_a_library_composite_acts_a_third_of_the_way_up(model):
     assert model.cfg.n_layers == 4
     how = dict(names=SMALL, map="none", n_train=2, epochs=1, generator=seeded(), progress=False)
     assert library_composite(model, **how).basis.layer == 1
+
+
+def test_a_basis_can_start_from_function_vectors(model, unchecked):
+    """Of the same pairs, at the layer that is best for all together, each with its best scale there."""
+    names, g = ["animal-home", "plural", "country-capital"], seeded(3)
+    splits = {name: held_out().split(load_relation(name)) for name in names}
+    short = {name: dataclasses.replace(split, train=split.train[:6]) for name, split in splits.items()}
+    found = {
+        name: find_vector(model, split, relation=name, n_shots=6, template="arrow", generator=g, progress=False)
+        for name, split in short.items()
+    }
+    top1 = {name: one.sweep.top1.double() for name, one in found.items()}  # [layer scale]
+    layer = int(torch.stack([one.amax(dim=1) for one in top1.values()]).mean(dim=0).argmax())
+    starts = {}
+    for name, one in found.items():
+        row = [
+            (float(top1[name][layer, i]), cell.probability, -abs(scale - 1), scale)
+            for i, (scale, cell) in enumerate(zip(one.sweep.scales, one.sweep.evaluations[layer], strict=True))
+        ]
+        starts[name] = max(row)[-1] * one.unscaled.at_layer(layer)
+    how = dict(epochs=1, template="arrow", progress=False)
+    expected = finetune_many(model, short, init=starts, generator=g, **how).vectors
+    made = library_composite(model, names=names, start="vector", n_train=6, generator=seeded(3), **how).basis
+    assert made.layer == layer and len({float(one.norm()) for one in starts.values()}) == 3
+    assert made.names == expected.names
+    torch.testing.assert_close(made.matrix, expected.matrix, rtol=0, atol=0)
+    again = library_composite(model, names=names[:1], start="vector", layer=0, n_train=6, generator=seeded(3), **how)
+    assert again.basis.layer == 0
+    with pytest.raises(ValueError, match="library_composite: start='random'; expected one of zero, vector"):
+        library_composite(model, names=names, start="random", generator=seeded())
 
 
 # Evaluation

@@ -22,6 +22,7 @@ from fvlens.studies import (
     STUDIES,
     Cell,
     Settings,
+    _start,
     measured_folder,
     pages,
     project_root,
@@ -356,11 +357,40 @@ def test_pages_quote_what_was_measured():
 
 
 def test_studies_are_listed_under_their_names():
-    assert list(STUDIES) == ["screening", "precision"]
+    assert list(STUDIES) == ["screening", "precision", "start"]
     for name, study in STUDIES.items():
         cells = study.cells(Settings(seed=3))
         assert study.name == name and "\n" not in study.summary and {cell.seed for cell in cells} == {3}
         assert len(cells) == len(set(cells)) > 10
+
+
+def test_the_table_of_starts_is_made_of_trainings_by_hand(model, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setattr(_start, "EPOCHS", 2)
+    study = STUDIES["start"]
+    outcome = run_study(study, study.cells(Settings(relations=("plural",))), tmp_path)
+    found = outcome.tables()["starts"]
+    assert list(zip(found.start, found.layer, strict=True)) == [
+        ("zero", "a third up"), ("zero", "chosen"), ("function vector", "chosen"),
+        ("function vector, not trained", "chosen"),
+    ]  # fmt: skip
+
+    def g():
+        return torch.Generator().manual_seed(0)
+
+    split = fvlens.relations.held_out().split(fvlens.load_relation("plural"))
+    first = dataclasses.replace(split, train=split.train[:20])
+    vector = fvlens.find_vector(model, first, relation="plural", generator=g(), progress=False).vector
+
+    def tuned(**how):
+        how = dict(valid=split.valid, epochs=2, generator=g(), progress=False, **how)
+        return fvlens.finetune(model, first.train, **how).vector
+
+    by_hand = [tuned(init="zero", layer=1), tuned(init="zero", layer=vector.layer), tuned(init=vector), vector]
+    for pairs, name in ((split.valid, "valid"), (split.test, "test")):
+        top1 = [fvlens.evaluate(model, pairs, vector=one, generator=g()).top1 for one in by_hand]
+        assert found[name].tolist() == pytest.approx(top1)
+    cost = found.cost.tolist()
+    assert cost[0] == 1 and min(cost[1:]) > 1
 
 
 def test_the_table_of_screens_is_made_of_what_a_screen_says(model, tmp_path, monkeypatch):

@@ -38,8 +38,13 @@ def compose(
     ] = "one_shot",
     n_analogies: Annotated[int, typer.Option("--n-analogies", min=4, help="Training analogies of the map.")] = 2430,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Inject after this layer [default: a third of the way up].")
+        int | None,
+        typer.Option("--layer", help="Inject after this layer [default: a third of the way up, or as --start says]."),
     ] = None,
+    start: Annotated[
+        Literal["zero", "vector"],
+        typer.Option("--start", help="The basis is trained from zero, or from function vectors at their best layer."),
+    ] = "zero",
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over pairs and analogies.")] = 20,
     quiet: QuietOption = False,
 ) -> None:
@@ -49,8 +54,8 @@ def compose(
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
     solver = library_composite(
-        loading.load(), layer=layer, n_train=settings.n_train, map=map, setting=setting, n_analogies=n_analogies,
-        epochs=epochs, gate=gate, template=settings.template,
+        loading.load(), layer=layer, start=start, n_train=settings.n_train, map=map, setting=setting,
+        n_analogies=n_analogies, epochs=epochs, gate=gate, template=settings.template,
         generator=torch.Generator().manual_seed(settings.seed), progress=not quiet,
     )  # fmt: skip
     say(f"{len(solver.basis)} vectors after layer {solver.basis.layer}, map {map}")

@@ -1,10 +1,11 @@
 """A composite from the library alone: basis, map and gate over what the held-out division leaves."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
+from tqdm.auto import tqdm
 
 from fvlens.composition._evaluate import plain_pair
 from fvlens.composition._fit_gate import fit_gate
@@ -12,10 +13,17 @@ from fvlens.composition._fit_map import fit_composite
 from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import AnalogySetting
-from fvlens.find import finished
+from fvlens.find import Found, find_vector, finished
 from fvlens.prompts import Template
-from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
+from fvlens.relations import Analogy, Relation, Split, held_out, load_relation, make_analogies
 from fvlens.training import finetune_many
+from fvlens.vectors import FunctionVector
+
+Start = Literal["zero", "vector"]
+"""What the vectors of a basis are trained from."""
+STARTS: tuple[Start, ...] = get_args(Start)
+N_SHOTS = 10
+"""Demonstrations in the prompts behind the vectors that a basis starts from, where there are so many pairs."""
 
 
 def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relation]:
@@ -90,6 +98,7 @@ def library_composite(
     *,
     names: Sequence[str] | None = None,
     layer: int | None = None,
+    start: Start = "zero",
     n_train: int = 20,
     map: Map = "none",
     setting: AnalogySetting = "zero_shot",
@@ -102,7 +111,7 @@ def library_composite(
 ) -> CompositeMap:
     """A composite whose basis is trained on the library's relations, ready for :meth:`CompositeMap.vector_for`.
 
-    Basis: one vector a relation, trained from zero on the first ``n_train`` pairs of its train part. Map: trained on
+    Basis: one vector a relation, trained on the first ``n_train`` pairs of its train part. Map: trained on
     analogies of the train parts, its epoch chosen on a tenth as many of the valid parts; for the bare query half near
     and half far, for the one-shot prompt far ones, as it answers near ones unsteered. Gate: fitted on analogies of the
     valid parts, half near and half far, drawn anew. Held-out families, pairs of domains and test pairs take no part.
@@ -110,7 +119,10 @@ def library_composite(
     Args:
         model: any model that fvlens loads.
         names: relations of the basis; by default those outside the held-out families.
-        layer: where vectors act; by default a third of the way up.
+        layer: where vectors act; by default a third of the way up, or as ``start`` says.
+        start: ``"zero"``; or ``"vector"``, to train from what :func:`~fvlens.find_vector` gives of the same pairs, each
+            vector with its own best scale, at the layer at which these are best together in top-1 on their validation
+            pairs. ``fvlens study start`` measures what that brings and what it costs.
         n_train: training pairs of each basis vector.
         map: ``"none"`` needs no analogies; see :func:`fit_composite`.
         setting: the prompts that map and gate are trained on.
@@ -133,12 +145,20 @@ def library_composite(
         >>> composite.explain(model, "cow", "calf").top(1)[0][0]
         'animal-young'
     """
+    if start not in STARTS:
+        raise ValueError(f"library_composite: start={start!r}; expected one of {', '.join(STARTS)}.")
     division = held_out()
     chosen = division.relations() if names is None else list(names)
     splits = {name: division.split(load_relation(name)) for name in chosen}
+    starts: Any = "zero"
+    if start == "vector":
+        parts = {name: dataclasses.replace(split, train=split.train[:n_train]) for name, split in splits.items()}
+        starts = _function_vectors(model, parts, layer, template, generator, progress)
+    elif layer is None:
+        layer = model.cfg.n_layers // 3
     tuned = finetune_many(
-        model, splits, init="zero", layer=model.cfg.n_layers // 3 if layer is None else layer, n_train=n_train,
-        epochs=epochs, template=template, generator=generator, progress=progress,
+        model, splits, init=starts, layer=layer, n_train=n_train, epochs=epochs, template=template,
+        generator=generator, progress=progress,
     )  # fmt: skip
     basis = finished(tuned).vectors
     pairs = [pair for split in splits.values() for part in (split.train[:n_train], split.valid) for pair in part]
@@ -159,3 +179,29 @@ def library_composite(
             model, composite, analogies, kind=gate, setting=setting, generator=generator, progress=progress
         )
     return finished(composite)
+
+
+def _function_vectors(
+    model: Any,
+    splits: Mapping[str, Split],
+    layer: int | None,
+    template: Template | str,
+    generator: torch.Generator,
+    progress: bool,
+) -> dict[str, FunctionVector]:
+    """The function vector of each relation with its best scale, all at one layer: that of the best mean top-1."""
+    found: dict[str, Found] = {}
+    for name, split in tqdm(splits.items(), desc="function vectors", disable=not progress, leave=False):
+        found[name] = find_vector(
+            model, split, relation=name, n_shots=min(N_SHOTS, len(split.train)), template=template,
+            layers=None if layer is None else [layer], generator=generator, progress=False,
+        )  # fmt: skip
+    sweeps = {name: own.sweep for name, own in found.items()}
+
+    def together(at: int) -> tuple[float, float]:
+        """Mean top-1 at a layer, and mean probability, each relation with its best scale there."""
+        best = [sweep.at(at, sweep.best_scale_at(at)) for sweep in sweeps.values()]
+        return sum(one.top1 for one in best) / len(best), sum(one.probability for one in best) / len(best)
+
+    chosen = max(next(iter(sweeps.values())).layers, key=together)  # of equals the lowest
+    return {name: own.unscaled.at_layer(chosen) * own.sweep.best_scale_at(chosen) for name, own in found.items()}

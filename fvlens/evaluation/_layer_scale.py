@@ -65,14 +65,23 @@ class LayerScaleSweep:
         Ties go to the larger mean probability of the answer, then to the scale nearer to 1, then to the lower layer,
         then to the smaller scale.
         """
-        places = [(layer, scale) for layer in self.layers for scale in self.scales]
+        return self._best_of(self.layers)
 
+    def _best_of(self, layers: Sequence[int]) -> tuple[int, float]:
         def order(place: tuple[int, float]) -> tuple[float, float, float, int, float]:
             layer, scale = place
             found = self.at(layer, scale)
             return found.top1, found.probability, -abs(scale - 1), -layer, -scale
 
-        return max(places, key=order)
+        return max(((layer, scale) for layer in layers for scale in self.scales), key=order)
+
+    def best_scale_at(self, layer: int) -> float:
+        """Scale of the largest top-1 at a layer; ties as for :attr:`best_place`.
+
+        Raises:
+            ValueError: the sweep did not visit that layer.
+        """
+        return self._best_of([layer])[1]
 
     @property
     def best_layer(self) -> int:

@@ -9,6 +9,7 @@ from fvlens.studies._measured import measured_folder, pages, project_root, read_
 from fvlens.studies._precision import PRECISION
 from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
 from fvlens.studies._screening import SCREENING
+from fvlens.studies._start import START
 from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value
 
 __all__ = [
@@ -30,5 +31,5 @@ __all__ = [
     "write_measured",
 ]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION)}
+STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION, START)}
 """All studies by name, in the order in which they are listed."""
