@@ -7,6 +7,7 @@ holds where they come from.
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from fvlens.metrics import best_tokens
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Template, known_template, template_from, template_header
 from fvlens.suffix import wide_logits
-from fvlens.types import Head, HeadLike, as_heads, as_list, as_text, as_whole
+from fvlens.types import Head, HeadLike, as_flag, as_heads, as_list, as_text, as_whole
 
 FORMAT = "fvlens-vector-1"
 DISTRIBUTED_FORMAT = "fvlens-distributed-vector-1"
@@ -66,6 +67,7 @@ class FunctionVector:
         kind: ``"function"``, ``"random"``, ``"combined"`` ...
         template, data_hash: the prompts behind the means. A template's name gives the built-in one; None if unknown.
         seed: seed of the run that made it, if given.
+        complete: False if it was trained and the training was interrupted.
     """
 
     vector: Float[Tensor, " d_model"]
@@ -77,6 +79,7 @@ class FunctionVector:
     template: Template | str | None = None
     data_hash: str = ""
     seed: int | None = None
+    complete: bool = True
 
     def __post_init__(self) -> None:
         mark = self.fingerprint
@@ -93,6 +96,7 @@ class FunctionVector:
             as_text(getattr(self, name), f"FunctionVector: {name}")
         if self.seed is not None:
             as_whole(self.seed, "FunctionVector: seed", -sys.maxsize)
+        as_flag(self.complete, "FunctionVector: complete")
         object.__setattr__(self, "vector", vector)
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
@@ -129,6 +133,7 @@ class FunctionVector:
             kind="combined",
             template=self.template if self.template == other.template else None,
             data_hash="",
+            complete=self.complete and other.complete,
         )
 
     def __mul__(self, factor: float | int) -> "FunctionVector":
@@ -202,7 +207,9 @@ class FunctionVector:
 
     @classmethod
     def load(cls, path: str | Path, *, model: Any = None, template: Template | str | None = None) -> "FunctionVector":
-        """Read a vector that :meth:`save` wrote. Nothing in the file is executed.
+        """Read a vector that :meth:`save` wrote, with a warning if its training was interrupted.
+
+        Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -227,7 +234,13 @@ class FunctionVector:
             raise ValueError(f"{path.name}: {error}") from error
         if model is not None:
             loaded.check(model)
+        if not loaded.complete:
+            warnings.warn(f"{path.name}: {INTERRUPTED}.", stacklevel=2)
         return loaded
+
+
+INTERRUPTED = "a training that was interrupted, the best of the epochs that were finished"
+"""What is said of a vector that is not complete."""
 
 
 def vector_header(vector: FunctionVector) -> dict[str, Any]:
@@ -240,6 +253,7 @@ def vector_header(vector: FunctionVector) -> dict[str, Any]:
         **template_header(vector.template),
         "data_hash": vector.data_hash,
         "seed": vector.seed,
+        "complete": vector.complete,
         "fingerprint": dataclasses.asdict(vector.fingerprint),
     }
 
@@ -261,6 +275,7 @@ def vector_from(
         heads=tuple(as_heads(as_list(header["heads"], "heads"), mark.n_layers, mark.n_heads)),
         fingerprint=mark,
         template=template_from(header, template),
+        complete=as_flag(header.get("complete", True), "complete"),  # version 0.1 did not say
         **plain,
     )
 
@@ -337,6 +352,7 @@ class DistributedVector:
         relation: the task's name.
         fingerprint: the model it was made on.
         template: of the prompts behind the means; None if unknown.
+        complete: False if it was trained and the training was interrupted.
     """
 
     values: Float[Tensor, "layer head d_head"]
@@ -345,6 +361,7 @@ class DistributedVector:
     fingerprint: Fingerprint
     kind: str = "distributed"
     template: Template | str | None = None
+    complete: bool = True
 
     def __post_init__(self) -> None:
         mark = self.fingerprint
@@ -353,6 +370,7 @@ class DistributedVector:
             raise ValueError(f"DistributedVector: expected values of shape {expected}, got {tuple(self.values.shape)}.")
         for name in ("relation", "kind"):
             as_text(getattr(self, name), f"DistributedVector: {name}")
+        as_flag(self.complete, "DistributedVector: complete")
         object.__setattr__(self, "values", as_float32(self.values, "DistributedVector: values"))
         object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
         object.__setattr__(self, "template", known_template(self.template))
@@ -372,6 +390,7 @@ class DistributedVector:
             "relation": self.relation,
             "kind": self.kind,
             **template_header(self.template),
+            "complete": self.complete,
             "fingerprint": dataclasses.asdict(self.fingerprint),
         }
         return write_tensors(Path(path), {"values": self.values}, header, DISTRIBUTED_FORMAT)
@@ -380,7 +399,9 @@ class DistributedVector:
     def load(
         cls, path: str | Path, *, model: Any = None, template: Template | str | None = None
     ) -> "DistributedVector":
-        """Read what :meth:`save` wrote. Nothing in the file is executed.
+        """Read what :meth:`save` wrote, with a warning if its training was interrupted.
+
+        Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -406,11 +427,14 @@ class DistributedVector:
                 fingerprint=mark,
                 kind=as_text(header["kind"], "kind"),
                 template=template_from(header, template),
+                complete=as_flag(header.get("complete", True), "complete"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged distributed vector ({type(error).__name__}: {error}).") from error
         if model is not None:
             loaded.check(model)
+        if not loaded.complete:
+            warnings.warn(f"{path.name}: {INTERRUPTED}.", stacklevel=2)
         return loaded
 
 
@@ -462,4 +486,5 @@ def random_vector_like(vector: FunctionVector, generator: torch.Generator) -> Fu
         relation=f"random like {vector.relation}",
         kind="random",
         data_hash="",
+        complete=True,
     )

@@ -765,7 +765,7 @@ def test_interruption_inside_a_later_layer_is_not_complete(small, monkeypatch):
     with pytest.warns(UserWarning, match="was interrupted: 0 of 2 epochs"):
         part = finetune(small, TRAIN, layer=range(3), generator=seeded(), **settings)
     assert [layer for layer, _, _ in part.layer_scores] == [0, 1]
-    assert part.vector.layer == 0 and not part.complete
+    assert part.vector.layer == 0 and not part.complete and not part.vector.complete
 
 
 @pytest.mark.parametrize(
@@ -827,6 +827,117 @@ def test_a_damaged_state_is_refused(small, damage):
     damage(done.state)
     with pytest.raises(ValueError, match="finetune: the saved training is damaged \\("):
         finetune(small, TRAIN, resume=done.state, generator=seeded(), **SHORT)
+
+
+@pytest.fixture(scope="module")
+def two_done(models):
+    """The state of a training of two relations, one of which has stopped."""
+    splits = {"a": split_of(TRAIN, VALID), "b": split_of(MORE[:3], MORE[3:])}
+    model = models("gpt2" if HAS_HOOKED else "bridge-gpt2")
+    settings = dict(init="zero", layer=1, lr=0.6, epochs=4, batch_size=2, patience=1, progress=False)
+    return finetune_many(model, splits, generator=seeded(), **settings)
+
+
+def altered(state, **tensors):
+    """The state with other tensors, by their name with a dot for each __; None takes one out."""
+    every = {**state.tensors, **{name.replace("__", "."): value for name, value in tensors.items()}}
+    return TrainingState({name: value for name, value in every.items() if value is not None}, state.header)
+
+
+def test_a_state_is_checked_when_it_is_read(two_done, tmp_path):
+    state = two_done.runs[0].state
+    shapes = {name: tensor.shape for name, tensor in state.tensors.items()}
+    assert state.header["stopped"].count(True) >= 1 and shapes["0.adam.0.exp_avg"] == shapes["0.value"]
+    loaded = TrainingState.load(state.save(tmp_path / "good"))
+    assert loaded.header == state.header and loaded.tensors.keys() == state.tensors.keys()
+    d = shapes["0.value"][0]
+    steps = {i: (len(state.tensors[f"{i}.curve"]) - 1) * n for i, n in ((0, 3), (1, 2))}  # 5 and 3 pairs, 2 a step
+    assert {i: float(state.tensors[f"{i}.adam.0.step"]) for i in (0, 1)} == steps
+    nan = torch.full((d,), math.nan)
+    for change, message in [
+        (dict(**{"0__best": nan}), "0.best: holds NaN or infinite values"),
+        (dict(**{"1__start": nan}), "1.start: holds NaN or infinite values"),
+        (dict(**{"0__best": torch.zeros(d, dtype=torch.int64)}), "0.best: expected numbers of a floating precision"),
+        (dict(**{"1__value": torch.zeros(d + 1)}), f"1.value: expected shape [{d}], got [{d + 1}]"),
+        (dict(**{"0__curve": torch.zeros(2, 4)}), "0.curve: expected 1 to 5 rows of 5, got [2, 4]"),
+        (dict(**{"0__curve": torch.zeros(6, 5)}), "0.curve: expected 1 to 5 rows of 5, got [6, 5]"),
+        (dict(**{"0__curve": None}), "KeyError: '0.curve'"),
+        (dict(**{"0__generator": torch.zeros(3)}), "0.generator: expected bytes, got torch.float32 [3]"),
+        (dict(**{"0__adam__0__step": torch.tensor(1.0)}), f"after {steps[0]} steps"),
+        (dict(**{"0__adam__0__exp_avg": torch.zeros(2)}), f"expected moments of one shape after {steps[0]} steps"),
+        (dict(**{"0__adam__0__exp_avg": None}), "KeyError: '0.adam.0.exp_avg'"),
+        (dict(**{"0__adam__0__exp_avg_sq": -torch.ones(d)}), "0.adam.0.exp_avg_sq: expected squares, got -1.0"),
+        (dict(**{"0__adam__0__more": torch.ones(d)}), "unknown tensors 0.adam.0.more"),
+        (dict(**{"2__value": torch.ones(d)}), "unknown tensors 2.value"),
+    ]:
+        path = altered(state, **change).save(tmp_path / "bad")
+        with pytest.raises(ValueError, match=r"bad: damaged training state \(.*" + re.escape(message)):
+            TrainingState.load(path)
+    for change, message in [
+        (dict(best_epochs=[9, 0]), "best_epochs: expected 0.."),
+        (dict(best_epochs=[0.0, 0]), "best_epochs: expected a whole number"),
+        (dict(stopped=[0, 1]), "stopped: expected true or false"),
+        (dict(lrs=[0.1]), "lrs: expected 2, one a relation, got 1"),
+        (dict(lrs=[0.1, -1]), "lrs: expected numbers over 0, got -1"),
+        (dict(relations=None), "relations: expected a list"),
+    ]:
+        path = TrainingState(state.tensors, state.header | change).save(tmp_path / "bad")
+        with pytest.raises(ValueError, match=r"bad: damaged training state \(.*" + re.escape(message)):
+            TrainingState.load(path)
+
+
+def test_a_relation_that_stopped_may_hold_what_stopped_it(two_done, tmp_path):
+    state = two_done.runs[0].state
+    i = state.header["stopped"].index(True)
+    nan = torch.full_like(state.tensors[f"{i}.value"], math.nan)
+    path = altered(state, **{f"{i}__value": nan, f"{i}__adam__0__exp_avg": nan}).save(tmp_path / "state")
+    assert TrainingState.load(path).tensors[f"{i}.value"].isnan().all()
+
+
+def test_moments_of_a_state_fit_the_parameters(small):
+    """They fit each other, but not what is trained; and nothing of the training has changed by then."""
+    task = Task("r", TRAIN, VALID, 0)
+    change = vector_change(small, [task], TrainableVector(torch.zeros(1, small.cfg.d_model), 1), None)
+    training = Training([task], change, Settings(epochs=3, lr=0.1))
+    _loop.train(training, epochs=1, progress=False)
+    state = training.state()
+    of_two = {f"0.adam.1.{name}": state.tensors[f"0.adam.0.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+    short = {f"0.adam.0.{name}": torch.zeros(3) for name in ("exp_avg", "exp_avg_sq")}
+    all_short = {f"0.{name}": torch.zeros(3) for name in ("value", "start", "best")}
+    before = change.trainable.rows[0].detach().clone()
+    for tensors, message in [
+        (of_two, "moments of 2 parameters, but there are 1"),
+        (short, f"0.adam.0.exp_avg: expected shape [{small.cfg.d_model}], got [3]"),
+        (all_short, f"0.value: expected shape [{small.cfg.d_model}], got [3]"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            training.restore(TrainingState({**state.tensors, **tensors}, state.header))
+        assert torch.equal(change.trainable.rows[0], before) and len(training.curves[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["vector", "distributed", "set"])
+def test_a_vector_of_an_interrupted_training_says_so(small, monkeypatch, tmp_path, kind):
+    how = dict(lr=0.3, epochs=4, batch_size=2, progress=False, generator=seeded())
+    where = dict(init=distributed(small)) if kind == "distributed" else dict(init="zero", layer=1, relation="r")
+    whole = finetune(small, TRAIN, **how, **where)
+    part = interrupted(monkeypatch, 2, small, TRAIN, **how, **where)
+    vectors = [run.vector if kind != "set" else VectorSet((run.vector,)) for run in (whole, part)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = type(vectors[0]).load(vectors[0].save(tmp_path / "whole"))
+    told = "part: a training that was interrupted, the best of the epochs that were finished" + ": r" * (kind == "set")
+    with pytest.warns(UserWarning, match=f"{told}\\."):
+        loaded = type(vectors[1]).load(vectors[1].save(tmp_path / "part"))
+    flags = [[one.complete for one in (found if kind == "set" else [found])] for found in (again, loaded)]
+    assert flags == [[True], [False]]
+
+
+def test_what_is_made_of_a_part_is_a_part(small, unchecked):
+    part, whole = vector_of(small, complete=False), vector_of(small, seed=1)
+    assert not (part + whole).complete and not (2 * part).complete and not part.at_layer(0).complete
+    assert (whole + whole).complete and fvlens.random_vector_like(part, seeded()).complete
+    with pytest.raises(ValueError, match="FunctionVector: complete: expected true or false, got 1"):
+        vector_of(small, complete=1)
 
 
 class Trap:

@@ -394,7 +394,7 @@ def test_damaged_metadata_is_refused(vector, tmp_path, unchecked):
     with pytest.raises(ValueError, match=r"v\.safetensors: damaged metadata \(KeyError: 'fvlens'\)"):
         FunctionVector.load(path)
     for key in good:
-        if key != "template_text":  # files of fvlens 0.1 have none
+        if key not in ("template_text", "complete"):  # files of fvlens 0.1 have none
             refused({k: v for k, v in good.items() if k != key}, rf"damaged metadata \(KeyError: '{key}'\)")
     refused({**good, "template": "arrow"}, "the template is named 'arrow', but its text 'qa'")
     refused({**good, "template_text": {"name": "qa"}}, "expected a template as an object with name, demonstration")
@@ -402,6 +402,7 @@ def test_damaged_metadata_is_refused(vector, tmp_path, unchecked):
     for layer in (None, True, 1.0, "1"):
         refused({**good, "layer": layer}, f"FunctionVector: layer: expected a whole number, got {layer!r}")
     refused({**good, "seed": 1.5}, r"FunctionVector: seed: expected a whole number, got 1\.5")
+    refused({**good, "complete": 1}, "complete: expected true or false, got 1")
     for name in ("relation", "kind", "data_hash"):
         refused({**good, name: 5}, f"FunctionVector: {name}: expected a text, got 5")
     refused({**good, "layer": 9}, r"expected a layer in 0\.\.2, got 9")

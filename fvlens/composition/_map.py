@@ -1,6 +1,7 @@
 """Composite vectors: an affine map from source scores to weights, trained through the frozen model."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -22,7 +23,7 @@ from fvlens.prompts import Template, get_template, template_from, template_heade
 from fvlens.relations import Analogy, Pair
 from fvlens.training import TrainingState, VectorSet
 from fvlens.types import as_flag, as_list, as_number, as_texts
-from fvlens.vectors import FunctionVector, as_float32
+from fvlens.vectors import INTERRUPTED, FunctionVector, as_float32
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -293,7 +294,9 @@ class CompositeMap:
 
     @classmethod
     def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "CompositeMap":
-        """Read what :meth:`save` wrote. Nothing in the file is executed.
+        """Read what :meth:`save` wrote, with a warning if its training was interrupted.
+
+        Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -326,6 +329,8 @@ class CompositeMap:
             raise ValueError(f"{path.name}: damaged composite map ({type(error).__name__}: {error}).") from error
         if model is not None:
             loaded.basis.check(model)
+        if not loaded.complete:
+            warnings.warn(f"{path.name}: {INTERRUPTED}.", stacklevel=2)
         return loaded
 
 

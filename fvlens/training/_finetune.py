@@ -386,9 +386,12 @@ def _finetune_over(
     complete = len(results) == len(layers) and results[-1].complete
     seconds = sum(result.seconds for result in results)
     runs = (
-        dataclasses.replace(run, layer_scores=tuple(scores), complete=complete, seconds=seconds)
+        dataclasses.replace(
+            run, vector=dataclasses.replace(run.vector, complete=complete), layer_scores=tuple(scores),
+            complete=complete, seconds=seconds,
+        )
         for run in results[best]
-    )
+    )  # fmt: skip
     return FineTunedSet(tuple(runs), seconds)
 
 
@@ -423,7 +426,7 @@ def _finetune_at(
         n_pairs = len(task.train) + len(task.valid)
         heads = () if start is None else start.heads
         data_hash = prompts.select(range(at, at + n_pairs)).data_hash
-        vector = dataclasses.replace(outcome.result, heads=heads, data_hash=data_hash)
+        vector = dataclasses.replace(outcome.result, heads=heads, data_hash=data_hash, complete=trained.complete)
         at += n_pairs
         runs.append(_fine_tuned(vector, task, outcome, settings, trained, kept))
     return FineTunedSet(tuple(runs), trained.seconds)
@@ -446,7 +449,8 @@ def _finetune_distributed(
         training = Training([task], DistributedChange(prompts, trainable), settings)
         trained = _trained(training, running, f"fine-tuning {task.name or 'heads'}")
     outcome = trained.outcomes[0]
-    return _fine_tuned(outcome.result, task, outcome, settings, trained, prompts)
+    vector = dataclasses.replace(outcome.result, complete=trained.complete)
+    return _fine_tuned(vector, task, outcome, settings, trained, prompts)
 
 
 def _want_pairs(tasks: Sequence[Task]) -> None:

@@ -28,10 +28,8 @@ from fvlens.suffix import portions
 from fvlens.training._change import Change, fill, flat
 from fvlens.training._objective import OBJECTIVES, Objective
 from fvlens.training._settings import CURVES, History, Settings, Task
-from fvlens.training._state import Moment, TrainingState, copies, memory_of, remember
+from fvlens.training._state import VECTORS, Moment, TrainingState, copies, memory_of, remember
 from fvlens.training._trainable import frozen
-
-_VECTORS = ("value", "start", "best")
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,9 +325,11 @@ class Training:
         """
         state.check(self._identity(), self.whose)
         try:
+            state.check_parts()
+            self._check_shapes(state)
             for i, parameters in enumerate(self.parameters):
                 own = {name.split(".", 1)[1]: t for name, t in state.tensors.items() if name.startswith(f"{i}.")}
-                vectors = [own[name].to(self.starts[i], copy=True).view_as(self.starts[i]) for name in _VECTORS]
+                vectors = [own[name].to(self.starts[i], copy=True).view_as(self.starts[i]) for name in VECTORS]
                 value, self.starts[i], self.best[i] = vectors
                 fill(parameters, value)
                 self.curves[i] = own["curve"].tolist()
@@ -340,10 +340,29 @@ class Training:
                     remember(self.optimiser, parameter, memory)
             self.best_epochs, self.stopped = list(state.header["best_epochs"]), list(state.header["stopped"])
             self.lrs = list(state.header["lrs"])
-        except (KeyError, RuntimeError, TypeError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.whose}: the saved training is damaged ({type(error).__name__}: {error})."
             ) from error
+
+    def _check_shapes(self, state: TrainingState) -> None:
+        """Refuse numbers and moments that are not of the shapes of the parameters.
+
+        Raises:
+            KeyError, ValueError: they are not.
+        """
+        for i, parameters in enumerate(self.parameters):
+            expected = {f"{i}.value": self.starts[i].shape}
+            for k, parameter in enumerate(parameters):
+                if f"{i}.adam.{k}.exp_avg" in state.tensors:
+                    expected[f"{i}.adam.{k}.exp_avg"] = parameter.shape
+            known = len(f"{i}.adam.")
+            strange = {name[known:].partition(".")[0] for name in state.tensors if name.startswith(f"{i}.adam.")}
+            if not strange <= {str(k) for k in range(len(parameters))}:
+                raise ValueError(f"moments of {len(strange)} parameters, but there are {len(parameters)}")
+            for name, shape in expected.items():
+                if state.tensors[name].shape != shape:
+                    raise ValueError(f"{name}: expected shape {list(shape)}, got {list(state.tensors[name].shape)}")
 
 
 def train(

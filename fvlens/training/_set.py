@@ -1,5 +1,6 @@
 """Many vectors of one model and one layer, in order."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -14,7 +15,7 @@ from fvlens.models import Fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
 from fvlens.types import as_text, as_texts
-from fvlens.vectors import FunctionVector, check_model, vector_from, vector_header
+from fvlens.vectors import INTERRUPTED, FunctionVector, check_model, vector_from, vector_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,7 +204,9 @@ class VectorSet:
 
     @classmethod
     def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "VectorSet":
-        """Read what :meth:`save` wrote. Nothing in the file is executed.
+        """Read what :meth:`save` wrote, with a warning if the training of some vectors was interrupted.
+
+        Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -221,6 +224,9 @@ class VectorSet:
             raise ValueError(f"{path.name}: damaged vector set ({type(error).__name__}: {error}).") from error
         if model is not None:
             loaded.check(model)
+        parts = [vector.relation for vector in loaded if not vector.complete]
+        if parts:
+            warnings.warn(f"{path.name}: {INTERRUPTED}: {', '.join(parts)}.", stacklevel=2)
         return loaded
 
 

@@ -6,13 +6,17 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import TEMPLATES
+from fvlens.training._settings import CURVES
+from fvlens.types import as_flag, as_list, as_number, as_texts, as_whole
 
 STATE_FORMAT = "fvlens-training-1"
+VECTORS = ("value", "start", "best")
+"""What a state keeps of each relation's numbers: as they are, as they began, and at the best epoch."""
 _OLD_METHODS = {
     "VectorAdapter": "VectorChange",
     "DistributedAdapter": "DistributedChange",
@@ -41,9 +45,73 @@ class TrainingState:
         """Read what :meth:`save` wrote. Nothing in the file is executed.
 
         Raises:
-            ValueError: no such file, or not a training state.
+            ValueError: no such file; not a training state, or one whose parts do not fit each other.
         """
-        return cls(*read_tensors(FilePath(path), STATE_FORMAT))
+        path = FilePath(path)
+        state = cls(*read_tensors(path, STATE_FORMAT))
+        try:
+            state.check_parts()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: damaged training state ({type(error).__name__}: {error}).") from error
+        return state
+
+    def check_parts(self) -> None:
+        """Raise if the parts do not fit each other, or hold what no training leaves.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or too much; a shape, a count of steps or epochs, or a
+                flag that does not fit the rest; numbers that are not finite, but for relations that stopped for that.
+        """
+        header, names = self.header, as_texts(self.header["relations"], "relations")
+        lists = {name: as_list(header[name], name) for name in ("best_epochs", "stopped", "lrs", "n_train")}
+        for name, values in lists.items():
+            if len(values) != len(names):
+                raise ValueError(f"{name}: expected {len(names)}, one a relation, got {len(values)}")
+        left = set(self.tensors)
+        for i in range(len(names)):
+            best_epoch, stopped, lr, n_train = (values[i] for values in lists.values())
+            if not as_number(lr, "lrs") > 0:
+                raise ValueError(f"lrs: expected numbers over 0, got {lr}")
+            left -= self._check_relation(i, best_epoch, as_flag(stopped, "stopped"), as_whole(n_train, "n_train", 1))
+        if left:
+            raise ValueError(f"unknown tensors {', '.join(sorted(left))}")
+
+    def _check_relation(self, i: int, best_epoch: Any, stopped: bool, n_train: int) -> set[str]:
+        """The tensors of a relation, which fit each other."""
+        settings = self.header["settings"]
+        epochs, size = as_whole(settings["epochs"], "epochs", 1), settings["batch_size"]
+        curve, generator = self.tensors[f"{i}.curve"], self.tensors[f"{i}.generator"]
+        if curve.ndim != 2 or not 1 <= len(curve) <= epochs + 1 or curve.shape[1] != len(CURVES):
+            raise ValueError(f"{i}.curve: expected 1 to {epochs + 1} rows of {len(CURVES)}, got {list(curve.shape)}")
+        as_whole(best_epoch, "best_epochs", 0, len(curve) - 1)
+        if generator.ndim != 1 or generator.dtype != torch.uint8:
+            raise ValueError(f"{i}.generator: expected bytes, got {generator.dtype} {list(generator.shape)}")
+        start = self.tensors[f"{i}.start"]
+        for name in VECTORS:
+            numbers = self.tensors[f"{i}.{name}"]
+            if numbers.shape != start.shape or numbers.ndim != 1:
+                raise ValueError(f"{i}.{name}: expected shape {list(start.shape)}, got {list(numbers.shape)}")
+            # the loss of a relation that has stopped may not have been finite any more
+            _check_finite(f"{i}.{name}", numbers, may_fail=stopped and name == "value")
+        n_steps = (len(curve) - 1) * -(-n_train // as_whole(n_train if size is None else size, "batch_size", 1))
+        moments = {name for name in self.tensors if name.startswith(f"{i}.adam.")}
+        for prefix in {name.rpartition(".")[0] for name in moments}:
+            first, second, step = (self.tensors[f"{prefix}.{name}"] for name in ("exp_avg", "exp_avg_sq", "step"))
+            if first.shape != second.shape or step.ndim or float(step) != n_steps:
+                raise ValueError(
+                    f"{prefix}: expected moments of one shape after {n_steps} steps, got {list(first.shape)} and "
+                    f"{list(second.shape)} after {step.tolist()}"
+                )
+            for name, numbers in (("exp_avg", first), ("exp_avg_sq", second)):
+                _check_finite(f"{prefix}.{name}", numbers, may_fail=stopped)
+            if bool((second < 0).any()):
+                raise ValueError(f"{prefix}.exp_avg_sq: expected squares, got {float(second.min())}")
+            moments -= {f"{prefix}.{name}" for name in ("exp_avg", "exp_avg_sq", "step")}
+        if moments:
+            raise ValueError(f"unknown tensors {', '.join(sorted(moments))}")
+        return {name for name in self.tensors if name.startswith(f"{i}.adam.")} | {
+            f"{i}.{name}" for name in (*VECTORS, "curve", "generator")
+        }
 
     def check(self, identity: Mapping[str, Any], whose: str) -> None:
         """Raise ``ValueError`` if this is of a training with another identity; ``whose`` is who asks."""
@@ -55,6 +123,13 @@ class TrainingState:
                 theirs = _OLD_METHODS.get(theirs, theirs) if isinstance(theirs, str) else theirs
             if theirs != ours and not (name == "fingerprint" and _same_model(ours, theirs)):
                 raise ValueError(f"{whose}: the saved training has {name} {theirs!r}, this one {ours!r}.")
+
+
+def _check_finite(name: str, numbers: Shaped[Tensor, "..."], *, may_fail: bool) -> None:
+    if not numbers.is_floating_point():
+        raise ValueError(f"{name}: expected numbers of a floating precision, got {numbers.dtype}")
+    if not may_fail and not bool(torch.isfinite(numbers).all()):
+        raise ValueError(f"{name}: holds NaN or infinite values")
 
 
 def _with_whole_template(settings: Any) -> Any:
