@@ -1,5 +1,7 @@
 """The checker that the tests run under: it checks, and it is made once a signature."""
 
+from typing import Annotated
+
 import checked
 import pytest
 import torch
@@ -38,6 +40,16 @@ def test_a_signature_is_checked_by_one_check(monkeypatch):
     assert len(made) == 2  # of the parameters, and of parameters with the result
     doubled("6")
     assert len(made) == 4
+
+
+def test_annotations_without_a_hash_are_checked_all_the_same():
+    @jaxtyped(typechecker=checked.check)
+    def first(n: Annotated[int, {"a": 1}]) -> int:
+        return n
+
+    assert first(1) == 1
+    with pytest.raises(TypeCheckError, match=r"whilst checking the parameters of .*first"):
+        first("1")
 
 
 def test_the_package_is_checked():
