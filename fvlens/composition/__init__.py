@@ -27,6 +27,7 @@ from fvlens.composition._map import (
     FitHistory,
     Seen,
 )
+from fvlens.composition._options import Fitting, FittingOptions
 from fvlens.composition._queries import ANALOGY_SETTINGS, Queries, SourceScores, source_scores
 from fvlens.composition._rules import (
     RULES,
@@ -55,6 +56,8 @@ __all__ = [
     "CompositeMap",
     "Explanation",
     "FitHistory",
+    "Fitting",
+    "FittingOptions",
     "Gate",
     "PairedComparison",
     "Queries",

@@ -1,10 +1,8 @@
 """Fitting a gate, and the signals that it reads."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 from fvlens.composition._affine import folded, minimise, scale_of
 from fvlens.composition._gate import GATES, SIGNALS, Gate, GateKind
 from fvlens.composition._map import CompositeMap
+from fvlens.composition._options import FittingOptions, fitting
 from fvlens.composition._queries import (
     ANALOGY_SETTINGS,
     AnalogySetting,
@@ -26,7 +25,7 @@ from fvlens.composition._queries import (
 from fvlens.metrics import best_token
 from fvlens.relations import Analogy
 from fvlens.suffix import Route
-from fvlens.training import Settings, SteeringChange, Task, Training, TrainingState, filled, frozen, train
+from fvlens.training import Settings, SteeringChange, Task, Training, filled, frozen, train
 
 LOWERED_BY, LOWERINGS = 0.25, 200
 """Steps of a learned gate's offset, and at most how many, until near analogies are not made worse."""
@@ -126,17 +125,9 @@ def fit_gate(
     kind: GateKind = "logistic",
     setting: AnalogySetting = "one_shot",
     protect: bool = True,
-    l2: float = 1e-3,
-    lr: float = 0.1,
-    epochs: int = 20,
-    batch_size: int = 128,
     sources: SourceScores | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    resume: TrainingState | str | FilePath | None = None,
-    checkpoint: str | FilePath | None = None,
     generator: torch.Generator,
-    progress: bool = True,
+    **options: Unpack[FittingOptions],
 ) -> CompositeMap:
     """Fit a gate to a composite, so that near analogies, which the model solves by itself, are not made worse.
 
@@ -157,11 +148,12 @@ def fit_gate(
         kind: ``"logistic"``, ``"threshold"`` or ``"learned"``.
         setting: the prompts that it is for. A composite can have one gate a setting.
         protect: whether the near ones among the analogies (``kind="near"``) limit the gate as said.
-        l2, lr, epochs, batch_size: of the learned gate; Adam.
         sources: :func:`source_scores` of the source pairs, where several gates share them; counted here by default.
+        generator: order of the minibatches.
+        options: fields of :class:`~fvlens.composition.Fitting` and of its ``execution``:
+        l2, lr, epochs, batch_size: of the learned gate, by default 1e-3, 0.1, 20 and 128; Adam.
         path, max_memory: as for :func:`fvlens.finetune`.
         resume, checkpoint: of the learned gate; as for :func:`fit_composite`.
-        generator: order of the minibatches.
         progress: show a bar. Interrupting gives the learned gate so far, with a warning.
 
     Returns:
@@ -176,10 +168,8 @@ def fit_gate(
             raise ValueError(f"fit_gate: {name}={value!r}; expected one of {', '.join(known)}.")
     if not analogies:
         raise ValueError("fit_gate: expected at least one analogy, got none.")
-    for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0), ("lr", lr, 0)):
-        if not (math.isfinite(number) and number >= least):
-            raise ValueError(f"fit_gate: expected {name} of at least {least}, got {number}.")
-    kept: dict[str, Any] = dict(path=path, max_memory=max_memory)
+    how = fitting("fit_gate", options)
+    kept, progress = how.kept, how.execution.progress
     pairs = [one.source_pair for one in analogies]
     sources = given_or_scored(
         sources, model, composite.basis, pairs, whose="fit_gate", template=composite.template, progress=progress, **kept
@@ -193,13 +183,14 @@ def fit_gate(
         find = _threshold if kind == "threshold" else _logistic
         gate = find(signals, plain, _hits(model, queries, vectors), near, setting)
     else:
-        change = GateChange(queries, signals, vectors, setting, float(lr))
+        lr, l2 = (default if given is None else float(given) for given, default in ((how.lr, 0.1), (how.l2, 1e-3)))
+        change = GateChange(queries, signals, vectors, setting, lr)
         targets = tuple(one.target_pair for one in analogies)
         task = Task("the gate", targets, (), generator.initial_seed(), generator)
-        how = Settings(l2=float(l2), epochs=max(1, epochs), batch_size=batch_size, template=composite.template)
+        settings = Settings(l2=l2, epochs=max(1, how.epochs), batch_size=how.batch_size, template=composite.template)
         trained = train(
-            Training([task], change, how, whose="fit_gate"), epochs=epochs, progress=progress, what="gate",
-            resume=resume, checkpoint=checkpoint, stacklevel=3,
+            Training([task], change, settings, whose="fit_gate"), epochs=how.epochs, what="gate", stacklevel=3,
+            **how.train,
         )  # fmt: skip
         gate = trained.outcomes[0].result
         composite = dataclasses.replace(composite, complete=trained.complete, state=trained.state)

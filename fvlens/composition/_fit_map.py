@@ -2,10 +2,8 @@
 
 import copy
 import hashlib
-import math
 from collections.abc import Sequence
-from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._map import MAPS, SCORES, CompositeMap, FitHistory, Map, ScoreKind, Seen, check_choice
+from fvlens.composition._options import FittingOptions, fitting
 from fvlens.composition._queries import (
     ANALOGY_SETTINGS,
     AnalogySetting,
@@ -24,8 +23,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES
 from fvlens.prompts import Template, template_or
 from fvlens.relations import Analogy, Pair, list_relations, load_relation
-from fvlens.suffix import Route
-from fvlens.training import Settings, SteeringChange, Task, Training, TrainingState, VectorSet, fill, train
+from fvlens.training import Settings, SteeringChange, Task, Training, VectorSet, fill, train
 
 
 def families_of(basis: VectorSet) -> list[str]:
@@ -111,19 +109,11 @@ def fit_composite(
     setting: AnalogySetting = "zero_shot",
     rank: int | None = None,
     learn_strength: bool = False,
-    l2: float | None = None,
-    lr: float | None = None,
-    epochs: int = 20,
-    batch_size: int = 128,
     template: Template | str | None = None,
     basis_pairs: Sequence[Pair | tuple[str, str]] = (),
     sources: SourceScores | None = None,
-    path: Route | None = None,
-    max_memory: int | None = None,
-    resume: TrainingState | str | FilePath | None = None,
-    checkpoint: str | FilePath | None = None,
     generator: torch.Generator,
-    progress: bool = True,
+    **options: Unpack[FittingOptions],
 ) -> CompositeMap:
     """Train the affine map of a composite vector through the frozen model.
 
@@ -149,17 +139,18 @@ def fit_composite(
         rank: of ``"lowrank"``; by default the number of families in the basis.
         learn_strength: train a factor on the mixture too (1 otherwise). Many basis vectors with small weights make a
             short composite. T has a scale of its own, so a transfer map keeps 1.
-        l2: weight of the squared distance from the start, by default 1e-4; of the ridge on R, by default 3e-3.
-        lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
-        epochs, batch_size: passes over the analogies, analogies in a step.
         template: how queries are written; by default as the basis was made with, else ``"qa"``.
         basis_pairs: pairs that the basis was trained on; kept for the leak check.
         sources: :func:`source_scores` of the source pairs of ``analogies`` and then of ``valid``, where several maps
             share them; counted here by default.
+        generator: order of the minibatches; after a resume it goes on from where the state left it.
+        options: fields of :class:`~fvlens.composition.Fitting` and of its ``execution``:
+        l2: weight of the squared distance from the start, by default 1e-4; of the ridge on R, by default 3e-3.
+        lr: learning rate of Adam; by default 0.02, for ``"diagonal"`` 0.05.
+        epochs, batch_size: passes over the analogies, 20 by default, and analogies in a step, 128.
         path, max_memory: as for :func:`fvlens.finetune`.
         resume: a state, or a file of one, to go on from; everything else must be as it was.
         checkpoint: write the state to this file after every epoch.
-        generator: order of the minibatches; after a resume it goes on from where the state left it.
         progress: show a bar. Interrupting gives the best map so far, with a warning.
 
     Returns:
@@ -190,10 +181,7 @@ def fit_composite(
     for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
                                ("setting", setting, ANALOGY_SETTINGS)):  # fmt: skip
         check_choice(name, value, known)
-    l2 = (3e-3 if map == "transfer" else 1e-4) if l2 is None else l2
-    for name, number, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("l2", l2, 0)):
-        if not (math.isfinite(number) and number >= least):
-            raise ValueError(f"fit_composite: expected {name} of at least {least}, got {number}.")
+    how = fitting("fit_composite", options)
     if not analogies:
         raise ValueError("fit_composite: expected at least one analogy, got none.")
     basis.check(model)
@@ -207,15 +195,17 @@ def fit_composite(
     every = [*analogies, *valid]
     n_train = len(analogies)
     template = template_or(template, basis.template)
-    options: dict[str, Any] = dict(template=template, path=path, max_memory=max_memory)
+    asked: dict[str, Any] = dict(template=template, **how.kept)
     pairs = [one.source_pair for one in every]
-    sources = given_or_scored(sources, model, basis, pairs, whose="fit_composite", progress=progress, **options)
+    sources = given_or_scored(
+        sources, model, basis, pairs, whose="fit_composite", progress=how.execution.progress, **asked
+    )
     given = sources.log_probs
     if scores == "probability":
         given = given.exp()
     shown = shown_pairs(pairs, setting)
     targets = [one.target_pair for one in every]
-    queries = Queries(model, targets, shown, layer=basis.layer, **options)
+    queries = Queries(model, targets, shown, layer=basis.layer, **asked)
     # what is trained, from the start that its map prescribes
     if map == "transfer":
         rows = distinct(given[:n_train], labels)
@@ -223,16 +213,18 @@ def fit_composite(
         trainee = Transfer(*named, rule, basis.matrix, families_of(basis))
     else:
         trainee = Affine(map, given[:n_train], rule, rank, learn_strength)
-    change = MapChange(queries, trainee, given, basis.matrix, lr or (0.05 if map == "diagonal" else 0.02), scores)
+    l2 = (3e-3 if map == "transfer" else 1e-4) if how.l2 is None else how.l2
+    lr = how.lr or (0.05 if map == "diagonal" else 0.02)
+    change = MapChange(queries, trainee, given, basis.matrix, lr, scores)
     parts = tuple(targets[:n_train]), tuple(targets[n_train:])
     task = Task("the composite map", *parts, generator.initial_seed(), generator)
     settings = Settings(
-        l2=0.0 if map == "none" else float(l2), epochs=max(1, epochs), batch_size=batch_size, template=template
+        l2=0.0 if map == "none" else float(l2), epochs=max(1, how.epochs), batch_size=how.batch_size, template=template
     )
     # where nothing is trained, the start is scored all the same
     trained = train(
-        Training([task], change, settings, whose="fit_composite"), epochs=epochs if change.parameters()[0] else 0,
-        progress=progress, what="composite map", resume=resume, checkpoint=checkpoint, stacklevel=3,
+        Training([task], change, settings, whose="fit_composite"), epochs=how.epochs if change.parameters()[0] else 0,
+        what="composite map", stacklevel=3, **how.train,
     )  # fmt: skip
     # from the best epoch's numbers to plain matrices
     (outcome,) = trained.outcomes

@@ -14,7 +14,7 @@ from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._lora import LoRA, lora
 from fvlens.training._methods import METHODS, Budget, Planned
 from fvlens.training._objective import OBJECTIVES, CrossEntropy, Objective, Perplexity
-from fvlens.training._options import Running, TrainingOptions
+from fvlens.training._options import Execution, ExecutionOptions, TrainingOptions
 from fvlens.training._prepared import PreparedPrompts, SteerablePrompts
 from fvlens.training._set import VectorSet
 from fvlens.training._settings import History, Settings, Task
@@ -48,6 +48,8 @@ __all__ = [
     "Comparison",
     "CrossEntropy",
     "DistributedChange",
+    "Execution",
+    "ExecutionOptions",
     "FineTuned",
     "FineTunedSet",
     "History",
@@ -59,7 +61,6 @@ __all__ = [
     "Point",
     "PreparedPrompts",
     "Readout",
-    "Running",
     "Settings",
     "SoftPrompt",
     "SteerablePrompts",

@@ -10,7 +10,7 @@ from fvlens.relations import Pair, Relation
 from fvlens.training._adaptations import Adaptation, Steered, Unchanged
 from fvlens.training._change import Change
 from fvlens.training._loop import Training, train
-from fvlens.training._options import Running
+from fvlens.training._options import Execution
 from fvlens.training._settings import History, Settings, Task
 from fvlens.training._state import TrainingState
 from fvlens.types import Steering
@@ -166,7 +166,7 @@ def drawn_seed(generator: torch.Generator) -> int:
 
 
 def trained_baseline(
-    function: str, method: str, task: Task, change: Change, settings: Settings, running: Running
+    function: str, method: str, task: Task, change: Change, settings: Settings, running: Execution
 ) -> Baseline:
     """Train one relation's change, by whole passes; what the change makes is an :class:`Adaptation`.
 

@@ -15,7 +15,7 @@ from fvlens.relations import Pair, Relation, Split, load_relation
 from fvlens.suffix import Route, Weights
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
-from fvlens.training._options import Running, TrainingOptions, settled
+from fvlens.training._options import Execution, TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts, SteerablePrompts, prompts_of
 from fvlens.training._set import VectorSet
 from fvlens.training._settings import History, Settings, Task
@@ -191,7 +191,7 @@ def finetune(
         relation: name of the result; by default that of ``pairs`` or ``init``.
         settings: how it is trained; by default the defaults of :class:`Settings`, with the template of ``init``.
         generator: draws the seed of the minibatches' order.
-        options: fields of :class:`Settings`, which go before ``settings``, and of :class:`Running`:
+        options: fields of :class:`Settings`, which go before ``settings``, and of :class:`Execution`:
         loss: ``"cross_entropy"`` or ``"perplexity"``.
         l2: weight of ``||v - anchor||^2``.
         anchor: ``"zero"``, or ``"init"``.
@@ -362,7 +362,7 @@ def _finetune_over(
     starts: Sequence[FunctionVector | Literal["zero"]],
     layer: int | Sequence[int] | None,
     settings: Settings,
-    running: Running,
+    running: Execution,
 ) -> FineTunedSet:
     """The best layer's training: best mean top-1 on the validation pairs, then lowest mean loss."""
     layers = _layers(model, layer, starts, all(task.valid for task in tasks))
@@ -401,7 +401,7 @@ def _finetune_at(
     starts: Sequence[FunctionVector | Literal["zero"]],
     layer: int,
     settings: Settings,
-    running: Running,
+    running: Execution,
 ) -> FineTunedSet:
     """All relations at one layer."""
     _want_pairs(tasks)
@@ -433,7 +433,7 @@ def _finetune_at(
 
 
 def _finetune_distributed(
-    model: Any, task: Task, init: DistributedVector, settings: Settings, running: Running
+    model: Any, task: Task, init: DistributedVector, settings: Settings, running: Execution
 ) -> FineTuned:
     """One relation's numbers of chosen heads."""
     _want_pairs([task])
@@ -459,7 +459,7 @@ def _want_pairs(tasks: Sequence[Task]) -> None:
             raise ValueError(f"finetune: no training pairs of {task.known_as}.")
 
 
-def _trained(training: Training, running: Running, what: str) -> Trained:
+def _trained(training: Training, running: Execution, what: str) -> Trained:
     return train(
         training, progress=running.progress, what=what, resume=running.resume, checkpoint=running.checkpoint,
         stacklevel=6,

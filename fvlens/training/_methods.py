@@ -11,7 +11,7 @@ from fvlens.relations import Split
 from fvlens.training._adapted import Adapted, Baseline
 from fvlens.training._finetune import finetune
 from fvlens.training._lora import lora
-from fvlens.training._options import Running
+from fvlens.training._options import Execution
 from fvlens.training._settings import Settings
 from fvlens.training._soft_prompt import soft_prompt
 from fvlens.training._untrained import act_add, few_shot
@@ -46,7 +46,7 @@ class Budget:
     n_soft: tuple[int, ...]
     ranks: tuple[int, ...]
     settings: Settings
-    running: Running
+    running: Execution
     seed: int
 
     def fresh(self) -> torch.Generator:

@@ -12,7 +12,7 @@ from fvlens.training._state import TrainingState
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class Execution:
     """How a training runs, none of which changes its numbers beyond rounding.
 
     Attributes:
@@ -32,8 +32,18 @@ class Running:
     progress: bool = True
 
 
-class TrainingOptions(TypedDict, total=False):
-    """Fields of :class:`Settings` and :class:`Running` as keywords, for type checkers."""
+class ExecutionOptions(TypedDict, total=False):
+    """Fields of :class:`Execution` that whatever is trained takes as keywords, for type checkers."""
+
+    path: Route | None
+    max_memory: int | None
+    resume: TrainingState | str | FilePath | None
+    checkpoint: str | FilePath | None
+    progress: bool
+
+
+class TrainingOptions(ExecutionOptions, total=False):
+    """Fields of :class:`Settings` and :class:`Execution` as keywords, for type checkers."""
 
     loss: Loss
     l2: float
@@ -44,12 +54,7 @@ class TrainingOptions(TypedDict, total=False):
     schedule: Schedule
     patience: int | None
     template: Template | str | None
-    path: Route | None
-    max_memory: int | None
-    resume: TrainingState | str | FilePath | None
-    checkpoint: str | FilePath | None
     check: bool
-    progress: bool
 
 
 def settled(
@@ -57,7 +62,7 @@ def settled(
     settings: Settings | None,
     options: TrainingOptions,
     template: Template | str | None = None,
-) -> tuple[Settings, Running]:
+) -> tuple[Settings, Execution]:
     """Settings and ways to run from keywords.
 
     Args:
@@ -71,11 +76,11 @@ def settled(
         ValueError: a setting is out of range.
     """
     given: dict[str, Any] = dict(options)
-    running = {field.name: given.pop(field.name) for field in dataclasses.fields(Running) if field.name in given}
+    running = {field.name: given.pop(field.name) for field in dataclasses.fields(Execution) if field.name in given}
     known = {field.name for field in dataclasses.fields(Settings)}
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
     if given.get("template") is None:
         given["template"] = template_or(template) if settings is None else settings.template
-    return dataclasses.replace(settings or Settings(), **given), Running(**running)
+    return dataclasses.replace(settings or Settings(), **given), Execution(**running)
