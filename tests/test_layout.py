@@ -399,8 +399,12 @@ def test_without_a_copy_nothing_large_is_made(generator):
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("widths", [(70,), (40, 30)], ids=["one", "two"])
 @pytest.mark.parametrize("plain", [True, False])
-def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(generator, n_rows, widths, plain):
+@pytest.mark.parametrize("few", [0, 16], ids=["Intel", "others"])
+def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(
+    generator, monkeypatch, n_rows, widths, plain, few
+):
     """Rows wide enough for the way that only products of few rows take; double precision, against a plain product."""
+    monkeypatch.setattr(_layout, "FEW_ROWS", few)
     n_in = _layout.WIDE
     parts = [torch.randn(n_in, width, generator=generator, dtype=torch.float64) for width in widths]
     bias = torch.randn(sum(widths), generator=generator, dtype=torch.float64)
@@ -414,4 +418,4 @@ def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(gener
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, wanted)
     torch.testing.assert_close(product(x.detach()), expected)
-    assert (type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward") == (1 < n_rows <= _layout.FEW_ROWS)
+    assert (type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward") == (1 < n_rows <= few)

@@ -62,9 +62,9 @@ def starving(model, most):
         count(len(tokens))
         return plain_passes(model, layout, tokens, *others)
 
-    def block(run, layer, active, n_fresh, edits):
+    def block(run, layer, active, n_fresh, edits, *others):
         count(run.n_prompts * (n_fresh + (0 if active is None else active.shape[1])))
-        return plain_block(run, layer, active, n_fresh, edits)
+        return plain_block(run, layer, active, n_fresh, edits, *others)
 
     plain_prefix, plain_passes, plain_block = _prefix.run_weights, _prefix.passes, _hooked.WeightsRun._block
     handle = model.blocks[0].mlp.register_forward_pre_hook(

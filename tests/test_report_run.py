@@ -49,9 +49,10 @@ def test_test_pairs_are_used_for_nothing_but_the_scores(watched):
         if prompts.labels != "random":  # random labels are answers of other relations
             assert not test & {pair.output for pair in shown}
         assert set(prompts.queries) <= set(split.valid)
-    trained, trained_other = [call.prompts for _, call in found if call.module == "training._prepared"]
-    assert trained.queries == split.train[:20] + split.valid
-    assert set(trained_other.queries) <= set(fvlens.load_relation(result.others[0]).pairs)
+    (trained,) = [call.prompts for _, call in found if call.module == "training._prepared"]
+    own, other = trained.queries[: 20 + len(split.valid)], trained.queries[20 + len(split.valid) :]
+    assert own == split.train[:20] + split.valid
+    assert set(other) <= set(fvlens.load_relation(result.others[0]).pairs)
     others = {call.prompts.relation for _, call in found if call.module != "training._prepared"} - {"antonym"}
     assert others == set(result.others)
     for i in scored:  # the demonstrations of the scores are train pairs
@@ -207,14 +208,18 @@ def test_layer_and_labels_can_be_chosen(tiny):
     assert results_json(found)["options"]["labels"] == "random"
 
 
-@pytest.mark.parametrize("part", ["indirect_effects", "layer_scale_sweep", "controls", "finetune"])
+@pytest.mark.parametrize("part", ["indirect_effects", "layer_scale_sweep", "controls", "finetune_many"])
 def test_an_interrupted_part_ends_the_run(tiny, monkeypatch, part):
     """Its partial result would pass for the whole."""
     room = find if part in ("indirect_effects", "layer_scale_sweep") else report._run
     original = getattr(room, part)
 
     def interrupted(*args, **kwargs):
-        return dataclasses.replace(original(*args, **kwargs), complete=False)
+        whole = original(*args, **kwargs)
+        if part == "finetune_many":
+            *runs, last = whole
+            return dataclasses.replace(whole, runs=(*runs, dataclasses.replace(last, complete=False)))
+        return dataclasses.replace(whole, complete=False)
 
     monkeypatch.setattr(room, part, interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -269,7 +274,7 @@ def test_the_fine_tuned_vector_is_that_of_finetune(model, result, numbers, tmp_p
     start, saved = (FunctionVector.load(tmp_path / f"vector{end}.safetensors") for end in ("", "-finetuned"))
     split = fvlens.load_relation("antonym").split(seeded())
     tuned = finetune(model, split.train[:20], init=start, valid=split.valid, generator=seeded(), progress=False)
-    assert torch.equal(saved.vector, tuned.vector.vector)
+    torch.testing.assert_close(saved.vector, tuned.vector.vector, rtol=1e-4, atol=1e-4)  # others ran beside it
     assert (saved.kind, saved.layer, saved.heads) == ("fine-tuned", start.layer, start.heads)
     assert (numbers["ffv_best_epoch"], numbers["ffv_lr"]) == (tuned.best_epoch, tuned.lr)
     score = fvlens.evaluate(model, split.test, vector=saved, generator=seeded())
@@ -286,7 +291,7 @@ def test_training_is_of_the_pairs_epochs_and_place_that_are_asked_for(tiny):
         tiny, split.train[:3], init=found.vectors["random"], valid=split.valid, epochs=1, template="arrow",
         generator=seeded(), progress=False,
     )  # fmt: skip
-    assert torch.equal(found.tuned.vector.vector, tuned.vector.vector)
+    torch.testing.assert_close(found.tuned.vector.vector, tuned.vector.vector, rtol=1e-4, atol=1e-4)
     read = results_json(found)
     assert (read["ffv_n_train"], read["ffv_epochs"], read["ffv_layer"]) == (3, 1, 1)
     score = fvlens.evaluate(tiny, split.test, vector=found.tuned.vector, template="arrow", generator=seeded())
@@ -303,8 +308,12 @@ def test_other_relations_learn_their_own_task(model, monkeypatch):
     train = report._run.finetune_many
 
     def watch(model, splits, **options):
-        seen.update(splits=splits, found=train(model, splits, **options), **options)
-        return seen["found"]
+        own, *others = splits
+        assert (own, options["init"][0].relation) == ("plural", "plural")
+        whole = train(model, splits, **options)
+        options["init"] = options["init"][1:]
+        seen.update(splits={name: splits[name] for name in others}, found=whole.runs[1:], **options)
+        return whole
 
     monkeypatch.setattr(report._run, "finetune_many", watch)
     result = run_relation(
@@ -373,7 +382,7 @@ def test_given_heads_are_trained_too(tiny, given, tmp_path):
     saved = FunctionVector.load(tmp_path / "vector-finetuned.safetensors")
     pairs, valid = given.split.train[:20], given.split.valid
     tuned = finetune(tiny, pairs, init=given.vector, valid=valid, epochs=2, generator=seeded(), progress=False)
-    assert torch.equal(saved.vector, tuned.vector.vector)
+    torch.testing.assert_close(saved.vector, tuned.vector.vector, rtol=1e-4, atol=1e-4)
     assert saved.heads == given.vector.heads
     assert len(given.tuned.others) == 1
 

@@ -246,7 +246,7 @@ def test_log_probs_equal_log_softmax_in_any_slices(models, generator, monkeypatc
         torch.testing.assert_close(run.log_probs(resid, targets), expected, rtol=1e-5, atol=1e-5)
         sizes = []
         original = type(run).logits
-        monkeypatch.setattr(type(run), "logits", lambda self, x: sizes.append(len(x)) or original(self, x))
+        monkeypatch.setattr(type(run), "logits", lambda self, x, *a: sizes.append(len(x)) or original(self, x, *a))
         n_scored = 2 * int((targets >= 0).sum())
         for at_once in (1, 5, n_scored - 1, n_scored, 1000):
             found = run.log_probs(resid, targets, at_once=at_once)

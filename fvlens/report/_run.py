@@ -22,7 +22,7 @@ from fvlens.relations import Relation, Split, disjoint_relations, load_relation
 from fvlens.report._provenance import Provenance
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._settings import Loading, RunOptions
-from fvlens.training import FineTuned, finetune, finetune_many
+from fvlens.training import FineTuned, finetune_many
 from fvlens.universal import GivenHeads
 from fvlens.vectors import FunctionVector, function_vector
 
@@ -81,7 +81,7 @@ def run_relation(
     recipes = _recipes(model, relation, split, options, heads, generator, progress)
     source, main = next(iter(recipes.items()))
     others = _others(model, relation, options, heads, main, generator, progress)
-    trained = _train(model, split, options, main.vector, others, progress) if options.epochs else None
+    trained = _train(model, relation, split, options, main.vector, others, progress) if options.epochs else None
 
     # the first test query is asked here
     table = finished(
@@ -258,18 +258,28 @@ def _fresh(options: RunOptions) -> torch.Generator:
 
 
 def _train(
-    model: Any, split: Split, options: RunOptions, vector: FunctionVector, others: _Others, progress: bool
+    model: Any,
+    relation: Relation,
+    split: Split,
+    options: RunOptions,
+    vector: FunctionVector,
+    others: _Others,
+    progress: bool,
 ) -> tuple[FineTuned, list[FunctionVector]]:
     """The vector's training at its own layer, and the other relations' vectors after the same training."""
-    how: dict[str, Any] = {"epochs": options.epochs, "template": options.template, "progress": progress}
-    pairs = split.train[: options.n_train]
-    run = finished(finetune(model, pairs, init=vector, valid=split.valid, generator=_fresh(options), **how))
-    if not others.scaled:
-        return run, []
-    many = finetune_many(
-        model, others.splits, init=others.scaled, n_train=options.n_train, generator=_fresh(options), **how
+    # all in one training: a step reads the model's weights once, whatever the number of relations
+    together = finetune_many(
+        model,
+        {relation.name: split, **others.splits},
+        init=[vector, *others.scaled],
+        n_train=options.n_train,
+        epochs=options.epochs,
+        template=options.template,
+        generator=_fresh(options),
+        progress=progress,
     )
-    return run, list(finished(many).vectors)
+    run, *rest = finished(together)
+    return run, [other.vector for other in rest if isinstance(other.vector, FunctionVector)]
 
 
 def _tuned(model: Any, split: Split, options: RunOptions, run: FineTuned, others: Sequence[FunctionVector]) -> Tuned:

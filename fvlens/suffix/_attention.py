@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fvlens.suffix._scratch import Scratch
+
 
 @dataclass(frozen=True, slots=True)
 class Keys:
@@ -31,11 +33,12 @@ def attend(
     k: Float[Tensor, "prompt variant suffix kv d_head"],
     v: Float[Tensor, "prompt variant suffix kv d_head"],
     keys: Keys,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "prompt variant suffix head d_head"]:
     """Mixed values of suffix variants, which share the prefix of their prompt and have a suffix of their own."""
     if q.shape[1] == 1 and not keys.cap:
         return _alone(q[:, 0], k[:, 0], v[:, 0], keys)[:, None]
-    return _shared(q, k, v, keys)
+    return _shared(q, k, v, keys, scratch)
 
 
 def _alone(
@@ -67,6 +70,7 @@ def _shared(
     k: Float[Tensor, "prompt variant suffix kv d_head"],
     v: Float[Tensor, "prompt variant suffix kv d_head"],
     keys: Keys,
+    scratch: Scratch | None,
 ) -> Float[Tensor, "prompt variant suffix head d_head"]:
     """Many variants a prompt: one product with the prefix for all of them, one with each one's own suffix."""
     n_prompts, n_variants, n_suffix, n_heads, d_head = q.shape
@@ -75,13 +79,14 @@ def _shared(
     old_keys, old_values = keys.kept.split(n_kv, dim=1)
     # [prompt kv variant*suffix*group d_head]: the queries of a key head, one after another
     grouped = q.view(n_prompts, n_variants, n_suffix, n_kv, group, d_head).permute(0, 3, 1, 2, 4, 5)
-    asked = (grouped * keys.scale).reshape(n_prompts, n_kv, -1, d_head)
-    to_prefix = asked @ old_keys.mT
+    asked = grouped.reshape(n_prompts, n_kv, -1, d_head)
+    to_prefix = asked @ (old_keys * keys.scale).mT
     own = asked.view(n_prompts, n_kv, n_variants, n_suffix * group, d_head)
-    k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # prompt kv variant suffix d_head
+    k, v = (k * keys.scale).permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # prompt kv variant suffix d_head
     # a product of one row with one column each is faster as a sum
     to_suffix = (own * k).sum(dim=-1).flatten(2)[..., None] if n_suffix == 1 else (own @ k.mT).flatten(2, 3)
-    scores = torch.cat([to_prefix, to_suffix], dim=-1)
+    work = scratch if scratch is not None and scratch.takes(q) else None
+    scores = _side_by_side(to_prefix, to_suffix, work, n_heads)
     if keys.cap:
         scores = keys.cap * torch.tanh(scores / keys.cap)
     allowed = keys.allowed
@@ -90,12 +95,22 @@ def _shared(
     if allowed is not None:
         hidden = ~allowed[:, None, None, :, None].expand(-1, 1, n_variants, -1, group, -1).flatten(2, 4)
         scores = scores.masked_fill(hidden, -torch.inf)
-    pattern = scores.softmax(dim=-1)
+    # over themselves where nothing needs the scores again
+    pattern = scores.softmax(dim=-1) if work is None else torch.softmax(scores, dim=-1, out=scores)
     z = pattern[..., :n_prefix] @ old_values
     mine = pattern[..., n_prefix:].view(n_prompts, n_kv, n_variants, n_suffix * group, n_suffix)
-    z = z.view_as(own) + (mine * v if n_suffix == 1 else mine @ v)
+    z = torch.addcmul(z.view_as(own), mine, v) if n_suffix == 1 else z.view_as(own) + mine @ v
     z = z.view(n_prompts, n_kv, n_variants, n_suffix, group, d_head).permute(0, 2, 3, 1, 4, 5)
     return z.reshape(n_prompts, n_variants, n_suffix, n_heads, d_head)
+
+
+def _side_by_side(left: Tensor, right: Tensor, scratch: Scratch | None, n_heads: int) -> Tensor:
+    """Scores of both along the last axis."""
+    if scratch is None:
+        return torch.cat([left, right], dim=-1)
+    width = left.shape[-1] + right.shape[-1]
+    out = scratch.rows("scores", left.shape[:-1].numel(), width, left, each=n_heads)
+    return torch.cat([left, right], dim=-1, out=out.view(*left.shape[:-1], width))
 
 
 def later_hidden(n_keys: int, n_queries: int, device: torch.device) -> Bool[Tensor, "query key"]:

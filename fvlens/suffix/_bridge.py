@@ -21,6 +21,7 @@ from fvlens.interventions import acting, hooked, resid_hook, resid_pre_hook, z_h
 from fvlens.suffix._edits import Edit, SiteEdits, Variant
 from fvlens.suffix._layout import is_half, wide_logits
 from fvlens.suffix._run import SuffixRun, row_edits
+from fvlens.suffix._scratch import Scratch
 
 
 class _FrozenLayer(DynamicLayer):
@@ -64,7 +65,9 @@ class BridgeRun(SuffixRun):
     def _cache(self, take: Any) -> dict[str, Any]:
         return {name: tuple(take(tensor) for tensor in getattr(self, name)) for name in ("keys", "values")}
 
-    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
+    def _block(
+        self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits, scratch: Scratch | None = None
+    ) -> Tensor:
         model = self.model
         resid = self.resid_in_block(layer, active, n_fresh)
         n_prompts, n_variants = resid.shape[:2]
@@ -81,7 +84,9 @@ class BridgeRun(SuffixRun):
             )
         return after.to(resid.device).unflatten(0, (n_prompts, n_variants))
 
-    def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    def logits(
+        self, resid: Float[Tensor, "*rows d_model"], scratch: Scratch | None = None
+    ) -> Float[Tensor, "*rows d_vocab"]:
         model = self.model
         flat = resid.reshape(-1, 1, resid.shape[-1])
         last = resid_hook(model.cfg.n_layers - 1)

@@ -13,6 +13,7 @@ from fvlens.suffix._attention import Keys, allowed_keys, attend, attend_within
 from fvlens.suffix._edits import SiteEdits
 from fvlens.suffix._layout import Block, Layout, is_half, rotated, wide_logits
 from fvlens.suffix._run import SuffixRun, row_edits
+from fvlens.suffix._scratch import Scratch
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix
 
 
@@ -70,11 +71,21 @@ class Walk:
         return max(0.0, self.cfg.attn_scores_soft_cap or 0.0)
 
     def heads(
-        self, block: Block, x: Float[Tensor, "row d_model"], shape: Sequence[int], rotations: Sequence[Any]
+        self,
+        block: Block,
+        resid: Float[Tensor, "row d_model"],
+        shape: Sequence[int],
+        rotations: Sequence[Any],
+        scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``[*shape heads d_head]``, normed and rotated where the model does so."""
+        """Queries, keys and values ``[*shape heads d_head]`` of what goes into a block, normed and rotated as it does.
+
+        From ``scratch`` they are there till the next block.
+        """
         n_heads, n_kv = self.cfg.n_heads, self.cfg.n_key_value_heads or self.cfg.n_heads
-        together = block.qkv(x).view(*shape, n_heads + 2 * n_kv, self.cfg.d_head)
+        together = block.qkv(block.ln1(resid, scratch), scratch, "qkv").view(
+            *shape, n_heads + 2 * n_kv, self.cfg.d_head
+        )
         if block.qk_norm is not None:
             q, k, v = together.split([n_heads, n_kv, n_kv], dim=-2)
             q, k = block.qk_norm[0](q), block.qk_norm[1](k)
@@ -85,20 +96,25 @@ class Walk:
         if block.rotary is not None:
             assert qk is not None
             cos, sin = rotations[block.rotary]
-            q, k = rotated(qk, cos, sin, self.cfg.rotary_adjacent_pairs).split([n_heads, n_kv], dim=-2)
+            q, k = rotated(qk, cos, sin, self.cfg.rotary_adjacent_pairs, scratch).split([n_heads, n_kv], dim=-2)
         return q, k, v
 
     def finish(
-        self, block: Block, resid: Float[Tensor, "row d_model"], z: Float[Tensor, "row z"]
+        self,
+        block: Block,
+        resid: Float[Tensor, "row d_model"],
+        z: Float[Tensor, "row z"],
+        scratch: Scratch | None = None,
     ) -> Float[Tensor, "row d_model"]:
         """Everything of a block after its heads' mixed values."""
-        attn_out = block.out(z)
+        attn_out = block.out(z, scratch, "attn_out")
         if block.after_attention is not None:
             attn_out = block.after_attention(attn_out)
         middle = resid + attn_out
         if block.mlp is None or block.ln2 is None:
             return middle
-        return middle + block.mlp(block.ln2(resid if self.cfg.parallel_attn_mlp else middle))
+        mlp_out = block.mlp(block.ln2(resid if self.cfg.parallel_attn_mlp else middle, scratch), scratch)
+        return middle + mlp_out if middle.requires_grad else middle.add_(mlp_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +142,31 @@ class WeightsRun(SuffixRun):
         block = self.layout.blocks[layer]
         return Keys(self.kept[:, layer - self.from_layer], self.walk.allowed[block.window], block.scale, self.walk.cap)
 
-    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
+    def _block(
+        self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits, scratch: Scratch | None = None
+    ) -> Tensor:
         block, walk = self.layout.blocks[layer], self.walk
         zs, resids = [], []
         if active is not None:
-            x = block.ln1(active.reshape(-1, active.shape[-1]))
+            rows = active.reshape(-1, active.shape[-1])
             rotations = [(cos[:, None], sin[:, None]) for cos, sin in walk.rotations]  # alike for all variants
-            q, k, v = walk.heads(block, x, active.shape[:3], rotations)
-            zs.append(attend(q, k, v, self.keys(layer)))
+            q, k, v = walk.heads(block, rows, active.shape[:3], rotations, scratch)
+            zs.append(attend(q, k, v, self.keys(layer), scratch))
             resids.append(active)
         if n_fresh:
             zs.append(self.kept_z(layer)[:, None].expand(-1, n_fresh, -1, -1, -1))
             resids.append(self.resid_before(layer)[:, None].expand(-1, n_fresh, -1, -1))
         z = edits.apply(zs[0] if len(zs) == 1 else torch.cat(zs, dim=1))
         resid = resids[0] if len(resids) == 1 else torch.cat(resids, dim=1)
-        return walk.finish(block, resid.reshape(-1, resid.shape[-1]), z.flatten(3).flatten(0, 2)).view(resid.shape)
+        rows = resid.reshape(-1, resid.shape[-1])
+        return walk.finish(block, rows, z.flatten(3).flatten(0, 2), scratch).view(resid.shape)
 
-    def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    def logits(
+        self, resid: Float[Tensor, "*rows d_model"], scratch: Scratch | None = None
+    ) -> Float[Tensor, "*rows d_vocab"]:
         layout = self.layout
-        flat = layout.final(resid.reshape(-1, resid.shape[-1]))
-        return layout.unembed(flat).view(*resid.shape[:-1], -1)
+        flat = layout.final(resid.reshape(-1, resid.shape[-1]), scratch)
+        return layout.unembed(flat, scratch).view(*resid.shape[:-1], -1)
 
     def steps(self, layer: int) -> SteeredSuffix:
         return LaidOutSteps(self, layer)
@@ -154,6 +175,8 @@ class WeightsRun(SuffixRun):
 @dataclass(frozen=True, slots=True)
 class Passed:
     """A block that whole prompts have gone through.
+
+    Keys, values and z are there till the next block comes.
 
     Attributes:
         layer: the block.
@@ -214,8 +237,9 @@ def passes(
     def spread(x: Float[Tensor, "_row ..."]) -> Float[Tensor, "prompt pos ..."]:
         return x[places] if is_shared else x.view(*places.shape, *x.shape[1:])
 
+    scratch = Scratch()
     for layer, block in enumerate(layout.blocks):
-        q, k, v = (spread(x) for x in walk.heads(block, block.ln1(resid), (len(resid),), rotations))
+        q, k, v = (spread(x) for x in walk.heads(block, resid, (len(resid),), rotations, scratch))
         is_last = layer == cfg.n_layers - 1
         if is_last:
             q, resid = q[:, -n_last:], resid[places[:, -n_last:].flatten()]
@@ -225,7 +249,7 @@ def passes(
             allowed = allowed[:, -q.shape[1] :]
         z = attend_within(q, k, v, allowed, scale=block.scale, cap=walk.cap)
         rows = z.reshape(-1, cfg.n_heads * cfg.d_head)
-        after = walk.finish(block, resid, rows[first] if is_shared and not is_last else rows)
+        after = walk.finish(block, resid, rows[first] if is_shared and not is_last else rows, scratch)
         yield Passed(layer, k, v, z, resid, after, places)
         resid = after
         del q, k, v, z, rows, after  # not beside those of the next block
@@ -331,10 +355,14 @@ class CachedRun(SuffixRun):
     def _cache(self, take: Any) -> dict[str, Any]:
         return {name: tuple(take(tensor) for tensor in getattr(self, name)) for name in ("keys", "values")}
 
-    def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    def logits(
+        self, resid: Float[Tensor, "*rows d_model"], scratch: Scratch | None = None
+    ) -> Float[Tensor, "*rows d_vocab"]:
         return unembedded(self.model, resid)
 
-    def _block(self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits) -> Tensor:
+    def _block(
+        self, layer: int, active: Tensor | None, n_fresh: int, edits: SiteEdits, scratch: Scratch | None = None
+    ) -> Tensor:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 

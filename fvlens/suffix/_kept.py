@@ -50,7 +50,7 @@ class SteeredPrompts:
         *,
         path: Route,
         max_memory: int | None = None,
-        most: int = 512,
+        most: int = 256,
     ) -> None:
         self.model, self.layer = model, layer
         self.path: Route = path

@@ -10,7 +10,7 @@ weight out when it comes to it, as the class itself does, and the result says so
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fvlens.models import is_kept, of_weights
+from fvlens.suffix._scratch import Scratch
 
-FEW_ROWS, WIDE = 16, 256
-"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: two to three
-times as fast, since its time goes into reading the weight. In narrower models it would only change the rounding."""
 
-Function = Callable[[Tensor], Tensor]
+def _reads_few_rows_fast() -> bool:
+    """Whether this processor's plain products of few rows are as fast as those that are turned over."""
+    described = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.backends.mkl.is_available() and str(described.get("cpu_name", "")).startswith("Intel")
+
+
+FEW_ROWS, WIDE = 0 if _reads_few_rows_fast() else 16, 256
+"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: MKL reads the
+weight so two to three times as fast on processors of other makers, and more slowly on Intel's own, where there are no
+such rows. In narrower models it would only change the rounding. ``tests/benchmarks/few_rows.py`` measures it."""
+
+Function = Callable[..., Tensor]
+"""Of rows; those with wide results take a :class:`Scratch` as well."""
 
 
 # --- products ---
@@ -68,8 +78,14 @@ class Product:
     parts: tuple[Tensor, ...] = ()
     compute: torch.dtype | None = None
 
-    def __call__(self, x: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
+    def __call__(
+        self, x: Float[Tensor, "row in"], scratch: Scratch | None = None, name: str = ""
+    ) -> Float[Tensor, "row out"]:
+        """The product, written to ``scratch`` by this name where one is given and nothing needs a gradient."""
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight()
+        if scratch is not None and self.compute is None and scratch.takes(x):
+            out = scratch.rows(name, len(x), len(weight), x)
+            return torch.mm(x, weight.T, out=out) if self.bias is None else torch.addmm(self.bias, x, weight.T, out=out)
         if self.compute is not None:
             product = F.linear(x.to(self.compute), weight).to(x.dtype)
         elif 1 < len(x) <= FEW_ROWS and weight.shape[1] >= WIDE and weight.is_contiguous():
@@ -151,10 +167,19 @@ def rotated(
     cos: Float[Tensor, "*#rows 1 rotary_dim"],
     sin: Float[Tensor, "*#rows 1 rotary_dim"],
     adjacent: bool,
+    scratch: Scratch | None = None,
 ) -> Float[Tensor, "*rows head d_head"]:
     """Queries or keys rotated by their positions; only the first ``rotary_dim`` numbers of a head are."""
     n = cos.shape[-1]
     turned = x[..., :n]
+    if scratch is not None and scratch.takes(x) and not adjacent:  # the same without new tensors
+        found = scratch.rows("rotated", x.shape[:-1].numel(), x.shape[-1], x).view(x.shape)
+        half = n // 2
+        torch.mul(turned, cos, out=found[..., :n])
+        found[..., :half].addcmul_(turned[..., half:], sin[..., :half], value=-1)
+        found[..., half:n].addcmul_(turned[..., :half], sin[..., half:])
+        found[..., n:] = x[..., n:]
+        return found
     if adjacent:
         flipped = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
     else:
@@ -235,7 +260,7 @@ def _products(block: Block) -> list[Product]:
     return [block.qkv, block.out, *getattr(block.mlp, "products", ())]
 
 
-def _same(x: Tensor) -> Tensor:
+def _same(x: Tensor, scratch: Scratch | None = None) -> Tensor:
     return x
 
 
@@ -311,21 +336,29 @@ def _norm(norm: Any) -> Function:
     if isinstance(norm, torch.nn.Identity):
         return _same
     if type(norm) not in (LayerNorm, RMSNorm):
-        return lambda x: norm(x[None])[0]  # modules of the class's own take three axes
+        return lambda x, scratch=None: norm(x[None])[0]  # modules of the class's own take three axes
     weight, shape, eps = norm.w.detach(), norm.w.shape, norm.eps
     bias = norm.b.detach() if type(norm) is LayerNorm else None
     if is_half(weight.dtype):  # normalised in single precision, rounded, and only then scaled
 
-        def rounded(x: Tensor) -> Tensor:
+        def rounded(x: Tensor, scratch: Scratch | None = None) -> Tensor:
             wide = x.float()
             plain = F.rms_norm(wide, shape, eps=eps) if bias is None else F.layer_norm(wide, shape, eps=eps)
             scaled = plain.to(weight.dtype) * weight
             return scaled if bias is None else scaled + bias
 
         return rounded
-    if bias is None:
-        return lambda x: F.rms_norm(x, shape, weight, eps)
-    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    if bias is not None:
+        return lambda x, scratch=None: F.layer_norm(x, shape, weight, bias, eps)
+
+    def rms_norm(x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        if scratch is None or not scratch.takes(x) or x.ndim != 2:
+            return F.rms_norm(x, shape, weight, eps)
+        found = scratch.rows("normed", *x.shape, x)  # PyTorch's own is the same in three new tensors
+        scale = torch.mul(x, x, out=found).mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        return torch.mul(x, scale, out=found).mul_(weight)
+
+    return rms_norm
 
 
 class _PlainMLP:
@@ -337,8 +370,8 @@ class _PlainMLP:
         self.out = _product([mlp.W_out], mlp.b_out, compute, copied)
         self.products = (self.into, self.out)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.out(self.act(self.into(x)))
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return self.out(self.act(self.into(x, scratch, "hidden")), scratch, "mlp_out")
 
 
 class _GatedMLP:
@@ -351,10 +384,13 @@ class _GatedMLP:
         self.bias = mlp.b_in.detach() if bool(mlp.b_in.any()) else None
         self.products = (self.into, self.out)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.into(x).chunk(2, dim=1)
-        hidden = self.act(gate) * up
-        return self.out(hidden if self.bias is None else hidden + self.bias)
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        gate, up = self.into(x, scratch, "hidden").chunk(2, dim=1)
+        if self.act is F.silu and not x.requires_grad:
+            hidden = F.silu(gate, inplace=True).mul_(up)
+        else:
+            hidden = self.act(gate) * up
+        return self.out(hidden if self.bias is None else hidden + self.bias, scratch, "mlp_out")
 
 
 def _activation(mlp: Any) -> Function:
@@ -372,7 +408,7 @@ def _mlp(block: Any, compute: torch.dtype | None, copied: bool) -> Function:
     kinds = {MLP: _PlainMLP, GatedMLP: _GatedMLP}
     mlp = block.mlp
     if type(mlp) not in kinds or getattr(mlp, "ln", None) is not None:
-        return lambda x: block.apply_mlp(x[None])[0]
+        return lambda x, scratch=None: block.apply_mlp(x[None])[0]
     made = kinds[type(mlp)](mlp, compute, copied)
     return _Normed(made, _norm(block.ln2_post)) if block.cfg.use_normalization_before_and_after else made
 
@@ -383,8 +419,12 @@ class _Normed:
     def __init__(self, mlp: Any, norm: Function) -> None:
         self.mlp, self.norm, self.products = mlp, norm, mlp.products
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(self.mlp(x))
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return self.norm(self.mlp(x, scratch))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _unembedding(model: Any, compute: torch.dtype | None, copied: bool) -> tuple[Function, int]:
@@ -392,12 +432,16 @@ def _unembedding(model: Any, compute: torch.dtype | None, copied: bool) -> tuple
     weight, bias = model.unembed.W_U.detach(), model.unembed.b_U.detach()
     size = 0
     if is_half(weight.dtype):
-        linear: Function = lambda x: wide_logits(x, weight, bias)  # noqa: E731 (one of two alternatives)
+        linear: Function = lambda x, scratch=None: wide_logits(x, weight, bias)  # noqa: E731 (one of two alternatives)
     else:
         product = _product([weight], bias, compute, copied)
-        linear = product
-        size = product.weight.numel() * product.weight.element_size() if isinstance(product.weight, Tensor) else 0
+        embedding = model.embed.W_E.detach()
+        if compute is None and isinstance(product.weight, Tensor) and _equal(product.weight, embedding):
+            linear = replace(product, weight=embedding)  # tied: laid out already
+        else:
+            linear = product
+            size = product.weight.numel() * product.weight.element_size() if isinstance(product.weight, Tensor) else 0
     cap = model.cfg.output_logits_soft_cap
     if cap is None or cap <= 0:
         return linear, size
-    return lambda x: cap * torch.tanh(linear(x) / cap), size
+    return lambda x, scratch=None: cap * torch.tanh(linear(x, scratch) / cap), size

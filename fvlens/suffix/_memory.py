@@ -26,10 +26,10 @@ Weights = Literal["copied", "laid out at each call"]
 
 _MOST_ROWS = 128
 """Rows of an automatic batch at most: more is no faster (see tests/benchmarks/test_cost.py)."""
-_WIDEST = 8 * 1024 * 1024
+_WIDEST = 32 * 1024 * 1024
 """Bytes of a block's widest activation in an automatic batch of plain passes, on a CPU: wider ones leave its caches and
 are taken from the system anew at each operation."""
-_MOST_LOGITS = 64 * 1024 * 1024
+_MOST_LOGITS = 16 * 1024 * 1024
 """Numbers in one slice of logits at most."""
 
 

@@ -14,6 +14,7 @@ from fvlens.interventions import z_hook
 from fvlens.metrics import best_token, rank
 from fvlens.suffix._edits import Edit, SiteEdits, Variant, check_variants, joining
 from fvlens.suffix._routes import Route
+from fvlens.suffix._scratch import Scratch
 from fvlens.types import Head
 
 if TYPE_CHECKING:
@@ -115,11 +116,12 @@ class SuffixRun(abc.ABC):
         places = [places[i] for i in order]
         active: Tensor | None = None  # of the first variants in this order, those that have joined
         n_active = 0
+        scratch = Scratch(self.n_prompts * len(variants) * self.n_suffix)
         for layer in range(places[0][0] if places else n_layers, n_layers):
             inside, behind = places.count((layer, 0)), places.count((layer, 1))
             n_active += inside
             if n_active:
-                active = self._block(layer, active, inside, SiteEdits.of(ordered[:n_active], layer, "z"))
+                active = self._block(layer, active, inside, SiteEdits.of(ordered[:n_active], layer, "z"), scratch)
             if behind:
                 active = _joined(active, self.resid_after(layer), behind)
                 n_active += behind
@@ -138,7 +140,12 @@ class SuffixRun(abc.ABC):
 
     @abc.abstractmethod
     def _block(
-        self, layer: int, active: Float[Tensor, "prompt joined suffix d_model"] | None, n_fresh: int, edits: SiteEdits
+        self,
+        layer: int,
+        active: Float[Tensor, "prompt joined suffix d_model"] | None,
+        n_fresh: int,
+        edits: SiteEdits,
+        scratch: Scratch | None = None,
     ) -> Float[Tensor, "prompt variant suffix d_model"]:
         """The residual stream after a block, of variants on their way and then of ``n_fresh`` that join inside it.
 
@@ -148,6 +155,7 @@ class SuffixRun(abc.ABC):
             n_fresh: variants that join here: their residual stream before the block, and their z before the edits, are
                 the kept ones.
             edits: of z, for all these variants.
+            scratch: memory to work in.
         """
 
     def continue_from(
@@ -183,8 +191,10 @@ class SuffixRun(abc.ABC):
     # -- outcomes -----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def logits(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        """Final norm and unembedding of residual streams after the last layer."""
+    def logits(
+        self, resid: Float[Tensor, "*rows d_model"], scratch: Scratch | None = None
+    ) -> Float[Tensor, "*rows d_vocab"]:
+        """Final norm and unembedding of residual streams after the last layer; from ``scratch`` till its next use."""
 
     def outcomes(
         self,
@@ -204,12 +214,13 @@ class SuffixRun(abc.ABC):
         wanted = targets.repeat_interleave(n_variants)
         rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
         ranks, logs, best = [], [], []
+        scratch = Scratch()
         for some, ids in zip(resid.flatten(0, 1).split(rows), wanted.split(rows), strict=True):
-            logits = self.logits(some)
+            logits = self.logits(some, scratch)
             ids = ids.to(logits.device)
             ranks.append(rank(logits, ids).cpu())
-            logs.append(_log_probs(logits, ids).cpu())
             best.append(best_token(logits).cpu())
+            logs.append(_log_probs(logits, ids).cpu())
             del logits  # not beside those of the next slice
         ours, chances, likeliest = (torch.cat(parts).view(-1, n_variants) for parts in (ranks, logs, best))
         return ours, chances, likeliest
@@ -239,8 +250,9 @@ class SuffixRun(abc.ABC):
             return found
         rows = at_once or max(1, _LOGIT_SLICE // self.model.cfg.d_vocab)
         parts = []
+        scratch = Scratch()
         for some, ids in zip(resid[scored].split(rows), wanted[scored].split(rows), strict=True):
-            logits = self.logits(some)
+            logits = self.logits(some, scratch)
             parts.append(_log_probs(logits, ids.to(logits.device)).to(targets.device))
             del logits  # not beside those of the next slice
         return found.masked_scatter(scored.to(targets.device), torch.cat(parts))
@@ -255,9 +267,14 @@ def _joined(active: Tensor | None, kept: Float[Tensor, "prompt suffix d_model"],
 
 
 def _log_probs(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """Log-probability of one token a row, in float32 or wider."""
+    """Log-probability of one token a row, in float32 or wider; without a gradient the logits are used up for it."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    wanted = logits.gather(-1, tokens[:, None])[:, 0]
+    if logits.requires_grad:
+        return wanted - logits.logsumexp(dim=-1)
+    largest = logits.amax(dim=-1, keepdim=True)
+    largest = largest.where(largest.isfinite(), 0)
+    return wanted - (logits.sub_(largest).exp_().sum(dim=-1).log() + largest[:, 0])
 
 
 def row_edits(edits: SiteEdits, layer: int, n_prompts: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def packed(parts: "Sequence[tuple[LaidOutSteps, Tensor, Tensor]]") -> Float[Tens
     shapes = [after.shape[:2] for after, *_ in ready]
     for layer in first.upper:
         block = layout.blocks[layer]
-        heads = walk.heads(block, block.ln1(resid), (len(resid),), rotations)
+        heads = walk.heads(block, resid, (len(resid),), rotations)
         pieces = zip(*(x.split([n * s for n, s in shapes]) for x in heads), strict=True)
         zs = []
         for (q, k, v), (n, s), (_, kept, allowed, own, _) in zip(pieces, shapes, ready, strict=True):

@@ -19,7 +19,7 @@ from fvlens.training._trainable import frozen
 Edit = Callable[[Tensor], Tensor | None]
 """The activation at a hook -> a new one, or None to leave it."""
 
-_MOST_ROWS = 512
+_MOST_ROWS = 256
 """What a batch costs at most, in answer tokens of kept prompts or in whole prompts: more is no faster."""
 
 
