@@ -18,6 +18,7 @@ from fvlens import models
 from fvlens.models import _looks, fingerprint, refresh
 from fvlens.suffix import Edit, _layout, laid_out, run_prefix
 from fvlens.suffix._layout import is_laid_out
+from fvlens.suffix._scratch import Scratch
 
 pytestmark = needs_hooked  # a bridge has no laid-out weights
 
@@ -419,3 +420,40 @@ def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(
     torch.testing.assert_close(gradient, wanted)
     torch.testing.assert_close(product(x.detach()), expected)
     assert (type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward") == (1 < n_rows <= few)
+
+
+# --- memory that is written to again ---
+
+
+def test_results_without_gradients_share_memory_and_all_others_do_not(generator):
+    scratch = Scratch(4)
+    product = _layout._product([torch.randn(3, 5, generator=generator)], None, None, True)
+    x, y = torch.randn(2, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    first = product(x, scratch, "a")
+    torch.testing.assert_close(first, product(x))
+    kept = first.clone()
+    other = product(y, scratch, "b")
+    assert torch.equal(first, kept)  # another name, another place
+    second = product(y, scratch, "a")
+    assert second.data_ptr() == first.data_ptr()
+    assert other.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(second, product(y))
+    with_gradient = product(y.requires_grad_(), scratch, "a")
+    assert with_gradient.requires_grad
+    assert torch.equal(second, other)
+    with torch.inference_mode():
+        product(x, scratch, "a")
+    product(x, scratch, "a")  # inference tensors stay their own
+    wide = scratch.rows("a", 9, 5, x)
+    assert wide.shape == (9, 5)
+
+
+def test_a_layout_takes_the_embedding_for_a_tied_unembedding():
+    model = build("grouped-query")
+    untied = _layout.laid_out(model)
+    with torch.no_grad():
+        model.embed.W_E.copy_(model.unembed.W_U.T)
+    tied = _layout.laid_out(model)
+    assert tied is not untied
+    assert untied.n_bytes - tied.n_bytes == model.unembed.W_U.numel() * model.unembed.W_U.element_size()
+    assert tied.unembed.weight.data_ptr() == model.embed.W_E.data_ptr()
