@@ -25,6 +25,7 @@ from fvlens.relations import Pair, Relation, Split
 from fvlens.suffix import has_hooks
 from fvlens.training import (
     CrossEntropy,
+    DistributedChange,
     FineTunedSet,
     History,
     Settings,
@@ -1082,36 +1083,37 @@ def test_trainable_vectors_take_vectors_and_tensors(small):
             TrainableVector.__init__.__wrapped__(TrainableVector.__new__(TrainableVector), init)
 
 
-def distributed(model, seed=0):
-    heads = [(0, 2), (2, 1), (2, 3)]
+def distributed(model, seed=0, heads=((0, 2), (2, 1), (2, 3))):
     values = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
     for head in heads:
         values[head] = 0.1 * torch.randn(model.cfg.d_head, generator=seeded(seed + sum(head)))
     return DistributedVector(values, tuple(fvlens.Head(*head) for head in heads), "r", fingerprint(model))
 
 
+def plain_distributed_log_probs(model, pair, numbers, heads):
+    """Log-probability of each answer token with numbers added to heads, by hooks of our own."""
+    query, answer = tokenised(model, pair)
+
+    def add(z, hook):
+        z = z.clone()
+        for i, (layer, head) in enumerate(heads):
+            if hook.name.startswith(f"blocks.{layer}."):
+                z[0, len(query) - 1, head] = z[0, len(query) - 1, head] + numbers[i]
+        return z
+
+    hooks = [(z_hook(layer), add) for layer in sorted({layer for layer, _ in heads})]
+    with model.hooks(fwd_hooks=hooks):
+        logits = model(torch.tensor([[*query, *answer[:-1]]]))[0, len(query) - 1 :]
+    return logits.double().log_softmax(dim=-1)[torch.arange(len(answer)), torch.tensor(answer)]
+
+
 def plain_distributed(model, pairs, numbers, heads, *, lr, epochs):
-    """The same by hooks of our own, one prompt at a time."""
+    """The same training, one prompt at a time."""
     parameter = torch.stack([numbers[head] for head in heads]).clone().requires_grad_()
     optimiser = torch.optim.Adam([parameter], lr=lr)
     losses = []
     for _ in range(epochs):
-        total = 0.0
-        for pair in pairs:
-            query, answer = tokenised(model, pair)
-
-            def add(z, hook, query=query):
-                z = z.clone()
-                for i, (layer, head) in enumerate(heads):
-                    if hook.name.startswith(f"blocks.{layer}."):
-                        z[0, len(query) - 1, head] = z[0, len(query) - 1, head] + parameter[i]
-                return z
-
-            hooks = [(z_hook(layer), add) for layer in sorted({layer for layer, _ in heads})]
-            with model.hooks(fwd_hooks=hooks):
-                logits = model(torch.tensor([[*query, *answer[:-1]]]))[0, len(query) - 1 :]
-            chosen = logits.double().log_softmax(dim=-1)[torch.arange(len(answer)), torch.tensor(answer)]
-            total = total - chosen.sum() / len(pairs)
+        total = -sum(plain_distributed_log_probs(model, pair, parameter, heads).sum() for pair in pairs) / len(pairs)
         losses.append(float(total.detach()))
         optimiser.zero_grad()
         total.backward()
@@ -1119,14 +1121,44 @@ def plain_distributed(model, pairs, numbers, heads, *, lr, epochs):
     return parameter.detach(), losses
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_hooked), "bridge-llama"])
-def test_distributed_training_equals_a_plain_loop(models, name):
+@pytest.mark.parametrize("heads", [((0, 2), (2, 1), (2, 3)), ((1, 1),)], ids=["several layers", "one head"])
+@pytest.mark.parametrize("name, path", CASES)
+def test_losses_and_gradients_of_heads_equal_a_plain_forward(models, name, path, heads):
+    model = models(name)
+    trainable = TrainableDistributedVector(distributed(model, heads=heads))
+    prompts = SteerablePrompts.of(model, [Task("", PAIRS, (), 0)], "qa", layer=trainable.joins_after, path=path)
+    assert (prompts.path, trainable.joins_after) == (path, heads[0][0] - 1)
+    change = DistributedChange(prompts, trainable)
+    plain = trainable.values.detach().clone().requires_grad_()
+    with frozen(model):
+        rows, relation = torch.arange(len(PAIRS)), torch.zeros(len(PAIRS), dtype=torch.long)
+        readout = change.read(rows, relation, Wants(first=True))
+        readout.log_probs.sum().backward()
+        whole = change.read(rows, relation, Wants(hooks=(z_hook(2),)))  # what a hook sees is that of whole passes
+        logits = change.read(rows, relation, Wants(logits=True)).logits
+        expected = [plain_distributed_log_probs(model, pair, plain, heads) for pair in PAIRS]
+        sum(one.sum() for one in expected).backward()
+    tolerance = 1e-6 if next(model.parameters()).dtype == torch.float64 else 2e-5
+    for row, own in zip(readout.log_probs, expected, strict=True):
+        torch.testing.assert_close(row[: len(own)].double(), own, rtol=2 * tolerance, atol=0)
+    close(trainable.values.grad, plain.grad, tolerance)
+    assert plain.grad.norm(dim=1).min() > 1e-3
+    torch.testing.assert_close(whole.log_probs, readout.log_probs, rtol=2 * tolerance, atol=1e-6)
+    torch.testing.assert_close(logits[:, 0], readout.first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [*(pytest.param("gpt2", path, marks=needs_hooked) for path in ("weights", "kv")), ("bridge-llama", "kv")],
+)
+def test_distributed_training_equals_a_plain_loop(models, name, path):
     model = models(name)
     init = distributed(model)
-    tuned = finetune(model, TRAIN, init=init, generator=seeded(), **(HAND | dict(epochs=3)))
+    fastest = None if (name, path) != ("gpt2", "kv") else path
+    tuned = finetune(model, TRAIN, init=init, path=fastest, generator=seeded(), **(HAND | dict(epochs=3)))
     with frozen(model):
         numbers, losses = plain_distributed(model, TRAIN, init.values, init.heads, lr=0.05, epochs=3)
-    assert (tuned.path, tuned.relation, tuned.vector.kind) == ("naive", "r", "fine-tuned distributed")
+    assert (tuned.path, tuned.relation, tuned.vector.kind) == (path, "r", "fine-tuned distributed")
     # entry 0 is the start, and each epoch's one step saw the numbers before it
     torch.testing.assert_close(tuned.history.train_loss, torch.tensor([losses[0], *losses]), rtol=1e-5, atol=0)
     assert tuned.best_epoch == 3
@@ -1154,6 +1186,28 @@ def test_distributed_vector_by_hand(small):
         assert torch.equal(value, module.additions()[hook])
 
 
+@needs_hooked
+def test_heads_of_a_model_without_a_fast_path_take_whole_passes(models):
+    model = models("shortformer")
+    with pytest.warns(UserWarning, match="finetune takes whole forward passes, which is slow \\(positions shortformer"):
+        tuned = finetune(model, TRAIN, init=distributed(model), generator=seeded(), **HAND)
+    assert tuned.path == "naive"
+
+
+@needs_hooked
+def test_a_training_of_heads_by_whole_passes_goes_on_so(small, tmp_path):
+    """Version 0.1 trained heads by whole passes only, and its states say so."""
+    file = tmp_path / "state"
+    how = HAND | dict(epochs=3)
+    naive = finetune(small, TRAIN, init=distributed(small), path="naive", checkpoint=file, generator=seeded(), **how)
+    for state in (naive.state, file):
+        resumed = finetune(small, TRAIN, init=distributed(small), resume=state, generator=seeded(), **how)
+        assert resumed.path == "naive"
+        assert torch.equal(resumed.vector.values, naive.vector.values)
+    with pytest.raises(ValueError, match="finetune: the saved training has path 'naive', this one 'weights'"):
+        finetune(small, TRAIN, init=distributed(small), resume=file, path="weights", generator=seeded(), **how)
+
+
 def test_default_learning_rate_of_heads_is_a_share_of_their_z(small):
     init = distributed(small)
     seen = []
@@ -1176,8 +1230,11 @@ def test_distributed_errors(small, unchecked):
         TrainableDistributedVector(values)
     with pytest.raises(ValueError, match="TrainableDistributedVector: 1 heads, but 2 rows of numbers"):
         TrainableDistributedVector(values, heads=[(0, 0)], n_layers=3, n_heads=4)
-    with pytest.raises(ValueError, match="finetune: path='kv', but a distributed vector is trained by whole passes"):
-        finetune(small, TRAIN, init=init, path="kv", generator=seeded())
+    prompts = SteerablePrompts.of(small, [Task("", PAIRS, (), 0)], "qa", layer=0, path="naive")
+    with pytest.raises(
+        ValueError, match=r"first head is in layer 0, but .* kept up to layer 0; make them with layer=-1"
+    ):
+        DistributedChange(prompts, TrainableDistributedVector(init))
     with pytest.raises(ValueError, match="finetune: a distributed vector acts at its heads' own layers; leave layer="):
         finetune(small, TRAIN, init=init, layer=1, generator=seeded())
     with pytest.raises(ValueError, match="finetune: no training pairs of r"):

@@ -292,7 +292,7 @@ def test_a_result_leaves_the_training_as_it_is(tiny):
     heads = torch.zeros(tiny.cfg.n_layers, tiny.cfg.n_heads, tiny.cfg.d_head)
     init = DistributedVector(heads, (fvlens.Head(0, 1),), "r", fingerprint(tiny))
     tasks = [Task("r", PAIRS[:4], PAIRS[4:], 0)]
-    change = DistributedChange(PreparedPrompts.of(tiny, tasks), TrainableDistributedVector(init))
+    change = DistributedChange(SteerablePrompts.of(tiny, tasks, layer=-1), TrainableDistributedVector(init))
     training = Training(tasks, change, Settings(epochs=3, lr=0.5))
     train(training, epochs=2, progress=False)
     before = training.state().tensors["0.value"]

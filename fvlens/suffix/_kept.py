@@ -10,15 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from fvlens.suffix._edits import SiteEdits, Variant
 from fvlens.suffix._memory import Estimate, Weights, plan_slices, portions, power_above, room_for_kept
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
 from fvlens.suffix._run import SuffixRun, joined_runs
 from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_resid
 
+Added = Float[Tensor, "*row d_model"] | Variant
+"""A vector for all rows or one for each, added after the layer; or edits of heads' z in layers above it."""
+
 
 class SteeredPrompts:
     """Prompts with answers, kept for many runs with a vector added after one layer at their last token.
+
+    Instead of a vector, runs may take edits of heads in the layers above, which are made for all rows alike.
 
     Prompts whose answers have the same length lie together, so that none is padded to the longest: all of them in one
     slice, for a step takes rows from anywhere. Where that is more than may be kept, they lie in small slices: those
@@ -28,7 +34,7 @@ class SteeredPrompts:
         model: the model.
         tokens, mask: the prompts, left-padded.
         answers: the tokens of their answers, -1 behind the end.
-        layer: vectors are added after this layer.
+        layer: vectors are added after this layer; -1 for edits of heads from the first layer on.
         path: ``"weights"`` or ``"kv"``.
         max_memory: bytes for activations and what is kept; by default as :func:`plan_slices` for the former, and a
             third of what is free for the latter, which changes the order of rows, and so no more than their rounding.
@@ -165,13 +171,16 @@ class SteeredPrompts:
         return found[torch.cat([where for *_, where in parts]).argsort().to(found.device)]
 
     def _final(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+        self, rows: Int[Tensor, " row"], vectors: Added
     ) -> tuple[SteeredSuffix, Float[Tensor, "token d_model"], list[tuple[Tensor, int]]]:
         """Final residual streams of all tokens, and for each part its positions in ``rows`` and its answers' length."""
         parts = self._parts(rows)
+        order = [(where, steps.run.n_suffix) for steps, _, where in parts]
+        if isinstance(vectors, tuple):
+            ends = [_under_edits(steps.run.select(place), self.layer, vectors) for steps, place, _ in parts]
+            return parts[0][0], torch.cat([end.flatten(0, 2) for end in ends]), order
         vectors = vectors.to(self.answers.device)
         given = [vectors if vectors.ndim == 1 else vectors[where.to(vectors.device)] for *_, where in parts]
-        order = [(where, steps.run.n_suffix) for steps, _, where in parts]
         laid_out = [(steps, place) for steps, place, _ in parts if isinstance(steps, LaidOutSteps)]
         if len(laid_out) == len(parts):
             final = packed([(*part, own) for part, own in zip(laid_out, given, strict=True)])
@@ -181,16 +190,12 @@ class SteeredPrompts:
             final = torch.cat([steered_resid(run, self.layer, own).flatten(0, 2) for run, own in each])
         return parts[0][0], final, order
 
-    def first_logits(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row d_vocab"]:
+    def first_logits(self, rows: Int[Tensor, " row"], vectors: Added) -> Float[Tensor, "row d_vocab"]:
         """Logits at the prompts' last tokens, with one vector for all rows or one for each; differentiable."""
         steps, final, order = self._final(rows, vectors)
         return steps.run.logits(final[_firsts(order).to(final.device)])
 
-    def logits(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row answer_pos d_vocab"]:
+    def logits(self, rows: Int[Tensor, " row"], vectors: Added) -> Float[Tensor, "row answer_pos d_vocab"]:
         """Logits at the last tokens and behind the answers' tokens, 0 behind an answer's end; differentiable."""
         steps, final, order = self._final(rows, vectors)
         logits = steps.run.logits(final)
@@ -200,13 +205,13 @@ class SteeredPrompts:
         return padded.index_put((places,), logits).view(len(rows), width, -1)
 
     def read(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"], *, first: bool = False
+        self, rows: Int[Tensor, " row"], vectors: Added, *, first: bool = False
     ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"] | None]:
         """Log-probability of each answer token (nats, in float32, 0 behind the end), and logits at the last tokens.
 
         Args:
             rows: the prompts.
-            vectors: one for all of them, or one for each.
+            vectors: one for all of them, or one for each; or edits of heads.
             first: give the logits, too; None otherwise.
         """
         steps, final, order = self._final(rows, vectors)
@@ -224,6 +229,14 @@ class SteeredPrompts:
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
+
+
+def _under_edits(run: SuffixRun, layer: int, edits: Variant) -> Float[Tensor, "prompt 1 suffix d_model"]:
+    """Final residual streams under edits of heads' z in the layers above one; differentiable."""
+    resid = run.resid_after(layer)[:, None]
+    for upper in range(layer + 1, run.model.cfg.n_layers):
+        resid = run._block(upper, resid, 0, SiteEdits.of([edits], upper, "z"))
+    return resid
 
 
 def _round(n: int) -> int:

@@ -10,13 +10,13 @@ import torch
 
 from fvlens.interruption import keeping
 from fvlens.models import model_device
-from fvlens.prompts import Template
+from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pair, Relation, Split, load_relation
 from fvlens.suffix import Route, Weights
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._options import Execution, TrainingOptions, settled
-from fvlens.training._prepared import PreparedPrompts, SteerablePrompts, prompts_of
+from fvlens.training._prepared import SteerablePrompts, prompts_of
 from fvlens.training._set import VectorSet
 from fvlens.training._settings import History, Settings, Task
 from fvlens.training._state import TrainingState
@@ -184,7 +184,7 @@ def finetune(
         model: the model; its parameters, gradient flags and mode are as before afterwards.
         pairs: training pairs, about 20.
         init: what training starts from: a ``FunctionVector``, ``"zero"``, or a ``DistributedVector`` (each chosen head
-            then has numbers of its own, and training takes whole forward passes). For noise of the same norm give
+            then has numbers of its own). For noise of the same norm give
             ``fvlens.random_vector_like(vector, generator)``.
         layer: the vector is added after this layer; by default that of ``init``. Of several, the best on ``valid``.
         valid: validation pairs. Without them the last epoch is taken, and one layer must be given.
@@ -415,9 +415,7 @@ def _finetune_at(
     what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
     prompts = prompts_of(model, tasks, settings.template)
     with frozen(model):
-        kept = SteerablePrompts(model, prompts, layer, path=running.path, max_memory=running.max_memory)
-        if kept.path == "naive" and running.path is None:
-            warnings.warn(f"finetune takes whole forward passes, which is slow ({kept.why_slow}).", stacklevel=4)
+        kept = _kept(model, prompts, layer, running, stacklevel=5)
         training = Training(tasks, VectorChange(kept, trainable), settings)
         trained = _trained(training, running, what)
     runs = []
@@ -439,18 +437,29 @@ def _finetune_distributed(
     _want_pairs([task])
     if running.check:
         init.check(model)
-    if running.path not in (None, "naive"):
-        raise ValueError(
-            f"finetune: path={running.path!r}, but a distributed vector is trained by whole passes ('naive')."
-        )
+    if running.resume is not None and not isinstance(running.resume, TrainingState):
+        running = dataclasses.replace(running, resume=TrainingState.load(running.resume))
+    state = running.resume
+    if isinstance(state, TrainingState) and running.path is None and state.header.get("path") == "naive":
+        running = dataclasses.replace(running, path="naive")  # version 0.1 knew no other path
     trainable = TrainableDistributedVector(init).to(model_device(model))
     with frozen(model):
-        prompts = PreparedPrompts.of(model, [task], settings.template, max_memory=running.max_memory)
-        training = Training([task], DistributedChange(prompts, trainable), settings)
+        prompts = prompts_of(model, [task], settings.template)
+        kept = _kept(model, prompts, trainable.joins_after, running, stacklevel=4)
+        training = Training([task], DistributedChange(kept, trainable), settings)
         trained = _trained(training, running, f"fine-tuning {task.name or 'heads'}")
     outcome = trained.outcomes[0]
     vector = dataclasses.replace(outcome.result, complete=trained.complete)
-    return _fine_tuned(vector, task, outcome, settings, trained, prompts)
+    return _fine_tuned(vector, task, outcome, settings, trained, kept)
+
+
+def _kept(model: Any, prompts: Prompts, layer: int, running: Execution, *, stacklevel: int) -> SteerablePrompts:
+    """The prompts, kept up to the layer; with a warning where that has to be whole passes."""
+    kept = SteerablePrompts(model, prompts, layer, path=running.path, max_memory=running.max_memory)
+    if kept.path == "naive" and running.path is None:
+        told = f"finetune takes whole forward passes, which is slow ({kept.why_slow})."
+        warnings.warn(told, stacklevel=stacklevel)
+    return kept
 
 
 def _want_pairs(tasks: Sequence[Task]) -> None:
@@ -472,7 +481,7 @@ def _fine_tuned(
     outcome: Outcome,
     settings: Settings,
     trained: Trained,
-    prompts: PreparedPrompts,
+    prompts: SteerablePrompts,
 ) -> FineTuned:
     return FineTuned(
         vector=vector,

@@ -9,10 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens.interventions import hooked, resid_hook
+from fvlens.interventions import hooked, resid_hook, z_hook
 from fvlens.models import model_device
 from fvlens.prompts import PAD_ANSWER, Prompts, Template, build_prompts, with_answers
-from fvlens.suffix import Route, SteeredPrompts, Weights, choose_route, open_reader, plan_slices, portions, power_above
+from fvlens.suffix import (
+    Added,
+    Route,
+    SteeredPrompts,
+    Weights,
+    choose_route,
+    open_reader,
+    plan_slices,
+    portions,
+    power_above,
+)
 from fvlens.training._settings import Task
 from fvlens.training._trainable import frozen
 
@@ -151,12 +161,13 @@ class PreparedPrompts:
 class SteerablePrompts(PreparedPrompts):
     """Prompts that are scored with vectors added after one layer at their last token, kept where a path is exact.
 
-    Vectors are one for all rows, or one for each; everything is differentiable in them.
+    Vectors are one for all rows, or one for each; everything is differentiable in them. In their place may stand edits
+    of heads in layers above, one a layer, for all rows alike.
 
     Args:
         model: the model.
         prompts: the prompts, with their answers.
-        layer: vectors are added after this layer.
+        layer: vectors are added after this layer; -1 for edits of heads from the first layer on.
         path: ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: as for :class:`PreparedPrompts`.
 
@@ -192,28 +203,26 @@ class SteerablePrompts(PreparedPrompts):
             (there,) = self.found_at([resid_hook(self.layer)], rows).values()
         return float(there.float().square().mean().sqrt())
 
-    def edits(self, vectors: Float[Tensor, "*row d_model"]) -> dict[str, Edit]:
-        """What adding the vectors does to whole passes."""
+    def edits(self, vectors: Added) -> dict[str, Edit]:
+        """What adding the vectors, or to the heads, does to whole passes."""
+        if isinstance(vectors, tuple):
+            return {z_hook(edit.layer): self.at_last_token(edit.value) for edit in vectors}
         return {resid_hook(self.layer): self.at_last_token(vectors)}
 
-    def logits(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row answer_pos d_vocab"]:
+    def logits(self, rows: Int[Tensor, " row"], vectors: Added) -> Float[Tensor, "row answer_pos d_vocab"]:
         """Logits at the prompts' last tokens and behind the answers' tokens."""
         if self.kept is None:
             return self.whole_passes(rows, self.edits(vectors))
         return self.kept.logits(rows, vectors)
 
-    def log_probs(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row answer_pos"]:
+    def log_probs(self, rows: Int[Tensor, " row"], vectors: Added) -> Float[Tensor, "row answer_pos"]:
         """Log-probability of each answer token in nats, 0 behind the answer's end."""
         if self.kept is None:
             return self.of_answers(self.logits(rows, vectors), rows)
         return self.kept.read(rows, vectors)[0]
 
     def scores(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
+        self, rows: Int[Tensor, " row"], vectors: Added
     ) -> tuple[Float[Tensor, "row answer_pos"], Float[Tensor, "row d_vocab"]]:
         """The same, and the logits at the prompts' last tokens."""
         if self.kept is None:
@@ -223,9 +232,7 @@ class SteerablePrompts(PreparedPrompts):
         assert first is not None
         return logs, first
 
-    def first_logits(
-        self, rows: Int[Tensor, " row"], vectors: Float[Tensor, "*row d_model"]
-    ) -> Float[Tensor, "row d_vocab"]:
+    def first_logits(self, rows: Int[Tensor, " row"], vectors: Added) -> Float[Tensor, "row d_vocab"]:
         """Logits at the prompts' last tokens."""
         if self.kept is None:
             return self.logits(rows, vectors)[:, 0]

@@ -159,15 +159,24 @@ class TrainableDistributedVector(nn.Module):
         self.shape = (int(n_layers), int(n_heads))
         self.values = nn.Parameter(values.detach().float().clone())
 
-    def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
-        """What ``inject`` adds: zero to heads that were not chosen."""
+    @property
+    def joins_after(self) -> int:
+        """The layer below the first of the heads, up to which nothing depends on them; -1 below the model's first."""
+        return min(head.layer for head in self.heads) - 1
+
+    def by_layer(self) -> Mapping[int, Float[Tensor, "head d_head"]]:
+        """What is added to the z of each layer that has some of the heads: zero to heads that were not chosen."""
         found = {}
         for layer in sorted({head.layer for head in self.heads}):
             own = [i for i, head in enumerate(self.heads) if head.layer == layer]
             index = torch.tensor([self.heads[i].head for i in own], device=self.values.device)
             zeros = torch.zeros(self.shape[1], self.values.shape[1], device=self.values.device)
-            found[z_hook(layer)] = zeros.index_copy(0, index, self.values[own])
+            found[layer] = zeros.index_copy(0, index, self.values[own])
         return found
+
+    def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
+        """What ``inject`` adds: :meth:`by_layer`, by the name of the hook."""
+        return {z_hook(layer): value for layer, value in self.by_layer().items()}
 
     def check(self, model: Any) -> None:
         """Nothing to refuse: whether the shape fits, ``inject`` checks itself."""

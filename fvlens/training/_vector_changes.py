@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fvlens.interventions import z_hook
 from fvlens.models import fingerprint
+from fvlens.suffix import Added
+from fvlens.suffix import Edit as SuffixEdit
 from fvlens.training._change import Change, Readout, Wants, fill
-from fvlens.training._prepared import Edit, PreparedPrompts, SteerablePrompts
+from fvlens.training._prepared import Edit, SteerablePrompts
 from fvlens.training._settings import Task
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector
 from fvlens.vectors import DistributedVector, FunctionVector
@@ -28,8 +30,8 @@ class SteeringChange(Change):
         super().__init__(prompts)
 
     @abc.abstractmethod
-    def vectors(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Float[Tensor, "*row d_model"]:
-        """The vector of all rows, or of each."""
+    def vectors(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Added:
+        """The vector of all rows, or of each; or edits of heads, for all rows."""
 
     def edits(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Mapping[str, Edit]:
         return self.prompts.edits(self.vectors(rows, relation))
@@ -82,19 +84,32 @@ class VectorChange(SteeringChange):
         )
 
 
-class DistributedChange(Change):
-    """Numbers of their own for chosen heads, by whole forward passes."""
+class DistributedChange(SteeringChange):
+    """Numbers of their own for chosen heads.
 
-    def __init__(self, prompts: PreparedPrompts, trainable: TrainableDistributedVector) -> None:
+    Args:
+        prompts: the queries, kept below the first of the heads: ``layer=trainable.joins_after``.
+        trainable: the numbers.
+
+    Raises:
+        ValueError: prompts that are kept further up.
+    """
+
+    def __init__(self, prompts: SteerablePrompts, trainable: TrainableDistributedVector) -> None:
         super().__init__(prompts)
+        if prompts.layer > trainable.joins_after:
+            raise ValueError(
+                f"DistributedChange: the first head is in layer {trainable.joins_after + 1}, but the prompts are kept "
+                f"up to layer {prompts.layer}; make them with layer={trainable.joins_after}."
+            )
         self.trainable = trainable
 
     def parameters(self) -> list[list[nn.Parameter]]:
         return [[self.trainable.values]]
 
-    def edits(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Mapping[str, Edit]:
-        additions = self.trainable.additions()
-        return {name: self.prompts.at_last_token(value) for name, value in additions.items()}
+    def vectors(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> tuple[SuffixEdit, ...]:
+        """What is added to the heads' z, an edit a layer."""
+        return tuple(SuffixEdit(layer, "z", value) for layer, value in self.trainable.by_layer().items())
 
     def scale(self, rows: Int[Tensor, " row"]) -> float:
         """Root mean square of the heads' z."""
