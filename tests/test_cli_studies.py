@@ -24,8 +24,10 @@ def test_studies_are_listed_a_line_each(call):
     code, out, err = call("study")
     lines = [re.split(" {2,}", line) for line in out.splitlines()]
     assert (code, err) == (0, "")
-    assert [name for name, _ in lines][:5] == ["screening", "precision", "start", "fake", "training-size RELATION"]
-    assert lines[3][1] == "a study of nothing" and all(summary for _, summary in lines)
+    assert [name for name, _ in lines][:6] == [
+        "screening", "precision", "start", "compute", "fake", "training-size RELATION",
+    ]  # fmt: skip
+    assert lines[4][1] == "a study of nothing" and all(summary for _, summary in lines)
 
 
 def test_a_study_prints_and_writes_its_tables(call, tmp_path):
@@ -78,8 +80,9 @@ def test_options_of_other_studies_are_refused(refused, tmp_path):
         "study", "layer", "plural", "--jobs", 2, "--write", "--relations", "plural"
     )
     assert "study layer: expected the name of a relation" in refused("study", "layer")
-    assert "no study named 'nothing'; expected one of screening, precision, start, fake, training-size" in refused(
-        "study", "nothing"
+    assert (
+        "no study named 'nothing'; expected one of screening, precision, start, compute, fake, training-size"
+        in refused("study", "nothing")
     )
     assert "nosuch" in refused("study", "fake", "--relations", "nosuch", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

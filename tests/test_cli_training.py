@@ -78,8 +78,8 @@ def test_scale_study_multiplies_the_vector_itself(call, model, tmp_path):
 
 def test_study_refuses(refused, tmp_path):
     assert refused("study", "size", "plural") == (
-        "fvlens: no study named 'size'; expected one of screening, precision, start, training-size, layer, scale, l2, "
-        "init."
+        "fvlens: no study named 'size'; expected one of screening, precision, start, compute, training-size, layer, "
+        "scale, l2, init."
     )
     assert "--n-train: the number of training pairs is what this study varies; leave it out." in refused(
         "study", "training-size", "plural", "--n-train", 5

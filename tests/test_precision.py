@@ -22,9 +22,10 @@ from fvlens.models import fingerprint
 from fvlens.prompts import TokenClass
 from fvlens.studies import STUDIES, Settings, run_study
 from fvlens.studies import _precision as study_precision
-from fvlens.suffix import open_reader, run_prefix, steered_resid, wide_logits
+from fvlens.suffix import SteeredPrompts, open_reader, run_prefix, steered_resid, wide_logits
 from fvlens.suffix._layout import is_laid_out, laid_out
 from fvlens.suffix._memory import Estimate
+from fvlens.training import frozen, lora
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUTES = {"hooked": ("weights", "kv", "naive"), "bridge": ("kv", "naive")}
@@ -462,7 +463,55 @@ def test_products_in_bfloat16_come_near_and_are_recorded(name):
 
 
 @needs_hooked
-@pytest.mark.parametrize("of", ["effects", "scores"])
+def test_trainings_with_products_in_bfloat16_come_near_and_are_recorded(tmp_path):
+    """Vectors of the residual stream and of heads: near those of float32 products, and never unasked."""
+    model = loaded("hooked", "float32")
+    split = fvlens.load_relation("antonym").split(seeded())
+    values = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+    heads = fvlens.DistributedVector(values, (fvlens.Head(1, 0), fvlens.Head(2, 1)), "antonym", fingerprint(model))
+    for start in (dict(init="zero", layer=1), dict(init=heads)):
+        file = tmp_path / "state"
+        how = dict(valid=split.valid, epochs=6, progress=False, **start)
+        exact, near = (
+            fvlens.finetune(model, split.train[:20], generator=seeded(), compute=compute, checkpoint=path, **how)
+            for compute, path in ((None, None), (torch.bfloat16, file))
+        )
+        assert [(one.compute, one.path) for one in (exact, near)] == [(None, "weights"), ("bfloat16", "weights")]
+        for name in ("train_loss", "valid_loss"):
+            losses = [getattr(one.history, name) for one in (exact, near)]
+            assert losses[0].dtype == losses[1].dtype == torch.float32
+            assert 0 < (losses[0] - losses[1]).abs().max() < 0.15
+        mine, theirs = (
+            torch.cat([value.flatten() for value in one.vector.additions().values()]) for one in (exact, near)
+        )
+        assert 0 < (mine - theirs).norm() < 0.2 * mine.norm()
+        with pytest.raises(ValueError, match="finetune: the saved training has compute 'bfloat16', this one None"):
+            fvlens.finetune(model, split.train[:20], generator=seeded(), resume=file, **how)
+
+
+@needs_hooked
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_gradients_with_products_in_bfloat16_are_those_of_float32_nearly(compute):
+    """The yardstick is the same training step in float64; float32 is a thousand times nearer to it."""
+    exact, model = copy.deepcopy(loaded("hooked", "float32")).double(), loaded("hooked", "float32")
+    exact.cfg.dtype = torch.float64
+    pairs = fvlens.load_relation("antonym").pairs[:20]
+    prompts = fvlens.build_prompts(model, pairs, n_shots=0, generator=seeded())
+    rows, found = torch.arange(len(pairs)), []
+    for network, precision in ((exact, None), (model, compute)):
+        kept = SteeredPrompts(
+            network, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, 1, path="weights", compute=precision
+        )
+        vector = torch.full((network.cfg.d_model,), 0.1, requires_grad=True)
+        with frozen(network):
+            (gradient,) = torch.autograd.grad(kept.read(rows, vector)[0].sum(), vector)
+        found.append(gradient)
+    off = float((found[0] - found[1]).norm() / found[0].norm())
+    assert (1e-4 < off < 0.05) if compute is not None else off < 1e-4
+
+
+@needs_hooked
+@pytest.mark.parametrize("of", ["effects", "scores", "training"])
 def test_products_in_another_precision_are_refused_where_there_are_none(of):
     pairs = fvlens.load_relation("antonym").pairs[:6]
 
@@ -470,11 +519,14 @@ def test_products_in_another_precision_are_refused_where_there_are_none(of):
         model = loaded(backend, precision)
         if of == "scores":
             return fvlens.evaluate(model, pairs, generator=seeded(), **options)
+        if of == "training":
+            how = dict(init="zero", layer=1, epochs=1, progress=False)
+            return fvlens.finetune(model, pairs, generator=seeded(), **how, **options)
         prompts = built(model, 4)
         means = fvlens.mean_head_activations(model, prompts, progress=False)
         return fvlens.indirect_effects(model, prompts, means, progress=False, **options)
 
-    what = "evaluate" if of == "scores" else "indirect_effects"
+    what = {"effects": "indirect_effects", "scores": "evaluate", "training": "training"}[of]
     for backend, path, taken in (("hooked", "kv", "kv"), ("hooked", "naive", "naive"), ("bridge", None, "kv")):
         text = f"{what}: compute=torch.bfloat16 is for path='weights', but this takes '{taken}'"
         with pytest.raises(ValueError, match=text):
@@ -486,6 +538,9 @@ def test_products_in_another_precision_are_refused_where_there_are_none(of):
     if of == "effects":
         with pytest.raises(ValueError, match=r"compute=torch\.bfloat16 is for method='exact', but this is 'atp'"):
             run("hooked", "float32", compute=torch.bfloat16, method="atp")
+    if of == "training":
+        with pytest.raises(ValueError, match=r"lora: compute=torch\.bfloat16 is for path='weights', but this takes"):
+            lora(loaded("hooked", "float32"), pairs, compute=torch.bfloat16, epochs=1, generator=seeded())
 
 
 @needs_hooked

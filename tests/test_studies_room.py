@@ -14,6 +14,7 @@ import fake_study
 import pandas as pd
 import pytest
 import torch
+from conftest import needs_hooked
 from fake_study import FAKE
 from scipy.stats import spearmanr
 
@@ -22,6 +23,7 @@ from fvlens.studies import (
     STUDIES,
     Cell,
     Settings,
+    _compute,
     _start,
     measured_folder,
     pages,
@@ -357,7 +359,7 @@ def test_pages_quote_what_was_measured():
 
 
 def test_studies_are_listed_under_their_names():
-    assert list(STUDIES) == ["screening", "precision", "start"]
+    assert list(STUDIES) == ["screening", "precision", "start", "compute"]
     for name, study in STUDIES.items():
         cells = study.cells(Settings(seed=3))
         assert study.name == name and "\n" not in study.summary and {cell.seed for cell in cells} == {3}
@@ -391,6 +393,37 @@ def test_the_table_of_starts_is_made_of_trainings_by_hand(model, tmp_path, monke
         assert found[name].tolist() == pytest.approx(top1)
     cost = found.cost.tolist()
     assert cost[0] == 1 and min(cost[1:]) > 1
+
+
+@needs_hooked
+def test_the_table_of_products_is_made_of_trainings_by_hand(model, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setattr(_compute, "EPOCHS", 2)
+    study = STUDIES["compute"]
+    outcome = run_study(study, study.cells(Settings(relations=("plural",))), tmp_path)
+    found = outcome.tables()["trainings"]
+    assert found.products.tolist() == ["float32, other order", "bfloat16"]
+    split = fvlens.load_relation("plural").split(torch.Generator().manual_seed(0))
+    one, other, half = (
+        fvlens.finetune(
+            model, split.train[:20], init="zero", layer=1, valid=split.valid, epochs=2, progress=False,
+            generator=torch.Generator().manual_seed(seed), compute=compute,
+        )
+        for seed, compute in ((0, None), (1, None), (0, torch.bfloat16))
+    )  # fmt: skip
+    assert found.cosine.tolist() == pytest.approx([one.vector.cosine(other.vector), one.vector.cosine(half.vector)])
+    scored = [
+        fvlens.evaluate(model, split.test, vector=tuned.vector, generator=torch.Generator().manual_seed(0))
+        for tuned in (one, other, half)
+    ]
+    assert found.top1_float32.tolist() == [pytest.approx(scored[0].top1)] * 2
+    assert found.top1.tolist() == pytest.approx([scored[1].top1, scored[2].top1])
+    right = [(scores.ranks == 0).tolist() for scores in scored]
+    differ = [sum(a != b for a, b in zip(right[0], row, strict=True)) / len(row) for row in right[1:]]
+    assert found.differ.tolist() == pytest.approx(differ)
+    losses = [tuned.history.valid_loss.tolist() for tuned in (one, other, half)]
+    assert found.loss.tolist() == pytest.approx(
+        [max(abs(a - b) for a, b in zip(losses[0], row, strict=True)) for row in losses[1:]]
+    )
 
 
 def test_the_table_of_screens_is_made_of_what_a_screen_says(model, tmp_path, monkeypatch):

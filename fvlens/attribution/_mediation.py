@@ -26,6 +26,7 @@ from fvlens.suffix import (
     choose_route,
     halving,
     in_batches,
+    named_precision,
     open_reader,
     plan_batch,
     plan_slices,
@@ -190,7 +191,7 @@ def indirect_effects(
         note=note,
         batch_size=most,
         weights=work.weights[0] if work.weights else None,
-        compute=None if compute is None else str(compute).removeprefix("torch."),
+        compute=named_precision(compute),
     )
     if not (recheck and complete):
         return found

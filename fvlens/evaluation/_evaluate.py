@@ -13,7 +13,7 @@ from fvlens.evaluation._prompting import Asked, Options, asked_prompts, copied, 
 from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
 from fvlens.prompts import Prompts
 from fvlens.scoring import Scores, score
-from fvlens.suffix import Route, Weights
+from fvlens.suffix import Route, Weights, named_precision
 from fvlens.types import Steering
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def evaluations(
         "path": scores.path,
         "batch_size": scores.batch_size,
         "weights": scores.weights,
-        "compute": None if compute is None else str(compute).removeprefix("torch."),
+        "compute": named_precision(compute),
     }
     texts = _texts(model, scores.best)
     start = copied(generator)

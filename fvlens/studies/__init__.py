@@ -5,6 +5,7 @@
 :data:`STUDIES`.
 """
 
+from fvlens.studies._compute import COMPUTE
 from fvlens.studies._measured import measured_folder, pages, project_root, read_measured, write_measured
 from fvlens.studies._precision import PRECISION
 from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
@@ -31,5 +32,5 @@ __all__ = [
     "write_measured",
 ]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION, START)}
+STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION, START, COMPUTE)}
 """All studies by name, in the order in which they are listed."""

@@ -35,6 +35,7 @@ from fvlens.suffix._routes import (
     choose_route,
     counted_gain,
     has_hooks,
+    named_precision,
     why_not_kv,
     why_not_weights,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "has_hooks",
     "in_batches",
     "laid_out",
+    "named_precision",
     "open_reader",
     "plan_batch",
     "plan_slices",

@@ -39,6 +39,7 @@ class SteeredPrompts:
         max_memory: bytes for activations and what is kept; by default as :func:`plan_slices` for the former, and a
             third of what is free for the latter, which changes the order of rows, and so no more than their rounding.
         most: answer tokens that go through together at most.
+        compute: precision of products on the path ``"weights"``; None for the model's own.
 
     Attributes:
         n_tokens: tokens of each prompt's answer.
@@ -57,8 +58,9 @@ class SteeredPrompts:
         path: Route,
         max_memory: int | None = None,
         most: int = 256,
+        compute: torch.dtype | None = None,
     ) -> None:
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.compute = model, layer, compute
         self.path: Route = path
         self.answers = answers.to(next(model.parameters()).device)
         self.n_tokens = (answers >= 0).sum(dim=1).cpu()
@@ -108,7 +110,7 @@ class SteeredPrompts:
 
     def _kept_part(self) -> dict[str, Any]:
         """What is kept of a run: what a suffix above the layer needs."""
-        return dict(from_layer=self.layer + 1, keep_z=False) if self.path == "weights" else {}
+        return dict(from_layer=self.layer + 1, keep_z=False, compute=self.compute) if self.path == "weights" else {}
 
     def _prompts_at_once(self, n_answer: int) -> int:
         """Prompts that run whole together."""

@@ -107,6 +107,11 @@ def choose_route(model: Any, wanted: Route | None = None) -> tuple[Route, str]:
     return "naive", no_kv
 
 
+def named_precision(compute: torch.dtype | None) -> str | None:
+    """A precision of products as results record it: ``"bfloat16"``, or None for the model's own."""
+    return None if compute is None else str(compute).removeprefix("torch.")
+
+
 def check_compute(what: str, model: Any, path: Route, compute: torch.dtype | None) -> None:
     """Refuse another precision of products where there is none.
 

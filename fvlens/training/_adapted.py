@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from fvlens.relations import Pair, Relation
+from fvlens.suffix import check_compute
 from fvlens.training._adaptations import Adaptation, Steered, Unchanged
 from fvlens.training._change import Change
 from fvlens.training._loop import Training, train
@@ -171,10 +172,11 @@ def trained_baseline(
     """Train one relation's change, by whole passes; what the change makes is an :class:`Adaptation`.
 
     Raises:
-        ValueError: another path is insisted on; whatever training refuses.
+        ValueError: another path is insisted on, or another precision of products; whatever training refuses.
     """
     if running.path not in (None, "naive"):
         raise ValueError(f"{function}: path={running.path!r}, but this is trained by whole passes ('naive').")
+    check_compute(function, change.model, "naive", running.compute)
     training = Training([task], change, settings, whose=function)
     trained = train(
         training, progress=running.progress, what=f"{method}, {task.name}" if task.name else method,

@@ -12,7 +12,7 @@ from fvlens.interruption import keeping
 from fvlens.models import model_device
 from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pair, Relation, Split, load_relation
-from fvlens.suffix import Route, Weights
+from fvlens.suffix import Route, Weights, named_precision
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._options import Execution, TrainingOptions, settled
@@ -49,6 +49,7 @@ class FineTuned:
             from there on.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how the gradients were computed.
         batch_size: pairs that went through the model together at most; a step of more adds up the gradients of parts.
+        compute: precision of the products, where it is not the model's own.
         weights: how they were held on the path ``"weights"``: ``"copied"``, or ``"laid out at each call"`` where a
             second copy does not fit the memory; None on other paths.
         complete: False if the training was interrupted.
@@ -65,6 +66,7 @@ class FineTuned:
     seconds: float
     path: Route
     batch_size: int
+    compute: str | None
     weights: Weights | None
     complete: bool
     state: TrainingState
@@ -203,6 +205,9 @@ def finetune(
         template: how queries are written; by default as the prompts behind ``init`` were, else ``"qa"``.
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: bytes for activations; by default chosen from what is free.
+        compute: precision of products of the frozen model, such as ``torch.bfloat16`` for a float32 one on the path
+            ``"weights"``; residual stream, sums and gradients stay float32. By default the model's own. ``fvlens study
+            compute`` measures the error.
         resume: a state, or a file of one, to go on from; all settings must be those it was saved under.
         checkpoint: write the state to this file after every epoch.
         check: ask ``init`` whether it was made on this model.
@@ -215,7 +220,8 @@ def finetune(
     Raises:
         ValueError: no pairs; a setting out of range; no layer; several layers without ``valid``, or with ``resume`` or
             ``checkpoint``; a layer outside the model, or given with a distributed vector; ``init`` of another model; a
-            minibatch that does not fit the memory; a state that does not fit; a checkpoint in no folder.
+            minibatch that does not fit the memory; ``compute`` where it is not to be had; a state that does not fit; a
+            checkpoint in no folder.
 
     Example:
         >>> import torch, fvlens
@@ -455,7 +461,9 @@ def _finetune_distributed(
 
 def _kept(model: Any, prompts: Prompts, layer: int, running: Execution, *, stacklevel: int) -> SteerablePrompts:
     """The prompts, kept up to the layer; with a warning where that has to be whole passes."""
-    kept = SteerablePrompts(model, prompts, layer, path=running.path, max_memory=running.max_memory)
+    kept = SteerablePrompts(
+        model, prompts, layer, path=running.path, max_memory=running.max_memory, compute=running.compute
+    )
     if kept.path == "naive" and running.path is None:
         told = f"finetune takes whole forward passes, which is slow ({kept.why_slow})."
         warnings.warn(told, stacklevel=stacklevel)
@@ -494,6 +502,7 @@ def _fine_tuned(
         seconds=trained.seconds,
         path=prompts.path,
         batch_size=min(prompts.most_at_once, len(prompts)),
+        compute=named_precision(prompts.compute),
         weights=prompts.weights,
         complete=trained.complete,
         state=trained.state,

@@ -100,8 +100,9 @@ def _addition(budget: Budget) -> list[Planned]:
 def _tuned(budget: Budget) -> list[Planned]:
     def tuned(init: Any) -> Adapted:
         pairs, layer = budget.split.train, budget.vector.layer
-        path = budget.running.path
-        return finished(finetune(budget.model, pairs, init=init, layer=layer, path=path, **budget.how()))
+        running = budget.running
+        how: dict[str, Any] = dict(layer=layer, path=running.path, compute=running.compute, **budget.how())
+        return finished(finetune(budget.model, pairs, init=init, **how))
 
     return [
         Planned(lambda: tuned(budget.vector), "fine-tuned from vector", budget.start.seconds),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, TypedDict
 
+import torch
+
 from fvlens.prompts import Template, template_or
 from fvlens.suffix import Route
 from fvlens.training._settings import Anchor, Loss, Schedule, Settings
@@ -13,11 +15,13 @@ from fvlens.training._state import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How a training runs, none of which changes its numbers beyond rounding.
+    """How a training runs, none of which changes its numbers beyond rounding, but for ``compute``.
 
     Attributes:
         path: insist on ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: bytes for activations; by default chosen from what is free.
+        compute: precision of products of the frozen model, such as ``torch.bfloat16`` for a float32 one, whose residual
+            stream and sums stay float32; by default the model's own.
         resume: a state, or a file of one, to go on from; all settings must be those it was saved under.
         checkpoint: write the state to this file after every epoch.
         check: ask what the training starts from whether it was made on this model.
@@ -26,6 +30,7 @@ class Execution:
 
     path: Route | None = None
     max_memory: int | None = None
+    compute: torch.dtype | None = None
     resume: TrainingState | str | FilePath | None = None
     checkpoint: str | FilePath | None = None
     check: bool = True
@@ -54,6 +59,7 @@ class TrainingOptions(ExecutionOptions, total=False):
     schedule: Schedule
     patience: int | None
     template: Template | str | None
+    compute: torch.dtype | None
     check: bool
 
 

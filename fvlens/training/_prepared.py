@@ -17,6 +17,7 @@ from fvlens.suffix import (
     Route,
     SteeredPrompts,
     Weights,
+    check_compute,
     choose_route,
     open_reader,
     plan_slices,
@@ -170,22 +171,26 @@ class SteerablePrompts(PreparedPrompts):
         layer: vectors are added after this layer; -1 for edits of heads from the first layer on.
         path: ``"weights"``, ``"kv"`` or ``"naive"``; by default the fastest exact one.
         max_memory: as for :class:`PreparedPrompts`.
+        compute: precision of products, such as ``torch.bfloat16`` for a float32 model, whose residual stream and sums
+            stay float32; None for the model's own.
 
     Attributes:
         why_slow: what stands against a faster path, where there is one.
     """
 
     def __init__(
-        self, model: Any, prompts: Prompts, layer: int, *, path: Route | None = None, max_memory: int | None = None
-    ) -> None:
-        self.layer = layer
+        self, model: Any, prompts: Prompts, layer: int, *, path: Route | None = None, max_memory: int | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.compute = layer, compute
         with frozen(model):
             self.path, self.why_slow = choose_route(model, path)
+            check_compute("training", model, self.path, compute)
         self.kept: SteeredPrompts | None = None
         if self.path != "naive":
             self.kept = SteeredPrompts(
                 model, prompts.tokens, prompts.attention_mask, prompts.answer_tokens, layer, path=self.path,
-                max_memory=max_memory, most=_MOST_ROWS,
+                max_memory=max_memory, most=_MOST_ROWS, compute=compute,
             )  # fmt: skip
             self.weights = self.kept.weights
         super().__init__(model, prompts, max_memory)

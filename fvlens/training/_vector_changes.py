@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fvlens.interventions import z_hook
 from fvlens.models import fingerprint
-from fvlens.suffix import Added
+from fvlens.suffix import Added, named_precision
 from fvlens.suffix import Edit as SuffixEdit
 from fvlens.training._change import Change, Readout, Wants, fill
 from fvlens.training._prepared import Edit, SteerablePrompts
@@ -35,6 +35,9 @@ class SteeringChange(Change):
 
     def edits(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"]) -> Mapping[str, Edit]:
         return self.prompts.edits(self.vectors(rows, relation))
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"compute": named_precision(self.prompts.compute)}
 
     def read(self, rows: Int[Tensor, " row"], relation: Int[Tensor, " row"], wants: Wants) -> Readout:
         if wants.hooks:  # what a hook sees is that of whole passes
