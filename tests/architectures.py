@@ -1,11 +1,13 @@
 """Small random-weight models of every kind of architecture that the fast path tells apart, and prompts for them."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
 from conftest import random_model
 
+import fvlens
 from fvlens.prompts import build_prompts
 
 ROTARY = dict(positional_embedding_type="rotary", rotary_dim=8)
@@ -50,6 +52,12 @@ def build(name, **overrides):
     return made
 
 
+@functools.cache
+def built(name, **overrides):
+    """The same model again: made once a session, for tests that leave it as it was."""
+    return build(name, **overrides)
+
+
 def likely_answers(model, prompts):
     """The same prompts with answers that the model finds likely, so that a patch has a probability to change.
 
@@ -81,3 +89,16 @@ def rows_of(prompts):
     rows = [row[keep.bool()].tolist() for row, keep in zip(prompts.tokens, prompts.attention_mask, strict=True)]
     answers = [row[keep].tolist() for row, keep in zip(prompts.answer_tokens, prompts.answer_mask, strict=True)]
     return rows, answers
+
+
+# --- effects of heads ---
+
+
+def effects_of(model, prompts, means, **settings):
+    return fvlens.indirect_effects(model, prompts, means, progress=False, **settings)
+
+
+def means_of(model, prompts, *, stretch=1.0, **settings):
+    """Mean head outputs; ``stretch`` moves them further from what the heads really say."""
+    means = fvlens.mean_head_activations(model, prompts, progress=False, **settings)
+    return dataclasses.replace(means, z=means.z * stretch)

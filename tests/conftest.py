@@ -28,6 +28,7 @@ from runs import SMALL, TINY, Call, small_run
 import fvlens
 from fvlens.models import quiet_deprecation
 from fvlens.report import results_json, run_relation
+from fvlens.suffix import has_hooks
 from fvlens.universal import read_heads
 
 
@@ -99,6 +100,14 @@ def tiny():
     return random_model()
 
 
+@pytest.fixture(scope="session")
+def models():
+    """Random-weight models by kind of architecture, each made once."""
+    from architectures import built
+
+    return built
+
+
 def seeded(seed=0):
     """A generator with this seed."""
     return torch.Generator().manual_seed(seed)
@@ -126,6 +135,35 @@ def tied():
         made.unembed.b_U.copy_(torch.arange(made.cfg.d_vocab) / -1e6)
         made.unembed.b_U[[*first, *second]] = 1.0
     return made
+
+
+@pytest.fixture(scope="session")
+def means(tiny):
+    """Mean head outputs of the random-weight model under the demonstrations of ``evaluations``."""
+    from evaluations import DEMONSTRATIONS
+
+    clean = fvlens.build_prompts(tiny, DEMONSTRATIONS, n_shots=2, n_prompts=6, generator=seeded(3))
+    return fvlens.mean_head_activations(tiny, clean, progress=False)
+
+
+@pytest.fixture
+def no_trace(tiny):
+    """No hooks stay, the model's generate is its own, the global random state is neither read nor set."""
+    state = torch.random.get_rng_state()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not has_hooks(tiny)
+    assert "generate" not in tiny.__dict__
+
+
+@pytest.fixture
+def left_clean(model, tiny):
+    """After the test no hook and no wrapper of an open block is left on the shared models."""
+    from steering import pristine
+
+    yield
+    for each in (model, tiny):
+        assert pristine(each)
 
 
 @pytest.fixture

@@ -1,96 +1,32 @@
 """inject and ablate against a plain Hugging Face model that is edited by hand, prompt by prompt and without padding."""
 
-import contextlib
-import inspect
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
 from conftest import random_model
+from steering import (
+    N_NEW,
+    TEXTS,
+    Fixed,
+    adding,
+    by_hand,
+    generated,
+    hf_greedy,
+    hf_logits,
+    last_logits,
+    normal,
+    opened,
+    padded,
+    rows_of,
+    setting,
+    told_of_padding,
+)
 from transformers import AutoModelForCausalLM
 
 from fvlens.interventions import ablate, inject, resid_hook, z_hook
-from fvlens.interventions._context import _Dispatcher, _Shown
 from fvlens.models import embedded_folder
-from fvlens.suffix import has_hooks
 from fvlens.types import is_bridge
 
-TEXTS = ("Q: dog\nA:", "Q: cold\nA: hot\n\nQ: big\nA:", "Q: France\nA: Paris\n\nQ: Italy\nA: Rome\n\nQ: Spain\nA:")
-N_NEW = 4
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A steering with given tensors, which records whom it was asked about."""
-
-    tensors: dict[str, torch.Tensor]
-    refusal: str = ""
-    asked: list[Any] = field(default_factory=list)
-
-    def additions(self):
-        return self.tensors
-
-    def check(self, model):
-        self.asked.append(model)
-        if self.refusal:
-            raise ValueError(self.refusal)
-
-
-# --- the oracle: plain Hugging Face, one unpadded prompt at a time, the whole sequence anew for each token ---
-
-
-def adding(vector, where):
-    """An edit that adds a vector at some positions of x [pos ...]."""
-
-    def edit(x):
-        return torch.cat([x[: where.start or 0], x[where] + vector, x[len(x) if where.stop is None else where.stop :]])
-
-    return edit
-
-
-def setting(head, new, where):
-    """An edit that overwrites one head at some positions of z [pos head d_head]."""
-
-    def edit(z):
-        z = z.clone()
-        z[where, head] = new
-        return z
-
-    return edit
-
-
-def hf_logits(plain, tokens, edits):
-    """Logits [pos d_vocab] of one prompt; ``edits`` are (``"resid"`` or ``"z"``, layer, function)."""
-    with contextlib.ExitStack() as stack:
-        for kind, layer, edit in edits:
-            block = plain.transformer.h[layer]
-            if kind == "resid":
-
-                def after_block(module, args, output, edit=edit):
-                    return (
-                        (edit(output[0][0])[None], *output[1:]) if isinstance(output, tuple) else edit(output[0])[None]
-                    )
-
-                handle = block.register_forward_hook(after_block)
-            else:
-
-                def before_projection(module, args, edit=edit):
-                    z = args[0][0].unflatten(-1, (plain.config.n_head, -1))
-                    return (edit(z).flatten(-2)[None],)
-
-                handle = block.attn.c_proj.register_forward_pre_hook(before_projection)
-            stack.callback(handle.remove)
-        return plain(torch.tensor([tokens]), use_cache=False).logits[0]
-
-
-def hf_greedy(plain, tokens, edits, n_new=N_NEW):
-    """New tokens and the logits that chose them, from the whole sequence run anew for each."""
-    tokens, logits = list(tokens), []
-    for _ in range(n_new):
-        logits.append(hf_logits(plain, tokens, edits)[-1])
-        tokens.append(int(logits[-1].argmax()))
-    return tokens[-n_new:], torch.stack(logits)
+pytestmark = pytest.mark.usefixtures("left_clean")
 
 
 @pytest.fixture(scope="module")
@@ -105,68 +41,6 @@ def few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def left_clean(model, tiny):
-    """After the test no hook and no wrapper is left on the shared models."""
-    yield
-    for each in (model, tiny):
-        assert pristine(each)
-
-
-pytestmark = pytest.mark.usefixtures("left_clean")
-
-
-def pristine(model):
-    """No hook is left but dispatchers that nobody uses, and no method is replaced."""
-    waiting = all(
-        isinstance(hook, _Dispatcher) and not hook.users
-        for point in model.hook_points()
-        for hook in point._forward_hooks.values()
-    )
-    listed = any(
-        point.bwd_hooks or any(not isinstance(handle.hook, _Shown) for handle in point.fwd_hooks)
-        for point in model.hook_points()
-    )
-    methods = {"forward", "generate", "generate_stream", "hf_generate"} & set(model.__dict__)
-    return waiting and not listed and not methods and not has_hooks(model)
-
-
-def rows_of(model, texts=TEXTS):
-    return [[model.tokenizer.bos_token_id, *model.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in texts]
-
-
-def padded(model, rows):
-    width = max(map(len, rows))
-    pad = model.tokenizer.pad_token_id
-    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    return tokens, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-
-
-def normal(*shape, generator, size=1.0):
-    return size * torch.randn(*shape, generator=generator)
-
-
-def told_of_padding(model, tokens):
-    """The mask for a bridge, which takes tokens for unpadded unless told; HookedTransformer looks for itself."""
-    if not is_bridge(model):
-        return {}
-    mask = (tokens != model.tokenizer.pad_token_id).long()
-    mask[:, :-1] |= mask[:, 1:].clone()  # the BOS is the same token
-    return {"attention_mask": mask}
-
-
-def generated(model, tokens, **options):
-    """New tokens [prompt N_NEW] and the logits that chose them [prompt N_NEW d_vocab], greedily."""
-    settings = dict(max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False, output_logits=True)
-    out = model.generate(tokens, **{**settings, **told_of_padding(model, tokens), **options})
-    return out.sequences[:, tokens.shape[1] :], torch.stack(out.logits, dim=1)
-
-
-def last_logits(model, rows):
-    tokens, mask = padded(model, rows)
-    return model(tokens, attention_mask=mask)[:, -1]
 
 
 # --- inject: one forward ---
@@ -353,23 +227,6 @@ def test_generation_with_and_without_cache_agrees_on_other_architectures(generat
     assert not torch.allclose(generated(other, tokens)[1], cached[1], atol=1e-2)
 
 
-def by_hand(tiny, tokens, vector, every, n_new=N_NEW):
-    """Greedy loop over the whole sequence with a hand-written hook at absolute positions."""
-    length = tokens.shape[1]
-    stop = None if every else length
-
-    def add(x, hook):
-        x = x.clone()
-        x[:, length - 1 : stop] += vector
-        return x
-
-    logits = []
-    for _ in range(n_new):
-        logits.append(tiny.run_with_hooks(tokens, fwd_hooks=[(resid_hook(1), add)])[:, -1])
-        tokens = torch.cat([tokens, logits[-1].argmax(-1, keepdim=True)], dim=1)
-    return tokens[:, length:], torch.stack(logits, dim=1)
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("every", [False, True])
 def test_generation_from_a_prompt_of_one_token(tiny, generator, every, use_cache):
@@ -470,209 +327,6 @@ def test_gradients_per_prompt_are_separate(tiny, generator):
     with inject(tiny, Fixed({resid_hook(0): vectors})):
         (grad,) = torch.autograd.grad(last_logits(tiny, rows_of(tiny))[1, 7], vectors)
     assert grad[1].abs().max() > 0 and not grad[[0, 2]].any()
-
-
-def test_no_tensor_of_the_caller_is_written_to(tiny, generator):
-    vector, z = normal(32, generator=generator), normal(4, 8, generator=generator)
-    tokens, mask = padded(tiny, rows_of(tiny))
-    kept = [t.clone() for t in (vector, z, tokens, mask)]
-    seen: list[torch.Tensor] = []
-    copies: list[torch.Tensor] = []
-
-    def look(x, hook):
-        seen.append(x)
-        copies.append(x.clone())
-
-    with tiny.hooks(fwd_hooks=[(resid_hook(1), look), (z_hook(1), look)]):
-        with inject(tiny, Fixed({resid_hook(1): vector, z_hook(1): z}), scale=2.0), ablate(tiny, [(1, 0)]):
-            tiny(tokens, attention_mask=mask)
-            generated(tiny, tokens)
-    assert all(torch.equal(a, b) for a, b in zip((vector, z, tokens, mask), kept, strict=True))
-    assert len(seen) > 4 and all(torch.equal(a, b) for a, b in zip(seen, copies, strict=True))
-
-
-def test_the_global_generator_is_left_alone(tiny, generator):
-    torch_state = torch.get_rng_state()
-    with inject(tiny, Fixed({resid_hook(1): normal(32, generator=generator)})), ablate(tiny, [(0, 0)], positions="all"):
-        generated(tiny, padded(tiny, rows_of(tiny))[0])
-    assert torch.equal(torch.get_rng_state(), torch_state)
-
-
-def test_train_mode_is_left_alone(generator):
-    own = random_model().train()
-    with inject(own, Fixed({resid_hook(1): normal(32, generator=generator)})):
-        own(torch.tensor([[1, 2]]))
-    assert own.training
-
-
-def test_hooks_of_the_user_stay_and_ours_go(generator):
-    own = random_model()
-    calls: list[str] = []
-
-    def note(name):
-        def hook(x, hook):
-            calls.append(name)
-
-        return hook
-
-    own.add_hook(resid_hook(1), note("before"))
-    own.add_perma_hook(resid_hook(1), note("permanent"))
-    own.add_hook(resid_hook(1), note("backward"), dir="bwd")
-    steering = Fixed({resid_hook(1): normal(32, generator=generator)})
-    with inject(own, steering):
-        own.add_hook(resid_hook(1), note("inside"))
-        with own.hooks(fwd_hooks=[(resid_hook(1), note("context"))]):
-            own(torch.tensor([[1, 2]])).sum().backward()
-    assert calls == ["before", "permanent", "inside", "context", "backward"]
-    calls.clear()
-    own(torch.tensor([[1, 2]])).sum().backward()
-    assert calls == ["before", "permanent", "inside", "backward"]
-    point = own.hook_dict[resid_hook(1)]
-    foreign = [hook for hook in point._forward_hooks.values() if not isinstance(hook, _Dispatcher)]
-    assert len(point.fwd_hooks) == len(foreign) == 3 and len(point.bwd_hooks) == 1
-
-
-def test_reset_hooks_inside_does_not_end_the_block(tiny, generator):
-    tokens = torch.tensor([[1, 2, 3]])
-    plain = tiny(tokens)
-    with inject(tiny, Fixed({resid_hook(1): normal(32, generator=generator)})):
-        steered = tiny(tokens)
-        tiny.reset_hooks()
-        tiny.run_with_cache(tokens)
-        assert torch.equal(tiny(tokens), steered)
-        tiny.reset_hooks(including_permanent=True)  # by another thread, say: the block is not its own to end
-        assert torch.equal(tiny(tokens), steered) and not torch.equal(steered, plain)
-    assert torch.equal(tiny(tokens), plain)
-
-
-def test_the_cache_shows_the_steered_activation(tiny, generator):
-    vector = normal(32, generator=generator)
-    tokens = torch.tensor([[1, 2, 3]])
-    _, before = tiny.run_with_cache(tokens)
-    with inject(tiny, Fixed({resid_hook(0): vector})):
-        _, after = tiny.run_with_cache(tokens)
-    torch.testing.assert_close(after[resid_hook(0)][0, -1], before[resid_hook(0)][0, -1] + vector)
-    assert torch.equal(after[resid_hook(0)][0, :-1], before[resid_hook(0)][0, :-1])
-
-
-def test_a_generate_of_the_user_is_put_back(generator):
-    own = random_model()
-    inner = own.generate
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return inner(*args, **kwargs)
-
-    own.generate = counted
-    steering = Fixed({resid_hook(1): normal(32, generator=generator)})
-    want = by_hand(own, torch.tensor([[3, 4]]), steering.tensors[resid_hook(1)], every=False)[0]
-    with inject(own, steering):
-        assert own.generate is not counted
-        assert torch.equal(generated(own, torch.tensor([[3, 4]]))[0], want)
-    assert own.generate is counted and calls == [1]
-
-
-def test_a_generate_put_there_inside_the_block_stays(generator):
-    own = random_model()
-    with inject(own, Fixed({resid_hook(1): normal(32, generator=generator)})):
-        wrapper = own.generate
-
-        def outer(*args, **kwargs):
-            return wrapper(*args, **kwargs)
-
-        own.generate = outer
-        generated(own, torch.tensor([[3, 4]]))
-    assert own.generate is outer
-    unsteered = generated(own, torch.tensor([[3, 4]]))[1]
-    del own.generate
-    assert torch.equal(generated(own, torch.tensor([[3, 4]]))[1], unsteered)
-
-
-def test_a_generating_method_that_is_an_attribute_keeps_its_signature(tiny, generator):
-    before = inspect.signature(tiny.generate)
-    with inject(tiny, Fixed({resid_hook(1): normal(32, generator=generator)})):
-        assert inspect.signature(tiny.generate) == before
-        tiny(torch.tensor([[1]]))
-
-
-# --- leaving the block ---
-
-
-@pytest.mark.parametrize("make", [lambda m, v: inject(m, Fixed({resid_hook(1): v})), lambda m, v: ablate(m, [(1, 2)])])
-def test_an_exception_passes_and_nothing_stays(tiny, generator, make):
-    tokens = torch.tensor([[1, 2, 3]])
-    want = tiny(tokens)
-    with pytest.raises(KeyError, match="mine"), make(tiny, normal(32, generator=generator)):  # no forward: still mine
-        raise KeyError("mine")
-    assert pristine(tiny) and torch.equal(tiny(tokens), want)
-
-
-def test_an_exception_in_generate_does_not_spoil_the_next_run(tiny, generator):
-    vector = normal(32, generator=generator)
-    tokens = torch.tensor([[1, 2, 3]])
-    want = by_hand(tiny, tokens, vector, every=False)
-    n_runs = 0
-
-    def fail_late(x, hook):
-        nonlocal n_runs
-        n_runs += 1
-        if n_runs == 3:
-            raise KeyError("third token")
-
-    with inject(tiny, Fixed({resid_hook(1): vector})):
-        with pytest.raises(KeyError, match="third token"), tiny.hooks(fwd_hooks=[(resid_hook(2), fail_late)]):
-            generated(tiny, tokens)
-        torch.testing.assert_close(tiny(tokens)[:, -1], want[1][:, 0])
-        got = generated(tiny, tokens)
-    assert torch.equal(got[0], want[0])
-
-
-def test_an_interrupted_inner_block_leaves_the_outer_one(tiny, generator):
-    steering = Fixed({resid_hook(0): normal(32, generator=generator)})
-    with inject(tiny, steering):
-        want = last_logits(tiny, rows_of(tiny))
-        with pytest.raises(KeyboardInterrupt), inject(tiny, steering):
-            raise KeyboardInterrupt
-        assert torch.equal(last_logits(tiny, rows_of(tiny)), want)
-
-
-def test_blocks_may_end_in_another_order(tiny, generator):
-    a, b = normal(32, generator=generator), normal(32, generator=generator)
-    tokens = torch.tensor([[3, 4, 5]])
-    first, second = inject(tiny, Fixed({resid_hook(1): a})), inject(tiny, Fixed({resid_hook(1): b}))
-    first.__enter__()
-    second.__enter__()
-    both = generated(tiny, tokens)
-    first.__exit__(None, None, None)
-    rest = generated(tiny, tokens, use_past_kv_cache=False)
-    second.__exit__(None, None, None)
-    assert pristine(tiny)
-    torch.testing.assert_close(both[1], by_hand(tiny, tokens, a + b, every=False)[1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rest[1], by_hand(tiny, tokens, b, every=False)[1], atol=1e-4, rtol=1e-4)
-
-
-def test_a_hook_that_never_ran_is_an_error(tiny, generator):
-    steering = Fixed({resid_hook(0): normal(32, generator=generator), z_hook(2): normal(4, 8, generator=generator)})
-    tokens = torch.tensor([[1, 2]])
-    with pytest.raises(RuntimeError, match=r"inject: blocks\.0\.hook_resid_post, blocks\.2\.attn\.hook_z never ran"):
-        with inject(tiny, steering):
-            pass
-    with pytest.raises(RuntimeError, match=r"^inject: blocks\.2\.attn\.hook_z never ran .*stop_at_layer"):
-        with inject(tiny, steering):
-            tiny(tokens, stop_at_layer=1)
-    with pytest.raises(RuntimeError, match=r"never ran"), inject(tiny, steering):
-        random_model()(tokens)
-    with pytest.raises(RuntimeError, match=r"^ablate: blocks\.1\.attn\.hook_z never ran"), ablate(tiny, [(1, 0)]):
-        tiny(tokens, stop_at_layer=1)
-
-
-# --- bad input ---
-
-
-def opened(context):
-    with context:
-        pytest.fail("the block was entered")
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,9 @@ def indirect_effects(
     Screens give false negatives. ``atp`` sees the slope at z~ only: it misses a head behind an attention pattern that
     is saturated (a slope of nearly 0 and a large change further on), and a head whose direct effect and effect through
     the MLPs and layers behind it cancel at first order. ``ig`` follows the line to mean z and finds both; but it moves
-    the heads of a layer together, and misses a head whose effect another one cancels. ``tests/test_screens.py`` builds
-    one model for each. ``recheck`` then helps only if the head is among the ``recheck`` best of the screen.
+    the heads of a layer together, and misses a head whose effect another one cancels.
+    ``tests/test_screens_by_hand.py`` builds one model for each. ``recheck`` then helps only if the head is among the
+    ``recheck`` best of the screen.
 
     Args:
         model: the model.
