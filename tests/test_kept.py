@@ -111,7 +111,7 @@ def test_what_is_planned_for_a_slice_is_what_it_takes(model, prompts, path):
     for i in itertools.islice(range(len(kept._slices)), 0, None, 5):
         kept._steps.clear()
         kept._steps_of(i)
-        assert held(kept) <= kept._size(i) <= 1.25 * held(kept)
+        assert held(kept) <= kept._bytes(kept._slices[i]) <= 1.25 * held(kept)
 
 
 def test_gradients_are_those_of_unbounded_prompts(model, prompts):

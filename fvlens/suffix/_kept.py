@@ -3,6 +3,7 @@
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,33 @@ from fvlens.suffix._steps import LaidOutSteps, SteeredSuffix, packed, steered_re
 
 Added = Float[Tensor, "*row d_model"] | Variant
 """A vector for all rows or one for each, added after the layer; or edits of heads' z in layers above it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Prompts whose answers have one length.
+
+    Attributes:
+        tokens: their tokens with all of the answer but the last, left-padded to the longest.
+        mask: 1 for real tokens.
+        n_answer: tokens of an answer.
+    """
+
+    tokens: Int[Tensor, "own pos"]
+    mask: Int[Tensor, "own pos"]
+    n_answer: int
+
+    @classmethod
+    def of(cls, tokens: Tensor, mask: Tensor, answers: Tensor, index: Int[Tensor, " own"], n_answer: int) -> "_Group":
+        """Of all prompts those at ``index``."""
+        width = int(mask[index].sum(dim=1).max())
+        given = answers[index, : n_answer - 1]
+        whole = torch.cat([tokens[index, -width:], given], dim=1)
+        return cls(whole, torch.cat([mask[index, -width:], torch.ones_like(given)], dim=1), n_answer)
+
+    def select(self, part: Int[Tensor, " part"]) -> "_Group":
+        """Some of them, as wide as before."""
+        return _Group(self.tokens[part], self.mask[part], self.n_answer)
 
 
 class SteeredPrompts:
@@ -74,31 +102,22 @@ class SteeredPrompts:
         self.weights: Weights | None = plan.weights if path == "weights" else None
         self._room = room_for_kept(model) if max_memory is None else max_memory // 2
         lengths = mask.sum(dim=1)
-        by_length = [
-            self._with_answers(tokens, mask, answers, index, n)
+        groups = [
+            (index, _Group.of(tokens, mask, answers, index, n))
             for n in self.n_answers
             for index in _short_and_long((self.n_tokens == n).nonzero().flatten(), lengths)
         ]
-        self._all_fit = sum(self._bytes(len(index), whole, n) for index, whole, _, n in by_length) <= self._room
-        self._slices: list[tuple[Tensor, Tensor, int]] = []
+        self._all_fit = sum(self._bytes(group) for _, group in groups) <= self._room
+        self._slices: list[_Group] = []
         self._slice_of = torch.zeros(len(tokens), dtype=torch.long)
         self._place_in = torch.zeros(len(tokens), dtype=torch.long)
-        for index, whole, seen, n_answer in by_length:
-            size = len(index) if self._all_fit else self._prompts_at_once(n_answer)
+        for index, group in groups:
+            size = len(index) if self._all_fit else self._prompts_at_once(group.n_answer)
             for part in torch.arange(len(index)).split(size):
                 self._slice_of[index[part]] = len(self._slices)
                 self._place_in[index[part]] = torch.arange(len(part))
-                self._slices.append((whole[part], seen[part], n_answer))
+                self._slices.append(group.select(part))
         self._steps: OrderedDict[int, tuple[SteeredSuffix, int]] = OrderedDict()
-
-    def _with_answers(
-        self, tokens: Tensor, mask: Tensor, answers: Tensor, index: Int[Tensor, " own"], n_answer: int
-    ) -> tuple[Int[Tensor, " own"], Int[Tensor, "own pos"], Int[Tensor, "own pos"], int]:
-        """Prompts with answers of one length: which, their tokens with all of the answer but the last, and masks."""
-        width = int(mask[index].sum(dim=1).max())
-        given = answers[index, : n_answer - 1]
-        whole = torch.cat([tokens[index, -width:], given], dim=1)
-        return index, whole, torch.cat([mask[index, -width:], torch.ones_like(given)], dim=1), n_answer
 
     def portions(self, rows: Int[Tensor, " row"]) -> list[slice]:
         """Slices of ``rows`` that go through together."""
@@ -116,40 +135,34 @@ class SteeredPrompts:
         """Prompts that run whole together."""
         return max(1, self.tokens_at_once // n_answer)
 
-    def _bytes(self, n: int, whole: Int[Tensor, "own pos"], n_answer: int) -> int:
-        """Bytes that are kept of ``n`` such prompts."""
-        estimate, n_pos = Estimate.of(self.model), whole.shape[1]
+    def _bytes(self, group: "_Group") -> int:
+        """Bytes that are kept of these prompts."""
+        estimate, (n, n_pos) = Estimate.of(self.model), group.tokens.shape
         if self.path == "weights":
-            return n * estimate.steps(n_pos, n_answer, self.layer + 1)
-        return n * estimate.kept(n_pos, n_answer)
-
-    def _size(self, i: int) -> int:
-        """Bytes that are kept of a slice."""
-        whole, _, n_answer = self._slices[i]
-        return self._bytes(len(whole), whole, n_answer)
+            return n * estimate.steps(n_pos, group.n_answer, self.layer + 1)
+        return n * estimate.kept(n_pos, group.n_answer)
 
     def _steps_of(self, i: int) -> SteeredSuffix:
         """The steps of a slice, kept or run again."""
         if i in self._steps:
             self._steps.move_to_end(i)
             return self._steps[i][0]
-        whole, seen, n_answer = self._slices[i]
-        size = self._size(i)
+        group = self._slices[i]
+        size = self._bytes(group)
         while self._steps and size + sum(own for _, own in self._steps.values()) > self._room:
             self._steps.popitem(last=False)  # before the new ones are made
-        parts = torch.arange(len(whole)).split(self._prompts_at_once(n_answer))
-        runs = (self._run(whole[part], seen[part], n_answer) for part in parts)
-        steps = joined_runs(runs, len(whole)).steps(self.layer)
+        n = len(group.tokens)
+        parts = torch.arange(n).split(self._prompts_at_once(group.n_answer))
+        steps = joined_runs((self._run(group.select(part)) for part in parts), n).steps(self.layer)
         self._steps[i] = steps, size
         return steps
 
-    def _run(self, whole: Int[Tensor, "own pos"], seen: Int[Tensor, "own pos"], n_answer: int) -> SuffixRun:
+    def _run(self, group: "_Group") -> SuffixRun:
         """Prompts, run once."""
+        given, n_suffix = (self.model, group.tokens, group.mask), group.n_answer
         if self.path != "weights":
-            return run_prefix(self.model, whole, seen, n_suffix=n_answer, path=self.path)
-        run = run_prefix(
-            self.model, whole, seen, n_suffix=n_answer, path=self.path, copied=self.is_copied, **self._kept_part()
-        )
+            return run_prefix(*given, n_suffix=n_suffix, path=self.path)
+        run = run_prefix(*given, n_suffix=n_suffix, path=self.path, copied=self.is_copied, **self._kept_part())
         # steps start from one layer: the residual streams before the others may go
         return dataclasses.replace(run, resid_pre=run.resid_pre[:1].clone())
 
@@ -249,7 +262,7 @@ def _round(n: int) -> int:
 
 _MANY = 64
 """Prompts of one length of answer from which on short and long ones may lie apart."""
-_WORTH = 0.9
+_WORTHWHILE = 0.9
 """Share of the positions from which on it is not worth it: every slice costs each step its own attention."""
 
 
@@ -259,7 +272,7 @@ def _short_and_long(index: Int[Tensor, " own"], lengths: Int[Tensor, " prompt"])
     whole = len(index) * int(own.max())
     cuts = {int(cut): int((own <= cut).sum()) for cut in own.unique()[:-1]}
     sizes = {cut: n * cut + (len(index) - n) * int(own.max()) for cut, n in cuts.items()}
-    if len(index) < _MANY or not sizes or min(sizes.values()) > _WORTH * whole:
+    if len(index) < _MANY or not sizes or min(sizes.values()) > _WORTHWHILE * whole:
         return [index]
     cut = min(sizes, key=sizes.__getitem__)
     return [index[own <= cut], index[own > cut]]
