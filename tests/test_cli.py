@@ -208,6 +208,29 @@ def test_help_is_what_the_docstring_says_of_each_field(options_of):
     assert "--always Without asking. --" in told
 
 
+@dataclasses.dataclass(frozen=True)
+class More(Settings):
+    """Settings of a special case.
+
+    Attributes:
+        n_more: how often at least.
+        sizes: of what there are several.
+        places: where, if anywhere.
+    """
+
+    sizes: tuple[int, ...] = (1, 2)
+    places: tuple[str, ...] = ()
+
+
+def test_options_of_a_class_that_extends_another(options_of):
+    assert list(field_docs(More)) == [field.name for field in dataclasses.fields(More)]
+    assert field_docs(More)["n_times"] == "how often, over two lines." != field_docs(More)["n_more"]
+    assert options_of(More)[0] == More()
+    assert options_of(More, "--sizes", 3, "--sizes", 1, "--how", "slow")[0] == More(sizes=(3, 1), how="slow")
+    told = options_of(More, "--help")[1]
+    assert "Of what there are several. [default: 1 2]" in told and "Where, if anywhere. --" in told
+
+
 def test_the_dataclass_refuses_in_the_name_of_the_option(options_of):
     with pytest.raises(ValueError, match=r"^--n-times: expected at least 1, got 0\.$"):
         options_of(Settings, "--n-times", 0)
@@ -223,8 +246,9 @@ def test_every_setting_of_a_run_is_explained(kind):
 
 def test_every_command_that_loads_a_model_loads_it_alike(call):
     options = {"--model", "--device", "--dtype", "--revision", "--backend"}
-    for command in ("run", "universal", "compare", "study", "heads", "inject", "compose", "analogy", "analogies",
+    for command in ("run", "universal", "compare", "study layer", "heads", "inject", "compose", "analogy", "analogies",
                     "sensitivity"):  # fmt: skip
-        assert options <= set(re.findall(r"^  (--[\w-]+)", call(command, "--help")[1], re.MULTILINE)), command
+        told = call(*command.split(), "--help")[1]
+        assert options <= set(re.findall(r"^  (--[\w-]+)", told, re.MULTILINE)), command
     for command in ("rerun", "relations", "models"):  # from the run's own files, or no model at all
         assert not options & set(re.findall(r"^  (--[\w-]+)", call(command, "--help")[1], re.MULTILINE)), command

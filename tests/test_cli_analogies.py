@@ -79,16 +79,49 @@ def test_analogies_evaluates_a_file(call, refused, composite_file, tmp_path):
     assert call(*given, "--allow-leak", "--limit", "1")[1].count(" 1.000") >= 1
 
 
-def test_sensitivity_prints_and_writes_its_study(call, composite_file, tmp_path):
+def test_sensitivity_prints_and_writes_its_study(call, refused, composite_file, model, tmp_path):
+    from fvlens.composition import CompositeMap, basis_study, library_analogies
+
     folder = tmp_path / "study"
-    code, text, _ = call(
-        "sensitivity", "--composite", composite_file, "--n-test", "12", "--n-repeats", "1", "--out", folder, "--quiet"
-    )
+    given = ("sensitivity", "--composite", composite_file, "--n-test", 12, "--n-repeats", 1, "--out", folder, "--quiet")
+    code, text, _ = call(*given)
     assert code == 0
     table = pd.read_csv(folder / "sensitivity.csv")
     for row in table.to_dict("records"):
-        assert re.search(rf"{row['change']} +{row['n_basis']:.0f} +{row['top1']:.3f} ", text)
-    assert "12 analogies, bare query; unsteered" in text and (folder / "sensitivity.html").exists()
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        assert f"| {row['change']} | {row['n_basis']:.0f} | {row['top1']:.3f} {interval} | " in text
+    assert "12 analogies, bare query; unsteered" in text and "8 of 8 cells" in text
+    assert "full basis (5)" in (folder / "sensitivity.html").read_text(encoding="utf-8")
+    # each change is that of the library's own function, by itself
+    solver = CompositeMap.load(composite_file)
+    for change, how in (
+        ("full basis", {}),
+        ("50% dropped", {"drop": (0.5,)}),
+        ("own family removed", {"remove": ("family",)}),
+    ):
+        g = seeded()
+        asked = library_analogies("test", n=12, names=solver.basis.names, n_foils=0, generator=g)
+        none = {"drop": (), "merge": None, "noise": (), "remove": ()}
+        found = basis_study(model, solver, asked, n_repeats=1, generator=g, progress=False, **(none | how))
+        (row,) = table[table.change == change].to_dict("records")
+        wanted = found.to_dataframe().iloc[-1]
+        for name in ("n_basis", "top1", "low", "high", "difference", "diff_low", "diff_high", "stability"):
+            assert row[name] == pytest.approx(wanted[name]), (change, name)
+        assert row["unsteered"] == pytest.approx(found.references["unsteered"])
+    message = refused(*given[:3], "--relations", "plural", "--out", folder)
+    assert "small.safetensors has a basis, so relations have nothing to choose" in message
+
+
+def test_a_changed_composite_is_another_cell(composite_file, tmp_path):
+    from fvlens.studies import STUDIES, Settings
+
+    study = STUDIES["sensitivity"]
+    paths = [composite_file, tmp_path / "copy.safetensors", tmp_path / "other.safetensors"]
+    paths[1].write_bytes(composite_file.read_bytes())
+    paths[2].write_bytes(composite_file.read_bytes() + b" ")
+    cells = [study.cells(Settings(options=study.options(composite=path)))[0] for path in paths]
+    keys = [cell.key(study, {"weights": "x"}, study.data_hash(cell)) for cell in cells]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_compose_writes_what_analogy_reads(call, refused, monkeypatch, model, tmp_path):

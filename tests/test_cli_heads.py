@@ -4,13 +4,14 @@ import dataclasses
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 from commands import cells, library
 from conftest import seeded
 
 import fvlens
-from fvlens import FunctionVector
+from fvlens import FunctionVector, studies
 from fvlens.universal import UniversalHeads
 
 
@@ -21,17 +22,35 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
         "universal", *names, "--n-heads", 3, "--n-prompts", 6, "--n-shots", 4, "--seed", 5, "--out", path, "--quiet"
     )
     assert (code, err) == (0, "")
-    expected = fvlens.universal_heads(model, names, 3, n_prompts=6, n_shots=4, generator=seeded(5), progress=False)
-    loaded = UniversalHeads.load(path, model=model)
-    assert torch.equal(loaded.aie, expected.aie)
-    assert {file.name for file in tmp_path.iterdir()} == {"heads.json", "heads.html"}
+    # each relation draws from the seed by itself
+    alone = [
+        fvlens.universal_heads(model, [name], 3, n_prompts=6, n_shots=4, generator=seeded(5), progress=False)
+        for name in names
+    ]
+    loaded = expected = UniversalHeads.load(path, model=model)
+    for i, one in enumerate(alone):
+        assert torch.equal(loaded.aie[i], one.aie[0]) and torch.equal(loaded.prompt_stderr[i], one.prompt_stderr[0])
+        assert torch.equal(loaded.icl_top1[i], one.icl_top1[0]) and torch.equal(loaded.majority[i], one.majority[0])
+        assert torch.equal(loaded.icl_interval[i], one.icl_interval[0])
+    assert (loaded.relations, loaded.n, loaded.path, loaded.n_shots, loaded.complete) == (names, 3, one.path, 4, True)
+    assert loaded.data_hashes == tuple(fvlens.load_relation(name).data_hash for name in names)
+    assert {file.name for file in tmp_path.iterdir()} == {"heads.json", "heads.html", "heads-study"}
     page = (tmp_path / "heads.html").read_text(encoding="utf-8")
     assert "Plotly.newPlot" in page
     assert "capitalised" in page
     rows = cells(out)
-    assert rows[:2] == [["mean over 3 relations on rel-small, permuted labels"], ["head", "mean AIE", "standard error"]]
+    said = "mean over 3 relations on rel-small, permuted labels, 3 of 3 cells"
+    assert rows[:2] == [[said], ["head", "mean AIE", "standard error"]]
     assert rows[2:5] == [[str(h), f"{expected.mean[h]:.4f}", f"{expected.stderr[h]:.4f}"] for h in expected.heads]
-    assert out.splitlines()[-2:] == [f"wrote {path}", f"wrote {tmp_path / 'heads.html'}"]
+    written = [
+        path,
+        tmp_path / "heads.html",
+        *(tmp_path / "heads-study" / name for name in ("universal.csv", "rows.csv")),
+    ]
+    assert out.splitlines()[-4:] == [f"wrote {file}" for file in written]
+    table = pd.read_csv(tmp_path / "heads-study" / "universal.csv")
+    assert [(row.layer, row.head) for row in table[:3].itertuples()] == expected.heads
+    assert table.aie[:3].tolist() == pytest.approx([float(expected.mean[head]) for head in expected.heads], abs=1e-7)
 
     folder = tmp_path / "run"
     code, out, err = call(
@@ -55,44 +74,71 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
 def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path):
     seen = []
 
-    def stop(model, relations, n, **options):
-        seen.append((list(relations), n, options))
+    def stop(study, cells, folder, **options):
+        seen.append((cells, folder))
         raise ValueError("enough")
 
-    monkeypatch.setattr("fvlens.universal.universal_heads", stop)
+    monkeypatch.setattr("fvlens.studies.run_study", stop)
     monkeypatch.chdir(tmp_path)
     call("universal")
     call("universal", "--family", "part", "--n-heads", 4)
     call("universal", "--category", "translation", "--limit", 2, "--labels", "random", "--template", "arrow", "--quiet")
     headers = {name: header for name, (header, _) in sorted(library().items())}
-    assert seen[0][:2] == (list(headers), 10)
-    assert seen[1][:2] == ([name for name, header in headers.items() if header["family"] == "part"], 4)
     translations = [name for name, header in headers.items() if header["category"] == "translation"]
-    assert seen[2][:2] == (translations[:2], 10)
-    options = seen[2][2]
-    assert options.pop("generator").initial_seed() == 0
-    assert options == {
-        "n_shots": 10, "n_prompts": 100, "n_corrupted": 25, "labels": "random", "template": "arrow", "progress": False
+    assert [[cell.relation for cell in cells] for cells, _ in seen] == [
+        list(headers), [name for name, header in headers.items() if header["family"] == "part"], translations[:2],
+    ]  # fmt: skip
+    assert {cell.seed for cell in seen[0][0]} == {0} and str(seen[0][1]) == "heads-study"
+    assert dict(seen[2][0][0].options) == {
+        "n_shots": 10, "n_prompts": 100, "n_corrupted": 25, "labels": "random", "template": "arrow"
     }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
-def test_universal_names_what_is_left_out_and_what_is_unfinished(call, model, monkeypatch, tmp_path):
-    g = seeded()
-    found = fvlens.universal_heads(
-        model, ["antonym", "plural"], 2, n_prompts=4, n_corrupted=2, n_shots=3, generator=g, progress=False
-    )
-    part = dataclasses.replace(found, majority=torch.tensor([0.0, 1.0]), complete=False)
-    monkeypatch.setattr("fvlens.universal.universal_heads", lambda *args, **options: part)
-    code, out, err = call("universal", "antonym", "plural", "tool-use", "--out", tmp_path / "h.json", "--n-shots", 3)
-    assert (code, err) == (130, "fvlens: interrupted\n")
-    assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
-    assert out.splitlines()[-1] == "2 of 3 relations were finished"
+SMALL = ("--n-shots", 3, "--n-prompts", 4, "--n-corrupted", 2, "--n-heads", 2)
+
+
+def test_universal_that_was_stopped_goes_on(call, monkeypatch, tmp_path):
+    own = studies._universal.carried
+    names = ("antonym", "plural", "capitalised")
+
+    def carried(model, split, *, relation, **how):
+        if relation == "capitalised":
+            raise KeyboardInterrupt
+        return own(model, split, relation=relation, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studies._universal, "carried", carried)
+        with pytest.warns(UserWarning, match="study universal was interrupted: 2 of 3 cells are finished"):
+            code, out, err = call("universal", *names, "--out", tmp_path / "h.json", *SMALL)
+    assert (code, err) == (130, "fvlens: interrupted\n") and "2 of 3 cells" in out
     assert "interrupted" in (tmp_path / "h.html").read_text(encoding="utf-8")
     with pytest.warns(UserWarning, match=r"h\.json: the search for these heads was interrupted after 2 relations"):
-        assert UniversalHeads.load(tmp_path / "h.json").relations == ("antonym", "plural")
+        part = UniversalHeads.load(tmp_path / "h.json")
+    assert part.relations == names[:2]
+    code, out, err = call("universal", *names, "--out", tmp_path / "h.json", *SMALL)
+    assert (code, err) == (0, "") and "2 of 3 cells were finished before" in out
+    assert call("universal", *names, "--out", tmp_path / "whole.json", *SMALL, "--quiet")[0] == 0
+    whole = (tmp_path / "whole.json").read_text()
+    assert (tmp_path / "h.json").read_text() == whole and UniversalHeads.load(tmp_path / "h.json").complete
+
+
+def test_universal_names_what_is_left_out(call, model, monkeypatch, tmp_path):
+    own = studies._universal.carried
+
+    def carried(model, split, *, relation, **how):
+        found = own(model, split, relation=relation, **how)
+        return dataclasses.replace(found, majority=1.0 if relation == "plural" else 0.0)
+
+    monkeypatch.setattr(studies._universal, "carried", carried)
+    code, out, _ = call("universal", "antonym", "plural", "--out", tmp_path / "h.json", *SMALL, "--quiet")
+    assert code == 0
+    assert "left out, 3 demonstrations do not beat the majority label: plural\n" in out
+    found = UniversalHeads.load(tmp_path / "h.json")
     first, second, *_ = cells(out)[2:]  # one relation has no standard error
-    assert [first, second] == [[str(head), f"{part.mean[head]:.4f}"] for head in part.heads]
+    assert [first, second] == [[str(head), f"{found.mean[head]:.4f}"] for head in found.heads]
+    table = pd.read_csv(tmp_path / "h-study" / "universal.csv")
+    assert table.aie[0] == pytest.approx(float(found.aie[0].max())) and set(table.n_relations) == {1}
 
 
 def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
@@ -123,9 +169,9 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
         (["plural", "--out", "x.html"], "--out x.html: expected a name for a JSON file, such as heads.json."),
         (["plural", "--out", "."], "--out .: expected a name for a JSON file, such as heads.json."),
         (["plural", "--out", "none/h.json"], "--out none/h.json: folder none does not exist; create it first."),
-        (["plural", "--n-heads", "33"], "n: expected 1 to 32 (all heads), got 33."),
+        (["plural", "--n-heads", "33"], "--n-heads: expected 1 to 32 (all heads), got 33."),
         (["plural", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
-        (["plural", "plural"], "relation 'plural' is given 2 times"),
+        (["plural", "plural"], "expected each relation once, got plural, plural"),
     ],
 )
 def test_universal_refuses(refused, monkeypatch, tmp_path, args, message):

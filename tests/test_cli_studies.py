@@ -1,12 +1,17 @@
-"""``fvlens study`` over the library: the list, a run and its files, what is refused, and how failures end it."""
+"""``fvlens study``: the list, options of each, a run and its files, what is refused, and how failures end it."""
 
+import dataclasses
+import json
 import re
 
 import pandas as pd
 import pytest
+import torch
 from fake_study import FAKE
 
 import fvlens.studies
+from fvlens.cli._options import field_docs
+from fvlens.prompts import Template
 from fvlens.studies import STUDIES, Settings, run_study
 
 
@@ -24,10 +29,25 @@ def test_studies_are_listed_a_line_each(call):
     code, out, err = call("study")
     lines = [re.split(" {2,}", line) for line in out.splitlines()]
     assert (code, err) == (0, "")
-    assert [name for name, _ in lines][:6] == [
-        "screening", "precision", "start", "compute", "fake", "training-size RELATION",
-    ]  # fmt: skip
-    assert lines[4][1] == "a study of nothing" and all(summary for _, summary in lines)
+    assert [name for name, _ in lines] == list(STUDIES)
+    assert [summary for _, summary in lines] == [study.summary for study in STUDIES.values()]
+
+
+def test_every_study_has_a_command_with_its_own_options(call):
+    for name, study in STUDIES.items():
+        code, out, err = call("study", name, "--help")
+        assert (code, err) == (0, "")
+        options = set(re.findall(r"^  --([\w-]+)", out, re.MULTILINE))
+        own = () if study.options is None else dataclasses.fields(study.options)
+        names = {"relations", "out", "seed", "jobs", "threads", "write", "quiet", "help", "model", *study.takes}
+        assert options == names | {field.name.replace("_", "-") for field in own}, name
+        assert study.summary[1:] in re.sub(r"\s+", " ", out)
+
+
+@pytest.mark.parametrize("study", [study for study in STUDIES.values() if study.options], ids=lambda study: study.name)
+def test_every_option_of_a_study_is_explained(study):
+    assert list(field_docs(study.options)) == [field.name for field in dataclasses.fields(study.options)]
+    assert all(field_docs(study.options).values())
 
 
 def test_a_study_prints_and_writes_its_tables(call, tmp_path):
@@ -38,7 +58,10 @@ def test_a_study_prints_and_writes_its_tables(call, tmp_path):
     settings = Settings(relations=("plural", "antonym"), seed=2)
     outcome = run_study(FAKE, FAKE.cells(settings), tmp_path / "by hand")
     assert code == 0 and FAKE.markdown(outcome.tables()) in out and "4 of 4 cells" in out
-    assert sorted(file.name for file in folder.iterdir()) == ["cells", "means.csv", "rows.csv", "scores.html"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "cells", "fake.md", "means.csv", "rows.csv", "scores.html",
+    ]  # fmt: skip
+    assert (folder / "fake.md").read_text() == FAKE.markdown(outcome.tables()) + "\n"
     pd.testing.assert_frame_equal(pd.read_csv(folder / "means.csv")[["score"]], outcome.tables()["means"][["score"]])
     assert "4 of 4 cells" in (folder / "scores.html").read_text(encoding="utf-8")
 
@@ -70,19 +93,74 @@ def test_write_keeps_the_tables_with_the_project(call, tmp_path, monkeypatch):
     assert f"wrote {root / 'assets' / 'measured' / 'fake' / 'means.csv'}" in out
 
 
-def test_options_of_other_studies_are_refused(refused, tmp_path):
-    assert refused("study", "fake", "--n-heads", 3, "--dtype", "bfloat16") == (
-        "fvlens: --dtype, --n-heads: study fake does not take this; leave it out."
-    )
-    assert "--epochs" in refused("study", "fake", "--epochs", 3)
-    assert "study fake measures over the library; name relations with --relations" in refused("study", "fake", "plural")
-    assert "--relations, --jobs, --write: study layer does not take this; leave it out." in refused(
-        "study", "layer", "plural", "--jobs", 2, "--write", "--relations", "plural"
-    )
-    assert "study layer: expected the name of a relation" in refused("study", "layer")
-    assert (
-        "no study named 'nothing'; expected one of screening, precision, start, compute, fake, training-size"
-        in refused("study", "nothing")
-    )
+def test_relations_can_be_named_in_one_go(call, mood, tmp_path):
+    code, out, _ = call("study", "fake", "plural", "antonym", "--out", tmp_path / "out", "--quiet")
+    assert code == 0 and "of 4 cells:" not in out
+    assert (mood / "runs").read_text().splitlines()[:2] == ["plural, seed 0, step 1", "antonym, seed 0, step 1"]
+
+
+def test_what_a_study_does_not_take_is_refused(refused, tmp_path):
+    assert "No such option: --n-heads" in refused("study", "fake", "--n-heads", 3)
+    assert "No such option: --dtype" in refused("study", "precision", "--dtype", "bfloat16")
+    assert refused("study", "nothing") == f"fvlens: no study named 'nothing'; expected one of {', '.join(STUDIES)}."
     assert "nosuch" in refused("study", "fake", "--relations", "nosuch", "--out", tmp_path / "out")
+    assert "--n-train: expected at least 1, got 0." in refused("study", "layer", "plural", "--n-train", 0)
     assert not (tmp_path / "out").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file; give a folder" in refused("study", "fake", "--out", file)
+
+
+# --- studies of trained vectors ---
+
+FEW = ("--n-prompts", 8, "--n-heads", 4, "--n-seeds", 1, "--epochs", 1, "--seed", 3, "--quiet")
+
+
+def test_a_study_of_trained_vectors_prints_and_writes_its_points(call, tmp_path):
+    study, folder = STUDIES["layer"], tmp_path / "new" / "folder"
+    given = ("--layers", 2, "--layers", 0, "--n-train", 3)
+    code, out, err = call("study", "layer", "plural", "--out", folder, *given, *FEW)
+    assert (code, err) == (0, ""), err
+    options = study.options(n_prompts=8, n_heads=4, n_seeds=1, epochs=1, layers=(0, 2), n_train=3)
+    settings = Settings(relations=("plural",), options=options, seed=3)
+    expected = run_study(study, study.cells(settings), tmp_path / "by hand").tables()["layer"]
+    for x in (0, 2):
+        tuned, untuned = (
+            f"{at.top1:.3f} [{at.top1_low:.3f}, {at.top1_high:.3f}]"
+            for line in ("fine-tuned", "untuned")
+            for at in expected.itertuples()
+            if (at.line, at.x) == (line, x)
+        )
+        assert f"| {x} | {tuned} | {untuned} |" in out
+    assert f"Top-1; no vector {expected.bare[0]:.3f}. Intervals: 95% bootstrap over test words" in out
+    assert "seed 3, n_prompts=8 n_heads=4 epochs=1 n_seeds=1 n_train=3, fvlens" in out
+    table = pd.read_csv(folder / "layer.csv")
+    assert table.top1.tolist() == pytest.approx(expected.top1.tolist())
+    assert set(table.settings) == {"n_prompts=8 n_heads=4 epochs=1 n_seeds=1 n_train=3"}
+    assert set(table.cells) == {"2 of 2 cells"}
+    assert "Layer of the vector: plural" in (folder / "layer.html").read_text(encoding="utf-8")
+    # what is there is not done again
+    code, out, _ = call("study", "layer", "plural", "--out", folder, *given, *FEW[:-1])
+    assert code == 0 and "2 of 2 cells were finished before" in out
+
+
+def test_loading_and_templates_reach_the_cells(call, tmp_path):
+    own = Template("mine", "{input} is{output};", "{input} is")
+    (tmp_path / "own.json").write_text(json.dumps(own.to_json()))
+    given = ("--layers", 1, "--n-train", 2, "--template", tmp_path / "own.json", "--dtype", "bfloat16")
+    code, out, err = call("study", "layer", "plural", "--out", tmp_path / "out", *given, *FEW)
+    assert (code, err) == (0, "") and "dtype=bfloat16" in out and "{input} is{output};" in out
+    (file,) = (tmp_path / "out" / "cells").iterdir()
+    content = json.loads(file.read_text())
+    half = fvlens.load_model("rel-small", device="cpu", dtype=torch.bfloat16)
+    assert content["weights"] == fvlens.fingerprint(half).weights
+    assert content["cell"]["loading"] == [["dtype", "bfloat16"]]
+    study = STUDIES["layer"]
+    options = study.options(n_prompts=8, n_heads=4, n_seeds=1, epochs=1, layers=(1,), n_train=2, template=own)
+    settings = Settings(relations=("plural",), options=options, seed=3, loading=(("dtype", "bfloat16"),))
+    (cell,) = study.cells(settings)
+    assert cell.chosen(study.options).template == own and asdict_of(cell) == content["cell"]
+
+
+def asdict_of(cell):
+    return json.loads(json.dumps(dataclasses.asdict(cell)))

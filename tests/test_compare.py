@@ -185,11 +185,21 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     frame = pd.read_csv(folder / "compare.csv")
     names = [*NAMES[:6], "1 soft token", "8 soft tokens", NAMES[-1]]
     assert frame["method"].tolist() == names
-    lines = shown.splitlines()
-    for line, name, top1 in zip(lines[1:], names, frame["top1"], strict=False):
-        assert line.startswith(name) and f" {top1:.2f} " in line
+    lines = [line for line in shown.splitlines() if line.startswith("| ")]
+    for line, row in zip(lines[2:], frame.itertuples(), strict=True):
+        assert line.startswith(f"| {row.method} | {row.n_trainable:,.0f} | ")
+        assert f" | {row.top1:.2f} [{row.top1_low:.2f}, {row.top1_high:.2f}] | {row.kl:.3f} [" in line
     assert f"wrote {folder / 'compare.md'}" in shown and "vectors after layer 1, the function vector times" in shown
     assert (folder / "compare.md").read_text().count("\n| ") == len(names) + 1
+    # the same numbers as the library's own function
+    found = compare(
+        fvlens.load_model("rel-small", device="cpu"), "country-capital", n_train=12, n_shots=3, n_prompts=4, n_heads=3,
+        layer=1, epochs=1, n_unrelated=5, progress=False,
+    )  # fmt: skip
+    assert frame["top1"].tolist() == pytest.approx([row.evaluation.top1 for row in found.rows])
+    assert frame["kl"].tolist() == pytest.approx([row.collateral.mean for row in found.rows])
+    assert frame["kl_high"].tolist() == pytest.approx([row.collateral.interval.high for row in found.rows])
+    assert set(frame["scale"]) == {found.scale} and set(frame["n_test"]) == {found.n_test}
     with pytest.raises(SystemExit) as end:
         main(["compare", "magic", "--out", str(folder)])
     assert end.value.code == 2 and "magic" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from fvlens.cli import app
 from fvlens.relations import held_out, list_relations, load_relation, recurring_families
+from fvlens.studies import STUDIES
 
 ROOT = Path(__file__).parent.parent
 MOST_WORDS = 1500
@@ -131,6 +132,7 @@ def exists(name):
 
 def test_names_commands_and_files_that_pages_mention_exist():
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.typer_instance.info.name for group in app.registered_groups}
     words = {word for file in (ROOT / "fvlens").rglob("*.py") for word in re.findall(r"\w+", file.read_text("utf-8"))}
     wrong = []
     for file in readmes():
@@ -139,6 +141,8 @@ def test_names_commands_and_files_that_pages_mention_exist():
             for module, names in re.findall(r"^from (fvlens[\w.]*) import (.+)$", code, re.MULTILINE):
                 missing += [name for name in names.split(", ") if not exists(f"{module}:{name}")]
             missing += [f"fvlens {name}" for name in re.findall(r"\bfvlens ([a-z]\w*)", code) if name not in commands]
+            named = re.findall(r"\bfvlens study ([a-z][\w-]*)", code)
+            missing += [f"fvlens study {name}" for name in named if name not in STUDIES]
             if re.fullmatch(r"[\w./-]+\.(py|ipynb|md|toml|cff)", code):
                 missing += [code] * (not any((place / code).exists() for place in (file.parent, ROOT)))
             elif re.fullmatch(r"(?=.*[A-Z_.])\.?[A-Za-z_][\w.]*", code):  # a name that stands somewhere in the package

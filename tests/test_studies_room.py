@@ -1,6 +1,7 @@
 """Studies as cells: kept one by one, run again only where needed, and always saying how many they are."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,9 @@ from fake_study import FAKE
 from scipy.stats import spearmanr
 
 import fvlens
+from fvlens.metrics import bootstrap_interval
+from fvlens.prompts import Template
+from fvlens.report import _settings as report_settings
 from fvlens.studies import (
     STUDIES,
     Cell,
@@ -27,6 +31,7 @@ from fvlens.studies import (
     _start,
     measured_folder,
     pages,
+    plain,
     project_root,
     read_cell,
     read_measured,
@@ -38,6 +43,7 @@ from fvlens.studies import _screening as screening
 from fvlens.studies._measured import between
 from fvlens.studies._runner import _duration
 from fvlens.studies._study import library_data
+from fvlens.studies._tables import own_or_means
 
 CELLS = FAKE.cells(Settings())
 
@@ -204,13 +210,85 @@ def test_the_hash_is_over_all_that_rows_depend_on_and_nothing_else():
         key(dataclasses.replace(cell, varies=(("step", 3),))),
         key(dataclasses.replace(cell, varies=(("stop", 1),))),
         key(dataclasses.replace(cell, model="another model")),
+        key(dataclasses.replace(cell, options=(("epochs", 2),))),
+        key(dataclasses.replace(cell, options=(("epochs", 3),))),
+        key(dataclasses.replace(cell, loading=(("device", "cuda"),))),
         key(study=dataclasses.replace(FAKE, name="other")),
         key(study=dataclasses.replace(FAKE, version=2)),
         key(data="other data"),
     ]
-    assert len({key(), *others}) == 10
+    assert len({key(), *others}) == 13
     # the same model from another folder
     assert key(dataclasses.replace(cell, model="/a/folder")) == key(dataclasses.replace(cell, model="/b/folder"))
+    # and the same file elsewhere, of which the hash of the data speaks
+    assert key(dataclasses.replace(cell, files=(("pairs", "/a/file"),))) == key()
+    # a study without options has the keys that it had before there were any
+    whole = ["fake", 1, {"relation": "antonym", "seed": 0, "threads": 1, "varies": [["step", 1]]}]
+    whole += [{"weights": f"{9:016x}", "dtype": "float32"}, "data"]
+    text = json.dumps(whole, sort_keys=True)
+    assert key() == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    epochs: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+    template: str | Template = "qa"
+
+
+def test_options_travel_in_cells_and_tables_say_those_that_are_not_the_studys_own(tmp_path):
+    own = Template("mine", "{input} is{output};", "{input} is")
+    given = Options(5, (7,), own)
+    seen = []
+
+    def run(cell, model):
+        seen.append(cell.chosen(Options))
+        return [{"kind": "near", "score": 1.0, "odd": 0.0}]
+
+    def cells_of(settings):
+        left = plain(settings.chosen(Options), ("sizes",))
+        return [settings.cell("plural", options=left, step=size) for size in settings.chosen(Options).sizes]
+
+    study = dataclasses.replace(FAKE, cells=cells_of, run=run, options=Options)
+    settings = Settings(options=given, loading=(("dtype", "bfloat16"),))
+    outcome = run_study(study, study.cells(settings), tmp_path)
+    assert seen == [Options(5, (1, 2), own)]  # which sizes there are is not a cell's business
+    (said,) = {text for table in outcome.tables().values() for text in table.settings}
+    assert said.startswith("epochs=5 template={") and said.endswith(" dtype=bfloat16") and own.query in said
+    assert f", seed 0, {said}, fvlens " in study.markdown(outcome.tables())
+    plainly = run_study(study, study.cells(Settings()), tmp_path)
+    assert plainly.standing == "2 of 2 cells" and set(plainly.tables()["means"].settings) == {"defaults"}
+    assert "defaults" not in study.markdown(plainly.tables())
+    # a wider choice goes on from what is there
+    assert len(seen) == 3
+    run_study(study, study.cells(Settings(options=Options(sizes=(1, 2, 3)))), tmp_path)
+    assert len(seen) == 4
+
+
+def test_a_model_is_loaded_as_the_user_says_else_as_the_study_does(monkeypatch):
+    seen = []
+    monkeypatch.setattr(report_settings, "load_model", lambda name, **how: seen.append((name, how)) or fake_study)
+    cell = Settings(model="some/model", loading=(("dtype", "bfloat16"), ("revision", "main"))).cell("plural")
+    assert cell.load(device="cpu", dtype="float32") is fake_study
+    assert seen == [("some/model", {"device": "cpu", "dtype": torch.bfloat16, "revision": "main"})]
+
+
+def test_one_relation_has_its_own_interval_and_several_have_one_over_them():
+    def row(name, score, kind="near"):
+        found = dict(relation=name, seed=0, kind=kind, score=score, score_low=score - 1, score_high=score + 2)
+        return found | dict(cost=2 * score, note=f"of {name}" if score > 1 else "")
+
+    rows = [row("a", 1.0), row("b", 2.0), row("c", 6.0), row("a", 5.0, "far")]
+    table = own_or_means(rows, ("kind",), ("score",), ("cost",), ("note",))
+    near, far = table.to_dict("records")
+    assert far == dict(
+        kind="far", score=5.0, score_low=4.0, score_high=7.0, cost=10.0, note="of a", n_relations=1
+    )  # fmt: skip
+    low, high, _ = bootstrap_interval(
+        torch.tensor([1.0, 2.0, 6.0]).double(), generator=torch.Generator().manual_seed(0)
+    )
+    assert (near["score"], near["score_low"], near["score_high"]) == pytest.approx((3.0, low, high))
+    assert (near["cost"], near["note"], near["n_relations"]) == (6.0, "of b of c", 3)
 
 
 def test_cells_have_the_same_names_in_any_folder(tmp_path):
@@ -359,11 +437,14 @@ def test_pages_quote_what_was_measured():
 
 
 def test_studies_are_listed_under_their_names():
-    assert list(STUDIES) == ["screening", "precision", "start", "compute"]
+    assert list(STUDIES) == [
+        "universal", "screening", "precision", "start", "compute", "compare", "training-size", "layer", "scale", "l2",
+        "init", "sensitivity",
+    ]  # fmt: skip
     for name, study in STUDIES.items():
         cells = study.cells(Settings(seed=3))
         assert study.name == name and "\n" not in study.summary and {cell.seed for cell in cells} == {3}
-        assert len(cells) == len(set(cells)) > 10
+        assert len(cells) == len(set(cells)) > 5
 
 
 def test_the_table_of_starts_is_made_of_trainings_by_hand(model, tmp_path, monkeypatch, unchecked):

@@ -12,14 +12,15 @@ import torch
 from conftest import seeded
 
 import fvlens
-from fvlens import Relation, files, find, universal, universal_heads
+from fvlens import Relation, files, find, universal_heads
 from fvlens.find import relation_effects
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import TEMPLATES, Template
 from fvlens.relations import Pair
 from fvlens.suffix import choose_route
 from fvlens.types import Head
-from fvlens.universal import UniversalHeads, leaf_order, majority_baseline, read_heads
+from fvlens.universal import UniversalHeads, carried, leaf_order, majority_baseline, read_heads
+from fvlens.universal import _find as find_module
 
 NAMES = ("antonym", "capitalised", "plural")
 SMALL = dict(n_shots=4, n_prompts=6, n_corrupted=3, progress=False)
@@ -133,6 +134,16 @@ def test_effects_and_scores_are_those_of_the_parts(model, found):
     assert (found.labels, found.n_shots, found.n_prompts, found.n_corrupted) == ("permuted", 4, 6, 3)
     assert (str(found.template), found.path, found.complete) == ("qa", choose_route(model)[0], True)
     assert found.fingerprint == fingerprint(model)
+
+
+def test_what_one_relation_says_is_what_the_set_of_it_alone_holds(model):
+    g = seeded(4)
+    alone = universal_heads(model, ["plural"], 4, generator=seeded(4), **SMALL)
+    row = carried(model, fvlens.load_relation("plural").split(g), relation="plural", generator=g, **SMALL)
+    assert torch.equal(row.aie, alone.aie[0]) and torch.equal(row.prompt_stderr, alone.prompt_stderr[0])
+    assert row.icl_top1 == pytest.approx(alone.icl_top1.item())
+    assert row.icl_interval == pytest.approx(alone.icl_interval[0].tolist())
+    assert (row.majority, row.path) == (pytest.approx(alone.majority.item()), alone.path)
 
 
 def test_other_labels_and_template_reach_the_prompts(model):
@@ -294,7 +305,7 @@ def test_an_interruption_keeps_what_is_finished(model, found, monkeypatch):
             raise KeyboardInterrupt
         return relation_effects(*args, **kwargs)
 
-    monkeypatch.setattr(universal, "relation_effects", interrupted)
+    monkeypatch.setattr(find_module, "relation_effects", interrupted)
     with pytest.warns(UserWarning, match="universal_heads was interrupted: 2 of 3 relations are finished"):
         part = universal_heads(model, NAMES, 4, generator=seeded(), **SMALL)
     assert not part.complete

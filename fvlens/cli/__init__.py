@@ -6,15 +6,21 @@ whoever reads a file of vectors or heads loads the model that the file names (``
 a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
 """
 
-from fvlens.cli._analogies import analogies, analogy, compose, sensitivity
+import typer
+
+from fvlens.cli._analogies import analogies, analogy, compose
 from fvlens.cli._app import app, err, main, out
 from fvlens.cli._heads import heads, universal
 from fvlens.cli._inject import inject
 from fvlens.cli._library import models, relations
 from fvlens.cli._run import rerun, run
-from fvlens.cli._training import compare, study
+from fvlens.cli._studies import study, study_command
+from fvlens.studies import STUDIES
 
 __all__ = ["app", "err", "main", "out"]
+
+# studies with a name of their own
+compare, sensitivity = (study_command(STUDIES[name]) for name in ("compare", "sensitivity"))
 
 COMMANDS = (
     run, rerun, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies, sensitivity,
@@ -22,4 +28,7 @@ COMMANDS = (
 """In the order in which the help lists them."""
 
 for _command in COMMANDS:
-    app.command()(_command)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command)
+    else:
+        app.command()(_command)

@@ -1,4 +1,4 @@
-"""``fvlens compose``, ``analogy``, ``analogies`` and ``sensitivity``: composite vectors and what they answer."""
+"""``fvlens compose``, ``analogy`` and ``analogies``: composite vectors and what they answer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,54 +144,6 @@ def analogies(
         each = write_table(folder / "analogies.csv", found.to_dataframe())
         table_file = write_table(folder / "summary.csv", summary)
         wrote([each, table_file, write_figure(folder / "analogies.html", found.plot())])
-
-
-@spread
-def sensitivity(
-    loading: GivenLoading,
-    composite: CompositeOption = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")] = Path("fvlens-sensitivity"),
-    n_test: Annotated[int, typer.Option("--n-test", min=2, help="Test analogies, half near, half far.")] = 300,
-    n_fit: Annotated[
-        int, typer.Option("--n-fit", min=4, help="Training analogies of each map, if there is a map.")
-    ] = 600,
-    n_repeats: Annotated[int, typer.Option("--n-repeats", min=1, help="Draws behind each random change.")] = 3,
-    setting: Annotated[
-        Literal["zero_shot", "one_shot"], typer.Option("--setting", help="Prompts that are steered.")
-    ] = "zero_shot",
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-) -> None:
-    """The same analogies with parts of the basis dropped, merged, drowned in noise or removed."""
-    from fvlens.composition import basis_study, library_analogies
-    from fvlens.pages import write_figure
-
-    folder = result_folder(folder)
-    network, solver = _composite(loading, composite, seed, quiet)
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Any] = dict(generator=generator, names=solver.basis.names, n_foils=0)
-    kind = "far" if solver.setting == "one_shot" else None  # as library_composite fits
-    fit = [] if solver.map == "none" else library_analogies("train", n=n_fit, kind=kind, **drawn)
-    found = basis_study(
-        network, solver, library_analogies("test", n=n_test, **drawn), fit=fit, n_repeats=n_repeats, setting=setting,
-        generator=generator, progress=not quiet,
-    )  # fmt: skip
-    names = ("vectors", "top-1", "interval", "against the full basis", "weights in common")
-    table = Table("basis", *(Column(name, justify="right") for name in names), box=None)
-    for one in found.changes:
-        low, high, _ = one.interval
-        mean, (least, most, _) = one.difference
-        difference = f"{mean:+.3f} [{least:+.3f}, {most:+.3f}]"
-        table.add_row(
-            one.name, f"{one.n_basis:.0f}", f"{one.top1:.3f}", f"[{low:.3f}, {high:.3f}]", difference,
-            f"{one.stability:.2f}",
-        )  # fmt: skip
-    out.print(table)
-    compared = ", ".join(f"{name} {top1:.3f}" for name, top1 in found.references.items())
-    say(f"{found.n_analogies} analogies, {_setting(setting)}; {compared}")
-    folder.mkdir(parents=True, exist_ok=True)
-    table_file = write_table(folder / "sensitivity.csv", found.to_dataframe())
-    wrote([table_file, write_figure(folder / "sensitivity.html", found.plot())])
 
 
 def _setting(name: str) -> str:

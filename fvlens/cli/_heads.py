@@ -1,16 +1,18 @@
 """``fvlens heads`` and ``universal``: the heads that carry a relation, or many."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.table import Table
 
 from fvlens.cli._app import out, say, wrote
-from fvlens.cli._options import Fields, QuietOption, RelationArgument, spread
+from fvlens.cli._options import Fields, QuietOption, RelationArgument, SeedOption, spread
+from fvlens.cli._studies import JobsOption, Running, ThreadsOption, end, measured, study_settings
+from fvlens.models import fingerprint
 from fvlens.relations import list_relations, load_relation
-from fvlens.report import Loading, RunOptions
+from fvlens.report import Loading, RecipeOptions, RunOptions
 
 RankingOptions = Annotated[
     RunOptions, Fields(RunOptions, ("seed", "n_shots", "n_prompts", "n_corrupted", "n_heads", "labels", "template"))
@@ -66,55 +68,62 @@ def universal(
         list[str] | None, typer.Argument(metavar="[RELATIONS]...", help="Relations [default: all of the library].")
     ] = None,
     *,
-    loading: Loading,
-    settings: RankingOptions,
-    file: Annotated[Path, typer.Option("--out", help="File for the heads; the figure goes beside it.")] = Path(
-        "heads.json"
-    ),
+    loading: Annotated[dict[str, Any], Fields(Loading)],
+    given: Annotated[dict[str, Any], Fields(RecipeOptions)],
+    file: Annotated[
+        Path, typer.Option("--out", help="File for the heads; the figure and the study's folder go beside it.")
+    ] = Path("heads.json"),
     category: Annotated[str | None, typer.Option("--category", help="Only relations of this category.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="Only relations of this family.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first ones, by name.")] = None,
+    seed: SeedOption = 0,
+    jobs: JobsOption = 1,
+    threads: ThreadsOption = 1,
     quiet: QuietOption = False,
 ) -> None:
-    """The heads with the largest effect on average over relations; `fvlens run --heads` uses them."""
+    """The heads with the largest effect on average over relations; `fvlens run --heads` uses them.
+
+    This is `fvlens study universal` with a file of heads: stopped, the same command goes on.
+    """
     from fvlens.pages import write_figure
-    from fvlens.universal import universal_heads
+    from fvlens.studies import STUDIES, heads_from
 
     if names and (category or family):
         raise ValueError(
             "relations are named, so --category and --family have nothing to choose; give one or the other."
         )
     chosen = list(names or list_relations(category, family=family))[:limit]
-    for name in chosen:
-        load_relation(name)
     if file.is_dir() or file.suffix == ".html":
         raise ValueError(f"--out {file}: expected a name for a JSON file, such as heads.json.")
     if not file.parent.is_dir():
         raise ValueError(f"--out {file}: folder {file.parent} does not exist; create it first.")
-    found = universal_heads(
-        loading.load(),
-        chosen,
-        settings.n_heads,
-        n_shots=settings.n_shots,
-        n_prompts=settings.n_prompts,
-        n_corrupted=settings.n_corrupted,
-        labels=settings.labels,
-        template=settings.template,
-        generator=torch.Generator().manual_seed(settings.seed),
-        progress=not quiet,
-    )
-    n_kept = int(found.kept.sum())
-    table = Table("head", "mean AIE", "standard error", box=None)
-    for head in found.heads:
-        table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
-    say(f"mean over {n_kept} relations on {loading.model}, {settings.labels} labels")
-    out.print(table)
-    if found.caution:
-        say(found.caution)
-    left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
-    if left_out:
-        say(f"left out, {settings.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
-    wrote([found.save(file), write_figure(file.with_suffix(".html"), found.plot())])
-    if not found.complete:
-        say(f"{len(found.relations)} of {len(chosen)} relations were finished")
-        raise typer.Exit(130)
+    # the model is asked first, so that a number of heads that it does not have is refused before hours of work
+    study = STUDIES["universal"]
+    settings = study_settings(study, loading, given, relations=tuple(chosen), seed=seed, threads=threads)
+    options: RecipeOptions = settings.chosen(RecipeOptions)
+    mark = fingerprint(study.load(settings.cell("")).model)
+    if not 1 <= options.n_heads <= mark.n_layers * mark.n_heads:
+        raise ValueError(f"--n-heads: expected 1 to {mark.n_layers * mark.n_heads} (all heads), got {options.n_heads}.")
+    folder = file.with_name(f"{file.stem}-study")
+    outcome = measured(study, settings, folder, Running(jobs, quiet))
+    written = []
+    if outcome.kept:
+        found = heads_from(
+            outcome.rows(), options.n_heads, complete=outcome.complete, fingerprint=mark, labels=options.labels,
+            n_shots=options.n_shots, n_prompts=options.n_prompts, n_corrupted=options.n_corrupted,
+            template=options.template,
+        )  # fmt: skip
+        n_kept = int(found.kept.sum())
+        table = Table("head", "mean AIE", "standard error", box=None)
+        for head in found.heads:
+            table.add_row(str(head), f"{found.mean[head]:.4f}", f"{found.stderr[head]:.4f}" if n_kept > 1 else "")
+        say(f"mean over {n_kept} relations on {settings.model}, {options.labels} labels, {outcome.standing}")
+        out.print(table)
+        if found.caution:
+            say(found.caution)
+        left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
+        if left_out:
+            say(f"left out, {options.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
+        written = [found.save(file), write_figure(file.with_suffix(".html"), found.plot()), *outcome.save(folder)]
+    wrote(written)
+    end(outcome, list)

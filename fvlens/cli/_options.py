@@ -54,8 +54,11 @@ class Fields:
                 text += f" Built in are {', '.join(TEMPLATES)}; one of your own is a JSON file."
             if field.name in self.notes:
                 text += f" {self.notes[field.name]}"
-            if field.default is not None and field.default is not False:
-                text += f" [default: {field.default}]"
+            if field.default is not None and field.default is not False and field.default != ():
+                default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+                text += f" [default: {default}]"
+            if get_origin(field.type) is tuple:  # given once for each of its values
+                type_ = list[get_args(field.type)[0]]
             option = Annotated[type_ | None, typer.Option(option_name(field.name), help=text, show_default=False)]
             made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
         return made
@@ -74,7 +77,11 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     def flat(**given: Any) -> None:
         for name, part in parts.items():
             values = {field.name: given.pop(field.name) for field in part.chosen()}
-            on_line = {key: value for key, value in values.items() if value is not None}
+            on_line = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+                if value is not None and value != []
+            }
             as_dict = get_args(signature.parameters[name].annotation)[:1] == (dict[str, Any],)
             given[name] = on_line if as_dict else made(part.kind, on_line)
         command(**given)
@@ -105,10 +112,18 @@ def option_name(field: str) -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each field under ``Attributes:``; empty where docstrings are stripped."""
+    """What a dataclass's docstring, and those of the classes it extends, say of each field under ``Attributes:``; empty
+    where docstrings are stripped."""
+    docs: dict[str, str] = {}
+    for one in reversed([part for part in kind.__mro__ if dataclasses.is_dataclass(part)]):
+        docs |= _own_field_docs(one)
+    return docs
+
+
+def _own_field_docs(kind: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     names: list[str] = []
-    _, _, section = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")
+    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("\nAttributes:\n")
     for line in section.splitlines():
         if line and not line.startswith(" "):
             break

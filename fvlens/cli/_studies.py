@@ -1,73 +1,183 @@
-"""The part of ``fvlens study`` that measures over the library: cells in, tables and figures out."""
+"""``fvlens study``: the list of studies, and a command for each with the options of that study alone."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from fvlens.cli._app import say, wrote
-from fvlens.cli._options import option_name, result_folder
+from fvlens.cli._loading import recorded_loading
+from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
+from fvlens.report import Loading
 
-_TAKEN = ("model", "seed")
+if TYPE_CHECKING:
+    from fvlens.studies import Outcome, Study
 
-
-def list_studies(library: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
-    """A line each: those over the library, and those of one relation's trained vectors."""
-    lines = {name: study.summary for name, study in library.items()}
-    lines |= {f"{name} RELATION": (study.__doc__ or "").partition("\n")[0] for name, study in trained.items()}
-    width = max(map(len, lines))
-    for name, summary in lines.items():
-        say(f"{name:<{width}}  {summary}")
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="Processes on this machine.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads of each cell.")]
+_log = logging.getLogger(__name__)
 
 
-def measure(
-    study: Any,
-    given: Mapping[str, Any],
-    *,
-    relations: Sequence[str] | None,
-    folder: Path | None,
-    jobs: int,
-    threads: int,
-    write: bool,
-) -> None:
-    """Run a study over the library, go on where it was stopped, and write what is finished.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a study runs; none of this changes a number.
 
-    Args:
-        study: the :class:`fvlens.studies.Study`.
-        given: options of other studies that stand on the line; only model and seed are taken.
-        relations: names; None for the study's own choice.
-        folder: for cells, tables and figures.
-        jobs, threads: processes, and threads of a cell.
-        write: also keep the tables with the project and put them into its pages.
+    Attributes:
+        jobs: processes on this machine.
+        quiet: say nothing of single cells.
+    """
+
+    jobs: int = 1
+    quiet: bool = False
+
+
+def study_command(study: "Study", name: str = "") -> Callable[..., None]:
+    """The command of a study, under its own name or another."""
+
+    @spread
+    def command(
+        names: Annotated[
+            list[str] | None, typer.Argument(metavar="[RELATIONS]...", help="As --relations, all in one go.")
+        ] = None,
+        *,
+        loading: Annotated[dict[str, Any], Fields(Loading, ("model", *study.takes))],  # pyright: ignore
+        given: Annotated[dict[str, Any], Fields(study.options or _NoOptions)],  # pyright: ignore
+        relations: Annotated[
+            list[str] | None,
+            typer.Option("--relations", help="Library relations, once each [default: as the study chooses]."),
+        ] = None,
+        folder: Annotated[
+            Path | None, typer.Option("--out", help=f"Folder for results [default: fvlens-study-{study.name}].")
+        ] = None,
+        seed: SeedOption = 0,
+        jobs: JobsOption = 1,
+        threads: ThreadsOption = 1,
+        write: Annotated[
+            bool, typer.Option("--write", help="Keep the tables in assets/measured, and put them into pages.")
+        ] = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        from fvlens.files import write_text
+        from fvlens.pages import write_figure
+        from fvlens.studies import project_root, write_measured
+
+        root = project_root() if write else None  # before hours of work
+        folder = result_folder(folder, f"study-{study.name}")
+        chosen = (*(names or ()), *(relations or ()))
+        settings = study_settings(study, loading, given, relations=chosen or None, seed=seed, threads=threads)
+        outcome = measured(study, settings, folder, Running(jobs, quiet))
+        if outcome.kept:
+            text = study.markdown(outcome.tables())
+            say(text)
+            page = write_text(folder / f"{study.name}.md", f"{text}\n")
+            figures = [write_figure(folder / f"{name}.html", figure) for name, figure in outcome.figures().items()]
+            wrote([*outcome.save(folder), page, *figures])
+        end(outcome, lambda: [] if root is None else write_measured(outcome, root))
+
+    command.__name__ = name or study.name
+    command.__doc__ = f"{study.summary[:1].upper()}{study.summary[1:]}."
+    return command
+
+
+def study_settings(study: "Study", loading: Mapping[str, Any], given: Mapping[str, Any], **others: Any) -> Any:
+    """What stands on the line as :class:`fvlens.studies.Settings`.
 
     Raises:
-        ValueError: an option that this study does not take, an unknown relation, or no cell that could be run.
+        ValueError: an unknown relation, or a value that the study's options or the settings refuse.
     """
-    from fvlens.pages import write_figure
     from fvlens.relations import load_relation
-    from fvlens.studies import Settings, project_root, run_study, write_measured
+    from fvlens.studies import Settings
 
-    others = [option_name(name) for name in given if name not in _TAKEN]
-    if others:
-        raise ValueError(f"{', '.join(others)}: study {study.name} does not take this; leave it out.")
-    root = project_root() if write else None  # before hours of work
-    for name in relations or ():
+    for name in others["relations"] or ():
         load_relation(name)
-    folder = result_folder(folder, f"study-{study.name}")
-    settings = Settings(relations=tuple(relations) if relations else None, threads=threads, **given)
-    outcome = run_study(study, study.cells(settings), folder, jobs=jobs, say=say)
+    options = None if study.options is None else made(study.options, given)
+    mark = study.made_on(options)
+    how = dict(loading)
+    if mark is not None:
+        recorded = asdict(recorded_loading(mark, loading)).items()
+        how = {name: value for name, value in recorded if value is not None}
+    model = how.pop("model", "rel-small")
+    return Settings(model=model, loading=tuple(how.items()), options=options, **others)
+
+
+def measured(study: "Study", settings: Any, folder: Path, running: Running) -> "Outcome":
+    """Run a study, or what of it is missing in this folder.
+
+    Raises:
+        ValueError: no cell could be run.
+    """
+    from fvlens.studies import run_study
+
+    say_cell = _log.info if running.quiet else say
+    outcome = run_study(study, study.cells(settings), folder, jobs=running.jobs, say=say_cell)
     if not outcome.kept and outcome.failed:
         raise ValueError(f"study {study.name}: {outcome.standing} finished; the first error is {outcome.failed[0][1]}")
-    if outcome.kept:
-        say(study.markdown(outcome.tables()))
-        figures = [write_figure(folder / f"{name}.html", figure) for name, figure in outcome.figures().items()]
-        wrote([*outcome.save(folder), *figures])
+    return outcome
+
+
+def end(outcome: "Outcome", write: Callable[[], list[Path]]) -> None:
+    """Say what failed, and leave with the code of an interruption or a failure; else write what is for whole studies.
+
+    Raises:
+        Exit: not all cells are finished.
+    """
     for cell, error in outcome.failed:
         say(f"failed: {cell}: {error}")
     if len(outcome.kept) + len(outcome.failed) < outcome.n_cells:
         raise typer.Exit(130)
-    if root is not None:
-        wrote(write_measured(outcome, root))
+    wrote(write())
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _NoOptions:
+    """Of a study that has none of its own."""
+
+
+class Studies(TyperGroup):
+    """A command for every entry of :data:`fvlens.studies.STUDIES`, as that is when it is asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without a name: the list of all, a line each."""
+        from fvlens.studies import STUDIES
+
+        if not args:
+            width = max(map(len, STUDIES))
+            for name, one in STUDIES.items():
+                say(f"{name:<{width}}  {one.summary}")
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the studies, in their order."""
+        from fvlens.studies import STUDIES
+
+        return list(STUDIES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a study.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        from fvlens.studies import STUDIES
+
+        if cmd_name not in STUDIES:
+            raise ValueError(f"no study named {cmd_name!r}; expected one of {', '.join(STUDIES)}.")
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(cmd_name)(study_command(STUDIES[cmd_name]))
+        return get_command(alone)
+
+
+study = typer.Typer(cls=Studies, name="study", rich_markup_mode=None)
+
+
+@study.callback()
+def _study() -> None:
+    """A study by its name: cells that are kept one by one, and tables over them. Alone: the list of all."""

@@ -14,7 +14,7 @@ from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._rerun import Rerun, rerun
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._run import other_relations, run_relation
-from fvlens.report._settings import Loading, Precision, RunOptions
+from fvlens.report._settings import Loading, Precision, RecipeOptions, RunOptions, at_least_one
 
 __all__ = [
     "PACKAGES",
@@ -24,6 +24,7 @@ __all__ = [
     "Loading",
     "Precision",
     "Provenance",
+    "RecipeOptions",
     "RecordedRun",
     "Rerun",
     "RunDifference",
@@ -31,6 +32,7 @@ __all__ = [
     "RunResult",
     "Source",
     "Tuned",
+    "at_least_one",
     "other_relations",
     "read_run",
     "rerun",

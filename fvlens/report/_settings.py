@@ -40,20 +40,45 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Settings of a run.
+class RecipeOptions:
+    """What of :func:`fvlens.find.find_vector` a user chooses, wherever there is a function vector to begin with.
 
     Attributes:
-        seed: seed of everything random.
         n_shots: demonstrations in an in-context prompt.
         n_prompts: clean prompts behind the task means.
         n_corrupted: corrupted prompts behind each indirect effect.
         n_heads: heads in the function vector.
         labels: the corruption on which the saved vector's heads are ranked.
+        template: how prompts are written: the name of a built-in template, or a template itself.
+    """
+
+    n_shots: int = 10
+    n_prompts: int = 100
+    n_corrupted: int = 25
+    n_heads: int = 10
+    labels: Ranking = "permuted"
+    template: str | Template = "qa"
+
+    def __post_init__(self) -> None:
+        if self.labels not in RANKINGS:
+            raise ValueError(f"labels={self.labels!r}; expected one of {', '.join(RANKINGS)}.")
+        at_least_one(self, "n_shots", "n_prompts", "n_heads")
+        if self.n_corrupted < 2:
+            raise ValueError(
+                f"n_corrupted: expected at least 2, got {self.n_corrupted}; a standard error needs two prompts."
+            )
+        get_template(self.template)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions(RecipeOptions):
+    """Settings of a run.
+
+    Attributes:
+        seed: seed of everything random.
         both_labels: also rank heads on the other corruption, for comparison; it moves no other number.
         layer: inject after this layer; by default the best one on the validation pairs.
         scale: factor on the vector; by default the best one on the validation pairs, chosen with the layer.
-        template: how prompts are written: the name of a built-in template, or a template itself.
         n_random: random vectors of the same norm, and random sets of heads, among the controls.
         n_others: vectors of other relations (with disjoint outputs) among the controls.
         n_train: pairs that the fine-tuned vector is trained on, the first of the train part.
@@ -61,32 +86,19 @@ class RunOptions:
     """
 
     seed: int = 0
-    n_shots: int = 10
-    n_prompts: int = 100
-    n_corrupted: int = 25
-    n_heads: int = 10
-    labels: Ranking = "permuted"
     both_labels: bool = False
     layer: int | None = None
     scale: float | None = None
-    template: str | Template = "qa"
     n_random: int = 10
     n_others: int = 3
     n_train: int = 20
     epochs: int = 20
 
     def __post_init__(self) -> None:
-        if self.labels not in RANKINGS:
-            raise ValueError(f"labels={self.labels!r}; expected one of {', '.join(RANKINGS)}.")
+        RecipeOptions.__post_init__(self)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}.")
-        for name in ("n_shots", "n_prompts", "n_heads", "n_random", "n_train"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
-        if self.n_corrupted < 2:
-            raise ValueError(
-                f"n_corrupted: expected at least 2, got {self.n_corrupted}; a standard error needs two prompts."
-            )
+        at_least_one(self, "n_random", "n_train")
         if self.n_others < 0:
             raise ValueError(f"n_others: expected 0 or more, got {self.n_others}.")
         if self.epochs < 0:
@@ -95,4 +107,14 @@ class RunOptions:
             if not math.isfinite(self.scale):
                 raise ValueError(f"scale: expected a finite number, got {self.scale}.")
             object.__setattr__(self, "scale", float(self.scale))
-        get_template(self.template)
+
+
+def at_least_one(options: Any, *names: str) -> None:
+    """Refuse whole numbers below 1.
+
+    Raises:
+        ValueError: one of these fields is below 1.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}.")

@@ -5,15 +5,20 @@
 :data:`STUDIES`.
 """
 
+from fvlens.studies._compare import COMPARE
 from fvlens.studies._compute import COMPUTE
 from fvlens.studies._measured import measured_folder, pages, project_root, read_measured, write_measured
 from fvlens.studies._precision import PRECISION
 from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
 from fvlens.studies._screening import SCREENING
+from fvlens.studies._sensitivity import SENSITIVITY
 from fvlens.studies._start import START
-from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value
+from fvlens.studies._study import LOADING, Cell, Loaded, Row, Settings, Study, Value, plain
+from fvlens.studies._trained import TRAINED
+from fvlens.studies._universal import UNIVERSAL, heads_from
 
 __all__ = [
+    "LOADING",
     "STUDIES",
     "Cell",
     "Kept",
@@ -23,8 +28,10 @@ __all__ = [
     "Settings",
     "Study",
     "Value",
+    "heads_from",
     "measured_folder",
     "pages",
+    "plain",
     "project_root",
     "read_cell",
     "read_measured",
@@ -32,5 +39,6 @@ __all__ = [
     "write_measured",
 ]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (SCREENING, PRECISION, START, COMPUTE)}
+_LISTED = (UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, COMPARE, *TRAINED, SENSITIVITY)
+STUDIES: dict[str, Study] = {study.name: study for study in _LISTED}
 """All studies by name, in the order in which they are listed."""

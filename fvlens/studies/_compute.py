@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def _cells(settings: Settings) -> list[Cell]:
-    return [Cell(settings.model, name, settings.seed, settings.threads) for name in every(14, settings)]
+    return [settings.cell(name) for name in every(14, settings)]
 
 
 def _run(cell: Cell, model: Any) -> list[dict[str, Value]]:

@@ -38,7 +38,7 @@ def read_measured(root: Path, study: Study) -> "dict[str, pd.DataFrame]":
     import pandas as pd
 
     # a hash may look like a number
-    texts: Any = dict.fromkeys(("model", "fingerprint", "data_hash", "seed", "fvlens", "cells"), str)
+    texts: Any = dict.fromkeys(("model", "fingerprint", "data_hash", "seed", "fvlens", "settings", "cells"), str)
     return {file.stem: pd.read_csv(file, dtype=texts) for file in sorted(measured_folder(root, study).glob("*.csv"))}
 
 

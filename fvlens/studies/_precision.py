@@ -16,7 +16,6 @@ from fvlens.attribution import IndirectEffects, indirect_effects
 from fvlens.evaluation import evaluate
 from fvlens.find import RANKINGS, best_place
 from fvlens.metrics import spearman, top_k_overlap
-from fvlens.models import load_model
 from fvlens.prompts import Prompts, build_prompts
 from fvlens.relations import Pair, load_relation
 from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value, every, named
@@ -32,7 +31,7 @@ OTHER_PROMPTS = "other prompts"
 """The yardstick's name in the place of a precision."""
 
 BACKENDS = ("hooked", "bridge")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 """The reference comes first."""
 
 COLUMNS = {
@@ -55,19 +54,11 @@ LABELS = {"backend": "class", "precision": "precision", "labels": "labels"}
 
 def _cells(settings: Settings) -> list[Cell]:
     names = every(14, settings)
-    return [
-        Cell(settings.model, name, settings.seed, settings.threads, (("backend", backend),))
-        for backend in BACKENDS
-        for name in names
-    ]
+    return [settings.cell(name, backend=backend) for backend in BACKENDS for name in names]
 
 
 def _load(cell: Cell) -> Loaded:
-    backend: Any = cell["backend"]
-    models = {
-        precision: load_model(cell.model, device="cpu", dtype=dtype, backend=backend)
-        for precision, dtype in DTYPES.items()
-    }
+    models = {precision: cell.load(device="cpu", dtype=precision, backend=cell["backend"]) for precision in DTYPES}
     return named(models, models["float32"])
 
 
@@ -172,4 +163,5 @@ PRECISION = Study(
     markdown=_markdown,
     load=_load,
     loading=("backend",),
+    takes=("device", "revision"),
 )

@@ -21,7 +21,7 @@ import torch
 
 from fvlens.files import read_json, write_json, write_table
 from fvlens.interruption import keeping
-from fvlens.studies._study import Cell, Loaded, Study, Value
+from fvlens.studies._study import DEFAULTS, Cell, Loaded, Study, Value, field_names, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,8 @@ class Kept:
 
     def labelled(self) -> list[dict[str, Value]]:
         """The rows, each with the values of the cell."""
-        where = {"relation": self.cell.relation, "seed": self.cell.seed, **dict(self.cell.varies)}
+        whose = {"relation": self.cell.relation} if self.cell.relation else {}
+        where = {**whose, "seed": self.cell.seed, **dict(self.cell.varies)}
         return [where | row for row in self.rows]
 
 
@@ -97,15 +98,16 @@ class Outcome:
 
         if not self.kept:
             raise ValueError(f"study {self.study.name}: {self.standing} finished; there is no table to make.")
-        rows = [row | _provenance([kept]) for kept in self.kept for row in kept.labelled()]
-        made = {name: frame.assign(**_provenance(self.kept)) for name, frame in self.study.tables(self.rows()).items()}
+        rows = [row | _provenance(self.study, [kept]) for kept in self.kept for row in kept.labelled()]
+        whole = _provenance(self.study, self.kept)
+        made = {name: frame.assign(**whole) for name, frame in self.study.tables(self.rows()).items()}
         return {name: frame.assign(cells=self.standing) for name, frame in {**made, "rows": pd.DataFrame(rows)}.items()}
 
     def figures(self) -> dict[str, Any]:
         """The study's figures; their titles say how many cells they stand on."""
         figures = self.study.figures(self.rows())
         for figure in figures.values():
-            figure.update_layout(title=f"{figure.layout.title.text or self.study.name} ({self.standing})")
+            figure.update_layout(title_text=f"{figure.layout.title.text or self.study.name} ({self.standing})")
         return figures
 
     def save(self, folder: Path) -> list[Path]:
@@ -121,11 +123,12 @@ class Outcome:
         return written
 
 
-def _provenance(kept: Sequence[Kept]) -> dict[str, Value]:
+def _provenance(study: Study, kept: Sequence[Kept]) -> dict[str, Value]:
     def joined(values: Iterable[Any]) -> str:
         return " ".join(dict.fromkeys(map(str, values)))
 
     hashes = list(dict.fromkeys(one.data_hash for one in kept))
+    settings = joined(filter(None, (_differing(study, one.cell) for one in kept)))
     return {
         "model": joined(Path(one.cell.model).name for one in kept),  # its folder is nobody's business
         "fingerprint": joined(one.weights for one in kept),
@@ -133,7 +136,17 @@ def _provenance(kept: Sequence[Kept]) -> dict[str, Value]:
         "seed": joined(one.cell.seed for one in kept),
         "threads": joined(one.cell.threads for one in kept),
         "fvlens": joined(one.fvlens for one in kept),
+        **({"settings": settings or DEFAULTS} if study.options is not None or settings else {}),
     }
+
+
+def _differing(study: Study, cell: Cell) -> str:
+    """The options and ways to load that are not the study's own."""
+    given = dict(cell.options)
+    kind = study.options
+    own = {} if kind is None else dict(plain(kind(), [name for name in field_names(kind) if name not in given]))
+    values = [(name, value) for name, value in given.items() if name not in own or own[name] != value]
+    return " ".join(f"{name}={value}" for name, value in (*values, *cell.loading))
 
 
 # --- one cell ---
@@ -148,7 +161,7 @@ class _Bench:
         self._loaded: Loaded | None = None
 
     def load(self, cell: Cell) -> Loaded:
-        what = (cell.model, *(cell[name] for name in self.study.loading))
+        what = (cell.model, cell.loading, *(cell[name] for name in self.study.loading))
         if self._loaded is None or what != self._what:
             self._loaded = None  # the old one goes first: two may not fit into the memory
             self._loaded = self.study.load(cell)

@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 def _cells(settings: Settings) -> list[Cell]:
-    return [Cell(settings.model, name, settings.seed, settings.threads) for name in every(8, settings)]
+    return [settings.cell(name) for name in every(8, settings)]
 
 
 def _run(cell: Cell, model: Any) -> list[dict[str, Value]]:

@@ -44,7 +44,7 @@ COLUMNS = {
 
 def _cells(settings: Settings) -> list[Cell]:
     names = settings.relations or held_out().relations()[::13]
-    return [Cell(settings.model, name, settings.seed, settings.threads) for name in names]
+    return [settings.cell(name) for name in names]
 
 
 def _run(cell: Cell, model: Any) -> list[dict[str, Value]]:

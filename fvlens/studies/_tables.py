@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fvlens.studies._study import Row
+from fvlens.studies._study import DEFAULTS, Row
 from fvlens.zoo import mean_with_interval
 
 if TYPE_CHECKING:
@@ -18,11 +18,8 @@ def means_over_relations(rows: Sequence[Row], by: Sequence[str], scores: Sequenc
     ``score_high`` of the 95% bootstrap interval, drawn with the seed of the rows."""
     import pandas as pd
 
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
     lines = []
-    for key, group in groups.items():
+    for key, group in _grouped(rows, by).items():
         line: dict[str, Any] = dict(zip(by, key, strict=True))
         for score in scores:
             interval = mean_with_interval([float(row[score]) for row in group], int(group[0]["seed"]))
@@ -31,19 +28,80 @@ def means_over_relations(rows: Sequence[Row], by: Sequence[str], scores: Sequenc
     return pd.DataFrame(lines)
 
 
+def own_or_means(
+    rows: Sequence[Row], by: Sequence[str], scores: Sequence[str], others: Sequence[str] = (), texts: Sequence[str] = ()
+) -> "pd.DataFrame":
+    """Like :func:`means_over_relations`, but of one relation its own scores and intervals, which the rows have as
+    ``score_low`` and ``score_high``.
+
+    Args:
+        rows: all rows.
+        by, scores: as there.
+        others: columns whose means have no interval.
+        texts: columns of which each different value is kept.
+
+    Returns:
+        A line for each combination of ``by``; ``n_relations`` says how many rows are behind it.
+    """
+    import pandas as pd
+
+    lines = []
+    for key, group in _grouped(rows, by).items():
+        line: dict[str, Any] = dict(zip(by, key, strict=True))
+        for score in scores:
+            names = (score, f"{score}_low", f"{score}_high")
+            if len(group) == 1:
+                line |= {name: group[0][name] for name in names}
+            else:
+                interval = mean_with_interval([float(row[score]) for row in group], int(group[0]["seed"]))
+                line |= dict(zip(names, (interval["mean"], interval["low"], interval["high"]), strict=True))
+        line |= {name: sum(float(row[name]) for row in group) / len(group) for name in others}
+        line |= {name: " ".join(dict.fromkeys(str(row[name]) for row in group if row[name])) for name in texts}
+        lines.append(line | {"n_relations": len(group)})
+    return pd.DataFrame(lines)
+
+
+def _grouped(rows: Sequence[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return groups
+
+
 def markdown(frame: "pd.DataFrame", labels: Mapping[str, str], columns: Columns) -> str:
-    """A table of such means as Markdown, each as ``mean [low, high]``, with what it stands on below."""
-    heads = [*labels.values(), *(heading for heading, _ in columns.values())]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    """:func:`means_grid`, with what it stands on below."""
+    return "\n\n".join([means_grid(frame, labels, columns), standing(frame)])
+
+
+def means_grid(frame: "pd.DataFrame", labels: Mapping[str, str], columns: Columns) -> str:
+    """A table of such means as Markdown, each as ``mean [low, high]``."""
+    lines = []
     for row in frame.to_dict("records"):
-        cells = [str(row[key]) for key in labels]
-        for key, (_, digits) in columns.items():
-            mean, low, high = (f"{row[name]:.{digits}f}" for name in (key, f"{key}_low", f"{key}_high"))
-            cells.append(f"{mean} [{low}, {high}]")
-        lines.append("| " + " | ".join(cells) + " |")
+        means = (
+            in_brackets(row[key], row[f"{key}_low"], row[f"{key}_high"], f".{digits}f")
+            for key, (_, digits) in columns.items()
+        )
+        lines.append([*(str(row[key]) for key in labels), *means])
+    heads = [*labels.values(), *(heading for heading, _ in columns.values())]
+    return grid(heads, lines)
+
+
+def grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *lines))
+
+
+def in_brackets(mean: float, low: float, high: float, form: str) -> str:
+    """``mean [low, high]``, each in the form given."""
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def standing(frame: "pd.DataFrame") -> str:
+    """What a table stands on, as a sentence."""
     last = frame.iloc[0]
-    below = (
-        f"{last.model} (weights {last.fingerprint}), data {last.data_hash}, seed {last.seed}, fvlens {last.fvlens}, "
-        f"{last.cells}."
+    settings = last.get("settings", DEFAULTS)
+    changed = "" if settings == DEFAULTS else f", {settings}"
+    return (
+        f"{last.model} (weights {last.fingerprint}), data {last.data_hash}, seed {last.seed}{changed}, "
+        f"fvlens {last.fvlens}, {last.cells}."
     )
-    return "\n".join([*lines, "", below])

@@ -1,7 +1,7 @@
 """Training on a few pairs with the model frozen: one loop, whatever is changed and whatever is made small.
 
 What a notebook needs first is on the front too: ``fvlens.finetune``, ``finetune_many``, ``TrainableVector`` and
-``VectorSet``. The seams (:class:`Change`, :class:`Objective`), baselines, the comparison and the studies are here.
+``VectorSet``. The seams (:class:`Change`, :class:`Objective`), baselines and the comparison are here.
 """
 
 from fvlens.training._adaptations import Adaptation, AdaptationChange
@@ -20,16 +20,6 @@ from fvlens.training._set import VectorSet
 from fvlens.training._settings import History, Settings, Task
 from fvlens.training._soft_prompt import SoftPrompt, soft_prompt
 from fvlens.training._state import TrainingState
-from fvlens.training._studies import (
-    STUDIES,
-    Point,
-    Study,
-    init_study,
-    l2_study,
-    layer_study,
-    scale_study,
-    training_size_study,
-)
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.training._untrained import act_add, few_shot
 from fvlens.training._vector_changes import DistributedChange, SteeringChange, VectorChange
@@ -37,7 +27,6 @@ from fvlens.training._vector_changes import DistributedChange, SteeringChange, V
 __all__ = [
     "METHODS",
     "OBJECTIVES",
-    "STUDIES",
     "Adaptation",
     "AdaptationChange",
     "Adapted",
@@ -58,14 +47,12 @@ __all__ = [
     "Outcome",
     "Perplexity",
     "Planned",
-    "Point",
     "PreparedPrompts",
     "Readout",
     "Settings",
     "SoftPrompt",
     "SteerablePrompts",
     "SteeringChange",
-    "Study",
     "Task",
     "TrainableDistributedVector",
     "TrainableVector",
@@ -86,13 +73,8 @@ __all__ = [
     "finetune",
     "finetune_many",
     "frozen",
-    "init_study",
-    "l2_study",
-    "layer_study",
     "lora",
-    "scale_study",
     "soft_prompt",
     "train",
-    "training_size_study",
     "unrelated_prompts",
 ]

@@ -211,6 +211,7 @@ def compare(
     layer: int | None = None,
     n_shots: int = 10,
     n_prompts: int = 100,
+    n_corrupted: int = 25,
     n_soft: Sequence[int] = (1, 8),
     ranks: Sequence[int] = (1,),
     n_unrelated: int = 200,
@@ -236,6 +237,7 @@ def compare(
             pairs (see :func:`fvlens.find_vector`), and for activation addition its own best.
         n_shots: demonstrations in a prompt.
         n_prompts: clean prompts behind the function vector.
+        n_corrupted: corrupted prompts behind the choice of its heads.
         n_soft: numbers of soft tokens, a row each.
         ranks: ranks of the low-rank updates, a row each.
         n_unrelated: prompts behind the collateral change.
@@ -272,8 +274,8 @@ def compare(
     began = time.monotonic()
     found = find_vector(
         model, split, labels=labels, n_heads=n_heads, n_shots=n_shots, n_prompts=n_prompts,
-        layers=None if layer is None else [layer], template=how.template, relation=whole.name, seed=seed,
-        generator=fresh(), progress=running.progress,
+        n_corrupted=n_corrupted, layers=None if layer is None else [layer], template=how.template,
+        relation=whole.name, seed=seed, generator=fresh(), progress=running.progress,
     )  # fmt: skip
     start = Baseline(
         method=f"function vector, {n_heads} heads",

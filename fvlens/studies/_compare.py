@@ -1,0 +1,117 @@
+"""Methods of one budget over relations: what they cost, their top-1 on test queries, and what they change elsewhere.
+
+A cell is a relation, whose rows are those of :func:`fvlens.training.compare`: demonstrations, vectors with and without
+training, activation addition, soft prompts and low-rank updates, all made from the same training pairs.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fvlens.find import finished
+from fvlens.report import at_least_one
+from fvlens.studies._lab import StartOptions
+from fvlens.studies._study import Cell, Row, Settings, Study, Value, every, plain
+from fvlens.studies._tables import means_grid, own_or_means, standing
+from fvlens.training import compare
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORES = {"top1": ("top-1", 2), "kl": ("KL", 3)}
+"""Key of a score with an interval -> its heading and digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions(StartOptions):
+    """Options of the comparison.
+
+    Attributes:
+        n_train: training pairs of every method.
+        n_unrelated: prompts behind the collateral change.
+    """
+
+    n_train: int = 20
+    n_unrelated: int = 200
+
+    def __post_init__(self) -> None:
+        StartOptions.__post_init__(self)
+        at_least_one(self, "n_train", "n_unrelated")
+
+
+def _cells(settings: Settings) -> list[Cell]:
+    own = plain(settings.chosen(CompareOptions))
+    return [settings.cell(name, options=own) for name in every(14, settings)]
+
+
+def _run(cell: Cell, model: Any) -> list[dict[str, Value]]:
+    """A row for each method."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* was interrupted")  # said once, by the study
+        found = finished(compare(model, cell.relation, seed=cell.seed, progress=False, **cell.given()))
+    whole: dict[str, Value] = {
+        "layer": found.layer, "scale": found.scale, "n_train": found.n_train, "n_valid": found.n_valid,
+        "n_test": found.n_test, "caution": found.caution,
+    }  # fmt: skip
+    return [
+        {
+            "method": row.name,
+            "n_trainable": row.n_trainable,
+            "seconds": row.seconds,
+            "top1": row.evaluation.top1,
+            "top1_low": row.evaluation.interval.low,
+            "top1_high": row.evaluation.interval.high,
+            "kl": row.collateral.mean,
+            "kl_low": row.collateral.interval.low,
+            "kl_high": row.collateral.interval.high,
+            "mean_rank": row.evaluation.mean_rank,
+            "probability": row.evaluation.probability,
+            "log_probability": row.evaluation.answer_log_probability,
+            **whole,
+        }
+        for row in found.rows
+    ]
+
+
+def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":
+    means = ("n_trainable", "seconds", "mean_rank", "probability", "log_probability")
+    whole = ("layer", "scale", "n_train", "n_valid", "n_test")
+    return {"compare": own_or_means(rows, ("method",), tuple(SCORES), (*means, *whole), ("caution",))}
+
+
+def _markdown(tables: "Mapping[str, pd.DataFrame]") -> str:
+    frame = tables["compare"]
+    first: Any = frame.iloc[0]
+    n = max(map(int, frame["n_relations"].tolist()))
+    shown = frame.assign(
+        trained=[f"{value:,.0f}" for value in frame["n_trainable"]],
+        duration=[f"{value:.1f}" for value in frame["seconds"]],
+    )
+    labels = {"method": "method", "trained": "trained", "duration": "seconds"}
+    table = means_grid(shown, labels, SCORES)
+    place = (
+        f"{first['n_train']:.0f} training and {first['n_valid']:.0f} validation pairs, {first['n_test']:.0f} test "
+        f"queries, vectors after layer {first['layer']:.0f}, the function vector times {first['scale']:g}. "
+        if n == 1
+        else ""
+    )
+    caution = f" Heads: {first['caution']}" if first["caution"] else ""
+    below = (
+        f"{place}No demonstrations unless the method is demonstrations. Trained: numbers that were trained. KL: "
+        "collateral change of the next token after prompts of other relations, in nats. Intervals: 95% bootstrap over "
+        f"{'test queries and prompts' if n == 1 else f'{n} relations'}.{caution}"
+    )
+    return "\n\n".join([table, below, standing(frame)])
+
+
+COMPARE = Study(
+    name="compare",
+    summary="fine-tuned vectors against prompting, activation addition, soft prompts and LoRA",
+    version=1,
+    cells=_cells,
+    run=_run,
+    tables=_tables,
+    markdown=_markdown,
+    options=CompareOptions,
+)
