@@ -54,8 +54,9 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
 
     folder = tmp_path / "run"
     code, out, err = call(
-        "run", "antonym", "--heads", path, "--n-prompts", 6, "--n-shots", 4, "--out", folder, "--quiet"
-    )
+        "run", "antonym", "--heads", path, "--n-prompts", 6, "--n-shots", 4, "--n-others", 0, "--n-random", 1,
+        "--epochs", 0, "--out", folder, "--quiet",
+    )  # fmt: skip
     assert (code, err) == (0, "")
     assert out.startswith(f"3 heads from {path} (universal heads of this model, 3 relations, permuted labels)\n")
     read = json.loads((folder / "results.json").read_text())

@@ -90,7 +90,7 @@ def test_a_run_in_an_own_template_and_again(call, tmp_path):
     own = Template("mine", "{input} is to{output};\n", "{input} is to")
     written = tmp_path / "own.json"
     written.write_text(json.dumps(own.to_json()))
-    few = ["--n-shots", 2, "--n-prompts", 4, "--n-heads", 2, "--epochs", 1]
+    few = ["--n-shots", 2, "--n-prompts", 4, "--n-heads", 2, "--epochs", 1, "--n-others", 1, "--n-random", 1]
     folder = tmp_path / "run"
     code, _, err = call("run", "plural", "--out", folder, "--template", written, *few, "--quiet")
     assert (code, err) == (0, "")

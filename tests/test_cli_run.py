@@ -17,6 +17,8 @@ from fvlens import FunctionVector, cli
 from fvlens.cli._loading import recorded_loading
 from fvlens.report import Loading, RunOptions
 
+SHORT = ("--n-random", 2, "--n-others", 1, "--epochs", 2)
+"""Fewer controls and less training than by default; a run in default settings is below, as a process."""
 REQUIRED = (
     "relation model seed icl_top1 zero_shot_top1 shuffled_top1 fv_top1 fv_random_labels_top1 random_vector_top1 "
     "other_relation_top1 layer heads n_test versions seconds ffv_top1 ffv_layer ffv_epochs ffv_seconds"
@@ -27,8 +29,9 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
     (tmp_path / "results.json").write_text("old")
     code, out, err = call(
-        "run", "antonym", "--out", tmp_path, "--n-prompts", 10, "--n-heads", 6, "--seed", 3, "--both-labels", "--quiet"
-    )
+        "run", "antonym", "--out", tmp_path, "--n-prompts", 10, "--n-heads", 6, "--seed", 3, "--both-labels", *SHORT,
+        "--quiet",
+    )  # fmt: skip
     assert (code, err) == (0, "")
     assert {file.name for file in tmp_path.iterdir()} == {
         "keep.txt", "results.json", "report.html", "vector.safetensors", "vector-finetuned.safetensors"
@@ -37,7 +40,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(REQUIRED) <= set(read)
     assert (read["relation"], read["model"], read["seed"]) == ("antonym", "rel-small", 3)
-    assert (read["options"]["n_prompts"], read["options"]["n_random"], len(read["heads"])) == (10, 10, 6)
+    assert (read["options"]["n_prompts"], read["options"]["n_random"], len(read["heads"])) == (10, 2, 6)
     vector = FunctionVector.load(tmp_path / "vector.safetensors")
     assert (vector.layer, vector.seed, vector.relation) == (read["layer"], 3, "antonym")
     assert [list(head) for head in vector.heads] == [entry[:2] for entry in read["heads"]]
@@ -51,8 +54,8 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
         ("bare query", "zero_shot_top1"),
         ("function vector, 6 heads by permuted labels", "fv_top1"),
         ("function vector, 6 heads by random labels", "fv_random_labels_top1"),
-        ("fine-tuned vector, 20 pairs, 20 epochs", "ffv_top1"),
-        ("10 random vectors of the same norm", "random_vector_top1"),
+        ("fine-tuned vector, 20 pairs, 2 epochs", "ffv_top1"),
+        ("2 random vectors of the same norm", "random_vector_top1"),
         ("vectors of other relations", "other_relation_top1"),
     ):
         (row,) = [values for name, values in shown.items() if name.startswith(start)]
@@ -92,7 +95,7 @@ def test_run_passes_its_options_on(call, monkeypatch, tmp_path):
 
 
 def test_training_can_be_left_out(call, tmp_path):
-    args = ("run", "plural", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, "--out", tmp_path, "--quiet")
+    args = ("run", "plural", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, *SHORT, "--out", tmp_path, "--quiet")
     assert call(*args)[0] == 0
     trained = json.loads((tmp_path / "results.json").read_text())
     code, out, err = call(*args, "--epochs", 0)
@@ -136,7 +139,7 @@ def test_run_with_default_settings_takes_less_than_a_minute(tmp_path):
     read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(REQUIRED) <= set(read)
     assert read["n_test"] >= 60
-    assert read["options"]["n_random"] >= 10
+    assert (read["options"]["n_random"], read["ffv_epochs"], len(read["other_relations"])) == (10, 20, 3)
     assert read["seconds"] < seconds < 60
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
@@ -153,7 +156,7 @@ def test_the_way_a_model_is_loaded_reaches_it_and_the_files(call, model, monkeyp
     )
     code, _, err = call(
         "run", "plural", "--model", "some/folder", "--device", "cpu", "--dtype", "float16", "--revision", "v1",
-        "--backend", "hooked", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, "--out", tmp_path, "--quiet",
+        "--backend", "hooked", "--n-prompts", 4, "--n-heads", 2, "--n-shots", 3, *SHORT, "--out", tmp_path, "--quiet",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert seen == {
@@ -178,7 +181,7 @@ def run_folder(tmp_path_factory):
     with pytest.raises(SystemExit) as end:
         cli.main([
             "run", "plural", "--n-prompts", "5", "--n-heads", "3", "--n-shots", "3", "--device", "cpu", "--quiet",
-            "--out", str(folder),
+            *map(str, SHORT), "--out", str(folder),
         ])  # fmt: skip
     assert end.value.code == 0
     return folder
