@@ -460,7 +460,10 @@ def render_prompts(
     template = get_template(template)
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError("the model has no tokenizer; load it with fvlens.load_model or model.set_tokenizer(...).")
+        raise ValueError(
+            "the model has no tokenizer; put its tokenizer's files (tokenizer.json) into its folder and load it again, "
+            "or call model.set_tokenizer(...)."
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"expected a fast tokenizer (with character offsets), got {type(tokenizer).__name__}.")
     bos = bos_token_id(model)
@@ -494,6 +497,7 @@ def render_prompts(
                 f"a prompt with its answer is {longest} tokens long, but the model's context holds {model.cfg.n_ctx}; "
                 f"use fewer shots (got {n_shots}) or a shorter template (got {template.name!r}): {text[:60]!r}..."
             )
+    _check_embedded(model, [*rows, *answers])
     width = max(map(len, rows))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos) if i is not None), 0)
     return Prompts(
@@ -509,6 +513,17 @@ def render_prompts(
         relation=relation,
         texts=tuple(texts),
     )
+
+
+def _check_embedded(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding for: a tokenizer may have been given more than the model."""
+    largest = max(max(row, default=0) for row in rows)
+    d_vocab = getattr(model.cfg, "d_vocab", None)  # prompts may be made for something that only has a tokenizer
+    if d_vocab is not None and largest >= d_vocab:
+        raise ValueError(
+            f"a prompt or an answer holds the token {model.tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), "
+            f"but the model has embeddings for ids below {d_vocab} only; leave the word out."
+        )
 
 
 def _right_pad(rows: list[list[int]]) -> Int[Tensor, "prompt answer_pos"]:

@@ -39,7 +39,7 @@ def test_folders_and_files_that_do_not_fit_are_refused(refused, tmp_path):
     assert "file: not a safetensors file, or a truncated one" in refused("inject", file, "hot")
 
 
-def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
+def test_a_vector_of_another_model_is_refused(call, refused, tiny, tmp_path):
     mark = fingerprint(tiny)
     fields = dict(layer=0, heads=(), relation="antonym", fingerprint=mark)
     file = FunctionVector(vector=torch.ones(tiny.cfg.d_model), **fields).save(tmp_path / "v.safetensors")
@@ -47,7 +47,13 @@ def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
     assert f"v.safetensors was made on model {mark.name!r}, not on this one (file / model: " in message
     assert f"d_model: {tiny.cfg.d_model} / 128" in message
     assert "leave out --model: the file says how its model is loaded" in message
-    message = refused("inject", file, "hot")  # a model that nothing but our own code can make
+    message = refused("inject", file, "hot")
+    assert (
+        f"v.safetensors names the model {mark.name!r}, and a file does not choose what is loaded; say --mod" in message
+    )
+    code, out, err = call("inject", file, "hot", "--trust")  # a model that nothing but our own code can make
+    message = err.strip()
+    assert (code, out) == (2, f"v.safetensors names the model {mark.name}\n")
     assert f"v.safetensors was made on model {mark.name!r}, which cannot be loaded as {mark.name!r}" in message
     assert message.endswith("Say with --model where it is.")
 
@@ -69,7 +75,10 @@ def test_a_vector_of_another_model_is_refused(refused, tiny, tmp_path):
         (["nosuch"], "No such command 'nosuch'"),
         (["inject", "VECTOR"], "Missing argument 'prompt'"),
         (["inject", "VECTOR", " "], "the prompt is empty; give some text."),
-        (["inject", "VECTOR", "a" * 40 + " b", "--generate", "500"], "--generate asks for 500 more; the model"),
+        (
+            ["inject", "VECTOR", "a" * 40 + " b", "--generate", "500", "--model", "rel-small"],
+            "--generate asks for 500 more; the model",
+        ),
         (["inject", "VECTOR", "hot", "--top", "0"], "'--top': Input should be greater than or equal to 1"),
         (["inject", "VECTOR", "hot", "--generate", "-1"], "'--generate': Input should be greater than or equal to 0"),
     ],
@@ -245,10 +254,19 @@ def test_every_setting_of_a_run_is_explained(kind):
 
 
 def test_every_command_that_loads_a_model_loads_it_alike(call):
-    options = {"--model", "--device", "--dtype", "--revision", "--backend"}
+    options = {"--model", "--device", "--dtype", "--revision", "--backend", "--base", "--trust"}
     for command in ("run", "universal", "compare", "study layer", "heads", "inject", "compose", "analogy", "analogies",
                     "sensitivity"):  # fmt: skip
         told = call(*command.split(), "--help")[1]
-        assert options <= set(re.findall(r"^  (--[\w-]+)", told, re.MULTILINE)), command
-    for command in ("rerun", "relations", "models"):  # from the run's own files, or no model at all
-        assert not options & set(re.findall(r"^  (--[\w-]+)", call(command, "--help")[1], re.MULTILINE)), command
+        is_study = command in (
+            "study layer",
+            "compare",
+            "sensitivity",
+            "analogies",
+        )  # cells load models
+        wanted = options - {"--base", "--trust"} if is_study else options
+        assert wanted <= set(re.findall(r"^  (--[\w-]+)", told, re.MULTILINE)), command
+    # a run's own files say how its model is loaded; the others need none
+    for command, taken in (("rerun", {"--model", "--base", "--trust"}), ("relations", set()), ("models", set())):
+        found = set(re.findall(r"^  (--[\w-]+)", call(command, "--help")[1], re.MULTILINE))
+        assert options & found == taken, command

@@ -27,7 +27,7 @@ def test_analogy_prints_answer_weights_and_the_unsteered_answer(call, composite_
     code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", composite_file, "--choices", "den, cub,paw")
     assert code == 0
     lines = text.splitlines()
-    assert lines[0] == "cow : calf :: bear : cub"
+    assert lines[:2] == ["small.safetensors names the model rel-small", "cow : calf :: bear : cub"]
     assert any(re.match(r" *unsteered, one-shot +cub \d\.\d\d, ", line) for line in lines)
     assert any(re.fullmatch(r" *animal-young +[01]\.\d{3} *", line) for line in lines)
     assert any(re.search(r"gate, one-shot prompt: [01]\.00 of the composite is injected", line) for line in lines)
@@ -59,7 +59,9 @@ def test_a_composite_says_how_its_model_is_loaded(call, refused, tmp_path):
     made = library_composite(half, names=names, epochs=1, generator=seeded(), progress=False)
     asked = ("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "half.safetensors"))
     code, out, err = call(*asked, "--device", "cpu")
-    assert (code, err) == (0, "") and out.startswith("cow : calf :: bear : ")
+    assert (code, err) == (0, "") and out.startswith(
+        "half.safetensors names the model rel-small\ncow : calf :: bear : "
+    )
     message = refused(*asked, "--dtype", "float32")
     assert "dtype: bfloat16 / float32); leave out --dtype: the file says how its model is loaded." in message
 

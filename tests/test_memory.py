@@ -20,7 +20,8 @@ from conftest import random_model, seeded
 from peak_memory import bridged
 
 import fvlens
-from fvlens.models import _checkpoints, refresh
+from fvlens.models import _memory as _model_memory
+from fvlens.models import refresh
 from fvlens.suffix import (
     _hooked,
     _memory,
@@ -473,29 +474,29 @@ def test_limits_of_containers_count(tmp_path):
     own.write_text("0::/a/b\n")
     root = tmp_path / "v2"
     write(root)
-    assert _checkpoints.cgroup_room(root, own) is None
+    assert _model_memory.cgroup_room(root, own) is None
     write(root / "a/b", memory_dot_max="max\n", memory_dot_current="70\n", memory_dot_stat="anon 1\ninactive_file 5\n")
-    assert _checkpoints.cgroup_room(root, own) is None
+    assert _model_memory.cgroup_room(root, own) is None
     write(root / "a", memory_dot_max="1000\n", memory_dot_current="300\n", memory_dot_stat="inactive_file 20\n")
-    assert _checkpoints.cgroup_room(root, own) == 720
+    assert _model_memory.cgroup_room(root, own) == 720
     write(root / "a/b", memory_dot_max="100\n")
-    assert _checkpoints.cgroup_room(root, own) == 35
+    assert _model_memory.cgroup_room(root, own) == 35
     write(root / "a/b", memory_dot_current="500\n")
-    assert _checkpoints.cgroup_room(root, own) == 0
+    assert _model_memory.cgroup_room(root, own) == 0
     own.write_text("12:cpu,cpuacct:/a\n4:memory:/elsewhere\n0::/\n")
     v1 = tmp_path / "v1"
     names = dict(memory_dot_limit_in_bytes="1000", memory_dot_usage_in_bytes="400")
     write(v1 / "memory", **names, memory_dot_stat="inactive_file 1\ntotal_inactive_file 30\n")
-    assert _checkpoints.cgroup_room(v1, own) == 630
-    assert _checkpoints.cgroup_room(v1, tmp_path / "absent") is None
+    assert _model_memory.cgroup_room(v1, own) == 630
+    assert _model_memory.cgroup_room(v1, tmp_path / "absent") is None
 
 
 def test_free_memory_heeds_the_container(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(_checkpoints, "cgroup_room", lambda: 12345)
-    assert _checkpoints.free_memory(cpu) == 12345
-    monkeypatch.setattr(_checkpoints, "cgroup_room", lambda: 2**62)
-    assert 0 < _checkpoints.free_memory(cpu) < 2**50
+    monkeypatch.setattr(_model_memory, "cgroup_room", lambda: 12345)
+    assert _model_memory.free_memory(cpu) == 12345
+    monkeypatch.setattr(_model_memory, "cgroup_room", lambda: 2**62)
+    assert 0 < _model_memory.free_memory(cpu) < 2**50
 
 
 # --- the estimate against what is really allocated ---

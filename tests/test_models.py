@@ -29,6 +29,7 @@ from fvlens.models import (
     _hf_configs,
     _load,
     _looks,
+    _memory,
     bos_token_id,
     embedded_folder,
     fingerprint,
@@ -725,9 +726,9 @@ def test_devices_are_passed_to_hugging_face(monkeypatch):
 def test_a_model_that_does_not_fit(folders, monkeypatch):
     folder = folders("llama")
     n_parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    monkeypatch.setattr(_checkpoints, "free_memory", lambda device: 8 * n_parameters - 1)
+    monkeypatch.setattr(_memory, "free_memory", lambda device: 8 * n_parameters - 1)
     asked = []
-    monkeypatch.setattr(_checkpoints, "read_model", lambda *arguments, **options: asked.append(1))
+    monkeypatch.setattr(_load, "read_model", lambda *arguments, **options: asked.append(1))
     for backend, copies in [("hooked", 2), ("bridge", 1)]:
         if backend not in BACKENDS:
             continue
@@ -740,7 +741,7 @@ def test_a_model_that_does_not_fit(folders, monkeypatch):
             load_model(folder, device="cpu", dtype=torch.float64, backend=backend)
     assert asked == []
     monkeypatch.undo()
-    monkeypatch.setattr(_checkpoints, "free_memory", lambda device: 8 * n_parameters)
+    monkeypatch.setattr(_memory, "free_memory", lambda device: 8 * n_parameters)
     load_model(folder, device="cpu", backend=BACKENDS[0])  # two copies of float32
 
 
@@ -748,20 +749,20 @@ def test_memory_of_several_devices_adds_up(folders, monkeypatch):
     checkpoint = _checkpoints.find_checkpoint(folders("gpt2"), None)
     config = _checkpoints.read_config(checkpoint)
     n_bytes = 4 * sum(parameter.numel() for parameter in hugging_face(checkpoint.path).parameters())
-    assert 4 * _checkpoints.count_parameters(config) == n_bytes
+    assert 4 * _memory.count_parameters(config) == n_bytes
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     free = {"cuda": n_bytes // 2 - 1, "cpu": 2 * n_bytes}
-    monkeypatch.setattr(_checkpoints, "free_memory", lambda device: free[device.type])
+    monkeypatch.setattr(_memory, "free_memory", lambda device: free[device.type])
     settings = dict(dtype=torch.float32, devices=devices)
     with pytest.raises(ValueError, match="while it loads on cuda:0, cuda:1, where"):
-        _checkpoints.check_memory(checkpoint, config, **settings, copies=0)
+        _memory.check_memory(checkpoint, config, **settings, copies=0)
     free["cuda"] = n_bytes
-    _checkpoints.check_memory(checkpoint, config, **settings, copies=2)
+    _memory.check_memory(checkpoint, config, **settings, copies=2)
     free["cpu"] -= 1
     with pytest.raises(ValueError, match="while it loads on cpu, where"):
-        _checkpoints.check_memory(checkpoint, config, **settings, copies=2)
+        _memory.check_memory(checkpoint, config, **settings, copies=2)
     free["cpu"] = None  # unknown: not refused
-    _checkpoints.check_memory(checkpoint, config, **settings, copies=2)
+    _memory.check_memory(checkpoint, config, **settings, copies=2)
 
 
 def test_free_memory_is_what_the_system_tells(monkeypatch):
@@ -770,17 +771,17 @@ def test_free_memory_is_what_the_system_tells(monkeypatch):
     assert free_memory(torch.device("mps")) is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
     assert free_memory(torch.device("cuda", 0)) == 123
-    monkeypatch.setattr(_checkpoints.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:   5 kB\n")
+    monkeypatch.setattr(_memory.Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:   5 kB\n")
     assert free_memory(cpu) == 5 * 1024
-    monkeypatch.setattr(_checkpoints.Path, "read_text", lambda path: "")
+    monkeypatch.setattr(_memory.Path, "read_text", lambda path: "")
     pages = {"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(_checkpoints.os, "sysconf", lambda name: pages[name])
+    monkeypatch.setattr(_memory.os, "sysconf", lambda name: pages[name])
     assert free_memory(cpu) == 3 * 4096
 
     def unknown(path):
         raise OSError("no such file")
 
-    monkeypatch.setattr(_checkpoints.Path, "read_text", unknown)
+    monkeypatch.setattr(_memory.Path, "read_text", unknown)
     assert free_memory(cpu) is None
 
 

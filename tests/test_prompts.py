@@ -556,7 +556,7 @@ def test_an_impossible_derangement(model, generator):
 
 
 def test_a_model_without_a_usable_tokenizer(generator):
-    with pytest.raises(ValueError, match=r"the model has no tokenizer; load it with fvlens\.load_model"):
+    with pytest.raises(ValueError, match=r"the model has no tokenizer; put its tokenizer.s files"):
         build_prompts(stand_in(None), SMALL, n_shots=1, generator=generator)
     slow = SimpleNamespace(is_fast=False, bos_token_id=0)
     with pytest.raises(ValueError, match=r"expected a fast tokenizer \(with character offsets\), got SimpleNamespace"):

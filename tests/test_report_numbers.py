@@ -11,6 +11,7 @@ import torch
 from runs import TINY, best, bootstrap, file_hash, of_kind, ranked, right, same
 
 import fvlens
+from fvlens.models import load_report
 from fvlens.report import (
     results_json,
     run_relation,
@@ -111,6 +112,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "loading": None,
         "command": None,
         "fingerprint": dataclasses.asdict(fvlens.fingerprint(model)),
+        "loaded": {"quantization": "", "head_writes": load_report(model).head_writes, "notes": []},
         "data_hash": file_hash("antonym"),
         "data": {
             "relations": {name: file_hash(name) for name in ("antonym", *result.others)},

@@ -130,6 +130,11 @@ def test_page_shows_the_numbers(page, result, numbers):
     assert text["pairs"].endswith(f"{numbers['n_test']} test")
     assert json.loads(text["options"]) == numbers["options"]
     assert text["attribution path"] == numbers["path"]
+    apart = numbers["loaded"]["head_writes"]
+    assert (
+        text["heads' writes"] == f"their sum plus the bias is what attention adds, to {apart:.1e} of the largest value"
+    )
+    assert not {"weights stored as", "said while loading"} & set(text)  # floats, and nothing to say
     assert f"torch {torch.__version__.split('+')[0]}" in text["versions"]
     lead = page.texts["p"][0]
     assert f"10 heads, scale\n{numbers['scale']:g}, added after layer {numbers['layer']};" in lead

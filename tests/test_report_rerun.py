@@ -88,13 +88,14 @@ def test_a_run_repeated_from_its_files_is_the_same(first, folder):
     assert {**old, **timeless, "command": None} == {**new, **timeless}
     assert old["command"] == ["fvlens", "run", "plural"]
     assert old["loading"] == {
-        "model": "rel-small", "device": "cpu", "dtype": None, "revision": None, "backend": None
+        "model": "rel-small", "device": "cpu", "dtype": None, "revision": None, "backend": None, "base": None
     }  # fmt: skip
     for name in ("vector.safetensors", "vector-finetuned.safetensors"):
         vectors = [FunctionVector.load(place / name) for place in (folder, done.out)]
         assert torch.equal(vectors[0].vector, vectors[1].vector)
     assert {file.name for file in done.files} == set(FILES)
     inputs = {"schema", "seed", "fingerprint", "options", "loading", "versions", "platform", "seconds", "ffv_seconds"}
+    inputs |= {"loaded"}
     results = {key: value for key, value in old.items() if key not in inputs}
     found = re.findall(r"(?<=[\[ ])-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[,\]}])", json.dumps(results))
     assert done.n_numbers == len(found) + 2 * first.fingerprint.d_model
@@ -243,9 +244,12 @@ def test_a_vector_of_another_width_is_not_the_same(folder, tiny, tiny_result, mo
 def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(tiny, given, heads_file, tmp_path):
     given = dataclasses.replace(given, given=dataclasses.replace(given.given, path=str(heads_file)))
     write_run(given, tmp_path / "first")
-    again = lambda: rerun(tmp_path / "first", model=tiny, progress=False)  # noqa: E731
+    again = lambda: rerun(tmp_path / "first", model=tiny, trust=True, progress=False)  # noqa: E731
     assert again().differences == ()
     old = results_json(given)["data"]["heads_file"]
+    unseen = "(outside the run's folder: not looked at without trust)"
+    found = read_run(tmp_path / "first").changes(tiny)
+    assert found == [RunDifference("data", "data.heads_file", old, unseen)]
     heads_file.write_text("[[0, 0]]")
     done = again()
     new = hashlib.sha256(b"[[0, 0]]").hexdigest()[:16]
@@ -255,6 +259,39 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
     done = again()
     assert done.differences == (RunDifference("data", "data.heads_file", old, "(absent)"),)
     assert done.result.vector.heads == given.vector.heads
+
+
+@pytest.mark.parametrize("change", [{"model": "owner/name"}, {"base": "owner/name"}, {"model": "../model"}])
+def test_a_file_does_not_choose_the_model(folder, monkeypatch, change):
+    """What it names is asked for with trust, or said anew; the embedded model needs neither."""
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(report._settings, "load_model", load)
+    with pytest.raises(ValueError, match="loaded"):
+        rerun(folder)
+    assert asked.pop() == ("rel-small", {"device": "cpu"})
+    edit(folder, **{f"loading__{name}": value for name, value in change.items()})
+    (named,) = change.values()
+    with pytest.raises(ValueError, match=rf"names the model .*{re.escape(repr(named))}, and a file does not choose"):
+        rerun(folder)
+    assert asked == []
+    with pytest.raises(ValueError, match="loaded"):
+        rerun(folder, trust=True)
+    assert asked.pop() == ("rel-small" if "base" in change else named, {
+        "device": "cpu", "trust": True, **{name: value for name, value in change.items() if name == "base"}
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="loaded"):
+        rerun(folder, loading=Loading("other"))
+    assert asked == [("other", {})]
+
+
+def test_runs_of_earlier_versions_name_no_base(folder, first, model, remembered):
+    edit(folder, loading__base=edit, fingerprint__quantization=edit, loaded=edit)
+    assert rerun(folder, model=model).differences == ()
 
 
 @pytest.mark.parametrize(
@@ -290,6 +327,7 @@ def test_given_heads_come_from_the_results_when_their_file_has_changed_or_gone(t
         ({"loading__dtype": "int8"}, "loading.dtype: expected one of 'float32', 'bfloat16', 'float16', 'float64'"),
         ({"loading__backend": "x"}, "loading.backend: expected one of 'hooked', 'bridge' or null, got 'x'."),
         ({"loading__device": "nosuch"}, "loading.device: 'nosuch' is not a device."),
+        ({"loading__trust": True}, "loading.trust: a file cannot say that it is to be trusted"),
         ({"loading__code": "import os"}, "loading.code: not a field of this schema; expected model, device"),
         ({"fingerprint__weights": 1}, "fingerprint.weights: expected str, got 1."),
         ({"fingerprint__more": 1}, "fingerprint.more: not a field of this schema"),

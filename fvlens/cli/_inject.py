@@ -33,9 +33,9 @@ def inject(
     from fvlens.vectors import FunctionVector
 
     loaded = FunctionVector.load(vector, template=None if template is None else read_template(template))
-    _, network = load_recorded(vector, loaded.fingerprint, loading)
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
+    _, network = load_recorded(vector, loaded.fingerprint, loading)
     if len(prompt.split()) == 1:
         prompt = template_or(loaded.template).bare(prompt.strip())
     bos = bos_token_id(network)

@@ -6,7 +6,7 @@ import typer
 from rich.table import Column, Table
 
 from fvlens.cli._app import out, say
-from fvlens.models import EMBEDDED_MODELS, official_names
+from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, official_names
 from fvlens.relations import list_relations, load_relation
 
 
@@ -34,7 +34,8 @@ def models(
     filter: Annotated[str, typer.Option("--filter", help="Only names that contain this.")] = "",
 ) -> None:
     """Models that can be loaded by name."""
-    for name, text in EMBEDDED_MODELS.items():
+    here = EMBEDDED_MODELS | {name: f"{one.text}: {one.install}" for name, one in PACKAGED_MODELS.items()}
+    for name, text in here.items():
         if filter.lower() in name.lower():
             say(f"{name}  ({text})")
     for name in official_names():

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from fvlens.cli._app import say
 from fvlens.cli._options import Fields, made, option_name
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, fingerprint, is_known
 from fvlens.report import Loading
 
 _OF_FILES = ("model", "dtype", "revision", "backend")
@@ -29,13 +30,32 @@ def recorded_loading(mark: Fingerprint, given: Mapping[str, Any]) -> Loading:
     return made(Loading, {**said, **given})
 
 
+def allowed_loading(name: str, mark: Fingerprint, given: Mapping[str, Any]) -> Loading:
+    """How to load the model of a file of this name, if the file may choose it.
+
+    Raises:
+        ValueError: nobody on the line named the model, and it does not come with fvlens or by its hash.
+    """
+    loading = recorded_loading(mark, given)
+    if "model" in given or is_known(loading.model):
+        return loading
+    if not loading.trust:
+        raise ValueError(
+            f"{name} names the model {loading.model!r}, and a file does not choose what is loaded; say --model "
+            f"{loading.model} if you mean that one, or --trust to load what files name."
+        )
+    say(f"{name} names the model {loading.model}")
+    return loading
+
+
 def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tuple[Loading, Any]:
     """The model of a file, and how it was loaded.
 
     Raises:
-        ValueError: it cannot be loaded, or is not the model that the file was made on; with what to do.
+        ValueError: as for :func:`allowed_loading`; it cannot be loaded, or is not the model that the file was made on;
+            with what to do.
     """
-    loading = recorded_loading(mark, given)
+    loading = allowed_loading(file.name, mark, given)
     try:
         network = loading.load()
     except ValueError as error:
@@ -57,4 +77,6 @@ def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tu
             f"{file.name} was made on model {mark.name!r}, not on this one (file / model: {'; '.join(differences)}); "
             f"{remedy}."
         )
+    if "model" not in given and is_known(loading.model):
+        say(f"{file.name} names the model {loading.model}")
     return loading, network

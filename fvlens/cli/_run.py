@@ -1,5 +1,6 @@
 """``fvlens run`` and ``rerun``: the whole chain on one relation, and the same run again."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
 from fvlens.relations import load_relation
 from fvlens.report import Loading, RunOptions, RunResult
+
+_ELSE = "By default the one that the run names, if fvlens knows it."
 
 
 @spread
@@ -69,6 +72,7 @@ def run(
 @spread
 def rerun(
     folder: Annotated[Path, typer.Argument(help="Folder that `fvlens run` wrote.")],
+    loading: Annotated[dict[str, Any], Fields(Loading, ("model", "base", "trust"), notes={"model": _ELSE})],
     again: Annotated[
         Path | None, typer.Option("--out", help="Folder for the second run's results [default: DIR-rerun].")
     ] = None,
@@ -78,14 +82,32 @@ def rerun(
     quiet: QuietOption = False,
 ) -> None:
     """Repeat a run from its files and say what differs; exit code 1 if a number does."""
+    from fvlens.report import RESULTS_FILE, read_run
     from fvlens.report import rerun as run_again
+
+    if "base" in loading and "model" not in loading:
+        raise ValueError("--base is for a model that is named on the line; add --model.")
+
+    recorded = read_run(folder).loading
+    how = None
+    if "model" in loading:
+        how = dataclasses.replace(recorded or Loading(), **{"base": None, **loading})
 
     def announce(changes: Sequence[Any]) -> None:
         told = ", ".join(f"{one.kind} {one.name}" for one in changes) or "nothing that the numbers depend on"
+        if how is None and recorded is not None:
+            say(f"{folder / RESULTS_FILE} names the model {recorded.model}")
         say(f"changed since the first run: {told}")
 
     done = run_again(
-        folder, out=again, tolerance=tolerance, announce=announce, command=command_line.get(), progress=not quiet
+        folder,
+        out=again,
+        loading=how,
+        trust=bool(loading.get("trust")),
+        tolerance=tolerance,
+        announce=announce,
+        command=command_line.get(),
+        progress=not quiet,
     )
     if done.differences:
         table = Table("what differs", "", "first run", "this run", "difference", title=str(folder), box=None)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from fvlens.cli._app import say, wrote
-from fvlens.cli._loading import recorded_loading
+from fvlens.cli._loading import allowed_loading
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
 from fvlens.report import Loading
 
@@ -99,7 +99,7 @@ def study_settings(study: "Study", loading: Mapping[str, Any], given: Mapping[st
     mark = study.made_on(options)
     how = dict(loading)
     if mark is not None:
-        recorded = asdict(recorded_loading(mark, loading)).items()
+        recorded = allowed_loading("the study's file", mark, loading).recorded().items()
         how = {name: value for name, value in recorded if value is not None}
     model = how.pop("model", "rel-small")
     return Settings(model=model, loading=tuple(how.items()), options=options, **others)

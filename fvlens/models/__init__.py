@@ -6,23 +6,30 @@ stream means the same here as in any other tool. Two classes of TransformerLens 
 which hooks into the Hugging Face model. Both read the checkpoint the same way and give the same numbers.
 """
 
-from fvlens.models._checkpoints import EMBEDDED_MODELS, embedded_folder, free_memory, official_names
-from fvlens.models._fingerprint import Fingerprint, fingerprint
+from fvlens.models._checkpoints import EMBEDDED_MODELS, embedded_folder, is_known, official_names
+from fvlens.models._fingerprint import INFORMATIVE, Fingerprint, LoadReport, fingerprint, load_report
 from fvlens.models._load import Backend, default_device, load_model, model_device, quiet_deprecation
 from fvlens.models._looks import is_kept, of_weights, refresh
+from fvlens.models._memory import free_memory
+from fvlens.models._packaged import PACKAGED_MODELS
 from fvlens.models._tokenizer import bos_token_id
 
 __all__ = [
     "EMBEDDED_MODELS",
+    "INFORMATIVE",
+    "PACKAGED_MODELS",
     "Backend",
     "Fingerprint",
+    "LoadReport",
     "bos_token_id",
     "default_device",
     "embedded_folder",
     "fingerprint",
     "free_memory",
     "is_kept",
+    "is_known",
     "load_model",
+    "load_report",
     "model_device",
     "of_weights",
     "official_names",

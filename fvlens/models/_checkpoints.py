@@ -4,11 +4,10 @@ No code that comes with a checkpoint is run (``trust_remote_code`` is off).
 """
 
 import contextlib
-import copy
 import dataclasses
 import difflib
-import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fvlens.models import _adapters, _gguf
+from fvlens.models._gguf_file import GgufHead, is_gguf
+from fvlens.models._named_files import INDEXES, check_named_files
+from fvlens.models._packaged import PACKAGED_MODELS, packaged_file
 
 EMBEDDED_MODELS = {"rel-small": "the embedded model: a small GPT-2 trained on the word-pair library"}
 
@@ -50,39 +54,68 @@ class Checkpoint:
         name: what the model is called in its configuration.
         revision: branch, tag or commit of the repository; None for its main branch, and for a folder.
         local: whether ``path`` is a folder.
+        gguf: the head of the GGUF file in that folder that is the model; None for other formats.
+        adapter: folder of a PEFT adapter that is merged into the model; None without.
     """
 
     path: str
     name: str
     revision: str | None
     local: bool
+    gguf: GgufHead | None = None
+    adapter: Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What every ``from_pretrained`` is given."""
-        return {"revision": self.revision or "main", "local_files_only": self.local, "trust_remote_code": False}
+        options = {"revision": self.revision or "main", "local_files_only": self.local, "trust_remote_code": False}
+        return options if self.gguf is None else {**options, "gguf_file": self.gguf.path.name}
+
+    @property
+    def shown(self) -> str:
+        """What messages call it: the repository, the folder, or the file."""
+        return self.path if self.gguf is None else str(self.gguf.path)
 
 
-def find_checkpoint(name_or_path: str | Path, revision: str | None) -> Checkpoint:
-    """The checkpoint behind a name: an embedded model, a folder, a name TransformerLens knows, ``owner/name``.
+def is_known(name: str) -> bool:
+    """Whether a name stands for a model that comes with fvlens, or whose hash does.
+
+    A file may name such a model without anybody's leave; what a hub name or a path stands for is for the user to say.
+    """
+    return name in EMBEDDED_MODELS or name in PACKAGED_MODELS
+
+
+def find_checkpoint(
+    name_or_path: str | Path, revision: str | None, *, base: str | Path | None = None, trust: bool = False
+) -> Checkpoint:
+    """The checkpoint behind a name: an embedded or packaged model, a folder, a GGUF file, a name on the hub.
+
+    Args:
+        name_or_path, revision, base, trust: as for :func:`fvlens.load_model`.
 
     Raises:
-        ValueError: neither of these (with the nearest names), a folder without ``config.json``, or a ``revision`` of
-            something that is not on the hub.
+        ValueError: neither of these (with the nearest names), a folder without a model, or a ``revision`` of something
+            that is not on the hub; an adapter whose base is not given; a ``base`` of something that is no adapter.
     """
     text = str(name_or_path)
-    folder = embedded_folder(text) if text in EMBEDDED_MODELS else Path(name_or_path)
-    if folder.is_dir():
+    place = Path(name_or_path)
+    if text in EMBEDDED_MODELS:
+        place = embedded_folder(text)
+    elif text in PACKAGED_MODELS:
+        _gguf.require_gguf()
+        place = packaged_file(text)
+    if place.is_dir() and _adapters.is_adapter(place):
+        return _find_adapted(place, revision, base, trust)
+    if base is not None:
+        raise ValueError(f"load_model: base={str(base)!r} is for a PEFT adapter, which {text} is not; leave base out.")
+    if place.is_dir() or place.is_file():
         if revision is not None:
+            kind = "folder" if place.is_dir() else "file"
             raise ValueError(
-                f"load_model: revision={revision!r} names a revision of a hub model, but {text} is a local folder; "
+                f"load_model: revision={revision!r} names a revision of a hub model, but {text} is a local {kind}; "
                 "leave revision out."
             )
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"load_model: folder {folder} holds no config.json; expected a model in Hugging Face format."
-            )
-        return Checkpoint(str(folder), text if text in EMBEDDED_MODELS else folder.resolve().name, None, local=True)
+        return _find_local(place, text if is_known(text) else None)
     path = _aliases().get(text.lower())
     if path is None and not isinstance(name_or_path, Path) and re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         path = text
@@ -92,6 +125,59 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None) -> Checkpoin
             f"{_nearest(text) or 'see `fvlens models`.'}"
         )
     return Checkpoint(path, path.split("/")[-1], revision, local=False)
+
+
+def _find_local(place: Path, name: str | None) -> Checkpoint:
+    """A folder in Hugging Face format, a GGUF file, or a folder with one."""
+    file = place
+    if place.is_dir():
+        if (place / "config.json").is_file():
+            check_named_files(place)
+            return Checkpoint(str(place), name or place.resolve().name, None, local=True)
+        files = sorted(path for path in place.glob("*.gguf") if path.is_file())
+        if len(files) > 1:
+            raise ValueError(
+                f"load_model: folder {place} holds {len(files)} GGUF files ({', '.join(path.name for path in files)}); "
+                "give the path of one."
+            )
+        if not files:
+            raise ValueError(
+                f"load_model: folder {place} holds no config.json; expected a model in Hugging Face format, or a GGUF "
+                "file."
+            )
+        file = files[0]
+    elif not is_gguf(place):
+        raise ValueError(
+            f"load_model: {place} is a file, but no GGUF file; expected the folder of a model in Hugging Face format, "
+            "or a GGUF file."
+        )
+    return Checkpoint(str(file.parent), name or file.stem, None, local=True, gguf=_gguf.checked_head(file))
+
+
+def _find_adapted(folder: Path, revision: str | None, base: str | Path | None, trust: bool) -> Checkpoint:
+    """A PEFT adapter and its base: beside it, given, or what its file names if that is trusted."""
+    _adapters.require_peft(folder)
+    named = _adapters.named_base(folder)
+    if base is None and _adapters.holds_base(folder):
+        check_named_files(folder)
+        under = Checkpoint(str(folder), folder.resolve().name, None, local=True)
+    else:
+        asked = base if base is not None else named if named is not None and (trust or is_known(named)) else None
+        if asked is None:
+            says = "names no base" if named is None else f"names the base {named!r}"
+            also = "" if named is None else ", or load what it names with trust=True (--trust)"
+            raise ValueError(
+                f"load_model: {folder} is a PEFT adapter, whose file {says}; say where its base is with base= "
+                f"(--base){also}."
+            )
+        try:
+            under = find_checkpoint(asked, revision)
+        except ValueError as error:
+            raise ValueError(
+                f"load_model: {folder} is a PEFT adapter to {str(asked)!r}, which is not at hand ({error}) Say where "
+                "it is with base= (--base)."
+            ) from error
+    return dataclasses.replace(under, name=folder.resolve().name, adapter=folder)
 
 
 def _aliases() -> dict[str, str]:
@@ -107,7 +193,7 @@ def _nearest(text: str) -> str:
     from transformer_lens.supported_models import MODEL_ALIASES
 
     aliases = [alias for names in MODEL_ALIASES.values() for alias in names]
-    known = dict.fromkeys([*EMBEDDED_MODELS, *official_names(), *aliases])
+    known = dict.fromkeys([*EMBEDDED_MODELS, *PACKAGED_MODELS, *official_names(), *aliases])
     near = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else ""
 
@@ -119,9 +205,12 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
     from safetensors import SafetensorError
 
     path = checkpoint.path
+    kinds: list[type[Exception]] = [OSError, ValueError, KeyError, AttributeError, NotImplementedError, SafetensorError]
+    if checkpoint.gguf is not None:  # its readers trust the file
+        kinds += [TypeError, LookupError, ArithmeticError, RuntimeError, struct.error]
     try:
         yield
-    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError, SafetensorError) as error:
+    except tuple(kinds) as error:
         text = " ".join(str(error).split())[:300]
         causes = _causes(error)
         if "trust_remote_code" in str(error):
@@ -130,7 +219,7 @@ def explained(checkpoint: Checkpoint) -> Iterator[None]:
                 "architecture that transformers itself has."
             )
         elif checkpoint.local:
-            message = f"the model in {path} cannot be read ({type(error).__name__}: {text})."
+            message = f"the model in {checkpoint.shown} cannot be read ({type(error).__name__}: {text})."
         elif any(isinstance(cause, GatedRepoError) for cause in causes):
             message = (
                 f"{path} is gated: accept its licence at https://huggingface.co/{path}, then log in with "
@@ -171,8 +260,31 @@ def pinned(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     with explained(checkpoint):
         file = cached_file(checkpoint.path, "config.json", revision=checkpoint.revision or "main")
+        adapter, *indexes = (_fetched(checkpoint, name) for name in (_adapters.ADAPTER_CONFIG, *INDEXES))
+    if adapter is not None:
+        raise ValueError(
+            f"load_model: {checkpoint.path} is a PEFT adapter, or holds one; fetch it into a folder "
+            f"(`hf download {checkpoint.path} --local-dir FOLDER`) and give that."
+        )
+    for index in indexes:
+        if index is not None:
+            check_named_files(Path(index).parent)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(file))
     return dataclasses.replace(checkpoint, revision=commit[1]) if commit else checkpoint
+
+
+def _fetched(checkpoint: Checkpoint, name: str) -> str | None:
+    """A file of a repository, fetched; None if it has none of this name."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        checkpoint.path,
+        name,
+        revision=checkpoint.revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else str(found)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -180,7 +292,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     with explained(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+        config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+    if checkpoint.gguf is not None:
+        _gguf.complete_config(config, checkpoint.gguf)
+    return config
 
 
 def decoder_class(checkpoint: Checkpoint, config: Any) -> str:
@@ -218,23 +333,30 @@ def read_model(checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, split
     """
     from transformers import AutoModelForCausalLM
 
-    with explained(checkpoint), _no_loading_bar(checkpoint.local):
+    options = {**split, **checkpoint.options}
+    if checkpoint.gguf is not None:
+        options |= _gguf.options(checkpoint.gguf.path.name)
+    beside = checkpoint.adapter is not None and str(checkpoint.adapter) == checkpoint.path
+    place = _adapters.without_adapter(Path(checkpoint.path)) if beside else contextlib.nullcontext(checkpoint.path)
+    with place as path, explained(checkpoint), _no_loading_bar(checkpoint.local):
         read: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
+            str(path),
             config=config,
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
-            **split,
-            **checkpoint.options,
+            **options,
         )
     model, found = read
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(
-            f"load_model: {checkpoint.path} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
+            f"load_model: {checkpoint.shown} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
             f"{missing[0]}; expected a complete checkpoint."
         )
+    if checkpoint.gguf is not None:
+        _gguf.check_all_used(checkpoint.gguf.path, checkpoint.gguf, model)
+        _gguf.forget_quantization(model)
     return model.eval()
 
 
@@ -257,105 +379,19 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own tokenizer, padding on the left; None for a folder without one."""
     from transformers import AutoTokenizer
 
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if checkpoint.local and not any((Path(checkpoint.path) / file).is_file() for file in files):
+    folder, options = Path(checkpoint.path), checkpoint.options
+    if checkpoint.adapter is not None and _has_tokenizer(checkpoint.adapter):  # it may have tokens of its own
+        check_named_files(checkpoint.adapter)
+        folder, options = checkpoint.adapter, {"local_files_only": True, "trust_remote_code": False}
+    elif checkpoint.gguf is not None:
+        if "tokenizer.ggml.model" not in checkpoint.gguf.metadata:
+            return None
+    elif checkpoint.local and not _has_tokenizer(folder):
         return None
+    path = str(folder) if folder == checkpoint.adapter else checkpoint.path
     with explained(checkpoint):
-        return AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", **checkpoint.options)
+        return AutoTokenizer.from_pretrained(path, padding_side="left", **options)
 
 
-def count_parameters(config: Any) -> int:
-    """Parameters of a model of this configuration, counted without making them; tied ones count once."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    return sum(parameter.numel() for parameter in made.parameters())
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on the device; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    try:
-        free = _available()
-    except (OSError, ValueError, IndexError):
-        return None
-    room = cgroup_room()
-    return free if room is None else min(free, room)
-
-
-def _available() -> int:
-    """Bytes of memory that the system can still give."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-
-
-def cgroup_room(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes left under the limits of the control groups that hold this process (a container); None without a limit.
-
-    Cached files that the kernel would give back count as free.
-    """
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return None
-    rooms: list[int] = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers == "":  # version 2
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        limit, usage, cached = names
-        folder = base / path.strip("/")
-        for place in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit here
-                left = int((place / limit).read_text()) - int((place / usage).read_text())
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-                rooms.append(max(0, left + int(stat.get(cached, 0))))
-            if place == base:
-                break
-    return min(rooms, default=None)
-
-
-def check_memory(
-    checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype, devices: list[torch.device], copies: int
-) -> None:
-    """Estimate, before anything is loaded, whether the weights fit.
-
-    Args:
-        checkpoint, config: the model.
-        dtype: precision of the parameters.
-        devices: where the model goes, in equal shares.
-        copies: how often the weights are held while the model is made on the CPU.
-
-    Raises:
-        ValueError: they do not.
-    """
-    n_parameters = count_parameters(config)
-    weights = n_parameters * dtype.itemsize
-    cpu = torch.device("cpu")
-    needs = [(devices, weights if devices != [cpu] else copies * weights)]
-    if devices != [cpu] and copies > 0:
-        needs.append(([cpu], copies * weights))
-    for places, needed in needs:
-        free = [free_memory(place) for place in places]
-        total = sum(amount for amount in free if amount is not None)
-        if None in free or needed <= total:
-            continue
-        where = ", ".join(str(place) for place in places)
-        raise ValueError(
-            f"load_model: {checkpoint.name} has {n_parameters:,} parameters and needs {_gib(needed)} in "
-            f"{str(dtype).removeprefix('torch.')} while it loads on {where}, where {_gib(total)} are free; take a "
-            "smaller dtype (torch.bfloat16), another device, or split it over CUDA devices with n_devices."
-        )
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 1024**3:.3g} GiB"
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))

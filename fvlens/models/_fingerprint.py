@@ -19,7 +19,7 @@ from fvlens.models._looks import of_weights
 from fvlens.models._tokenizer import bos_token_id
 from fvlens.types import as_text, as_whole
 
-INFORMATIVE = ("name", "revision", "source", "backend")
+INFORMATIVE = ("name", "revision", "source", "backend", "quantization")
 """Fields that say where a model came from, not which one it is."""
 
 
@@ -39,6 +39,9 @@ class Fingerprint:
             not load, and in files of fvlens 0.1 (informative, not compared).
         backend: the class that held the model, ``"hooked"`` or ``"bridge"``; empty as ``source`` (informative, not
             compared).
+        quantization: how the weights were stored before they were unpacked into floats, such as ``"GGUF Q4_1 210, F32
+            61"``; empty for weights stored as floats, and in files of earlier versions (informative: the hash of the
+            weights is that of the floats).
     """
 
     name: str
@@ -54,9 +57,10 @@ class Fingerprint:
     bos: str
     source: str = dataclasses.field(default="", compare=False)
     backend: str = dataclasses.field(default="", compare=False)
+    quantization: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", "source", "backend"):
+        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", *INFORMATIVE[2:]):
             as_text(getattr(self, name), f"fingerprint: {name}")
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
             as_whole(getattr(self, name), f"fingerprint: {name}", 1, 2**31 - 1)
@@ -82,8 +86,8 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is not a JSON object with exactly the fingerprint's fields (``source`` and ``backend``
-                may be missing), or a field is not what it should be.
+            ValueError: the text is not a JSON object with exactly the fingerprint's fields (``source``, ``backend`` and
+                ``quantization`` may be missing), or a field is not what it should be.
         """
         try:
             return cls.from_fields(parse_json(text))
@@ -106,6 +110,22 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What :func:`load_model` found out about a model.
+
+    Attributes:
+        quantization: as in :class:`Fingerprint`.
+        head_writes: how far the sum of all heads' writes plus the bias is from what attention adds, the largest
+            difference over the largest value, on a few tokens; None where a norm follows attention.
+        notes: what is not as the checkpoint asks for, in words; each was also a warning.
+    """
+
+    quantization: str
+    head_writes: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """What :func:`load_model` notes on a model.
 
@@ -115,6 +135,7 @@ class Origin:
         revision: commit or revision on the hub, or ``"local"``.
         source: what :func:`load_model` was given.
         backend: the class that holds the model.
+        report: what was found while it was loaded.
     """
 
     weights: str
@@ -122,9 +143,24 @@ class Origin:
     revision: str
     source: str
     backend: str
+    report: "LoadReport"
 
 
 ORIGIN = "_fvlens_origin"
+
+
+def load_report(model: Any) -> LoadReport | None:
+    """What was found out while a model was loaded; None for one that :func:`load_model` did not load.
+
+    Example:
+        >>> import fvlens
+        >>> from fvlens.models import load_report
+        >>> report = load_report(fvlens.load_model("rel-small", device="cpu"))
+        >>> report.head_writes < 1e-5, report.notes
+        (True, ())
+    """
+    origin: Origin | None = vars(model).get(ORIGIN)
+    return None if origin is None else origin.report
 
 
 def fingerprint(model: Any) -> Fingerprint:
@@ -168,6 +204,7 @@ def describe(model: Any, own: str) -> Fingerprint:
         bos="none" if bos_token_id(model) is None else "one",
         source="" if origin is None else origin.source,
         backend="" if origin is None else origin.backend,
+        quantization="" if origin is None else origin.report.quantization,
     )
 
 

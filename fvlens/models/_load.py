@@ -12,23 +12,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens.models import _hf_configs
+from fvlens.models import _adapters, _gguf, _hf_configs, _quantized
 from fvlens.models._checkpoints import (
     NATIVE_FORMAT,
     Checkpoint,
-    check_memory,
     decoder_class,
-    explained,
     find_checkpoint,
-    free_memory,
     pinned,
     read_config,
     read_model,
     read_tokenizer,
 )
-from fvlens.models._fingerprint import ORIGIN, Origin, describe, weights_hash
+from fvlens.models._fingerprint import ORIGIN, LoadReport, Origin, describe, weights_hash
+from fvlens.models._heads import head_writes
 from fvlens.models._looks import of_weights
-from fvlens.models._tokenizer import give_tokenizer
+from fvlens.models._memory import check_memory, free_memory
+from fvlens.models._native import read_native
+from fvlens.models._tokenizer import beyond_embedding, give_tokenizer
 from fvlens.types import HookedModel
 
 Backend = Literal["hooked", "bridge"]
@@ -50,25 +50,31 @@ def load_model(
     revision: str | None = None,
     backend: Backend | None = None,
     n_devices: int = 1,
+    base: str | Path | None = None,
+    trust: bool = False,
 ) -> HookedModel:
     """Load a language model without weight processing.
 
     The configuration decides how a checkpoint is read, never its name. Both classes redo part of the computation, so
     the loaded model's logits on a few tokens must agree with plain Hugging Face's. No code that comes with a checkpoint
     is run. HookedTransformer's settings come from ``fvlens.models._hf_configs`` for the architectures listed there, for
-    others from TransformerLens. A few models that TransformerLens hosts in a format of its own go through its own
-    loader.
+    others from TransformerLens. A few models that TransformerLens hosts as pickles are read without running anything
+    that they name. Weights of GGUF files are unpacked into floats, a PEFT adapter is merged into its base.
+    :func:`fvlens.models.load_report` says what was found.
 
     Args:
-        name_or_path: ``"rel-small"`` (the embedded model, needs no network), a local folder in Hugging Face format, a
-            model name that TransformerLens knows, such as ``"gpt2"``, or ``"owner/name"`` on the hub (both fetched on
-            first use).
+        name_or_path: ``"rel-small"`` (the embedded model) or ``"smollm2-135m"`` (in an installed package), which need
+            no network; a local folder in Hugging Face format, a GGUF file or a folder with one, or the folder of a PEFT
+            adapter; a model name that TransformerLens knows, such as ``"gpt2"``, or ``"owner/name"`` on the hub (both
+            fetched on first use).
         device: where the model goes; by default CUDA if there is one, else the CPU.
         dtype: precision of the parameters.
         revision: branch, tag or commit of a hub model; by default its main branch.
         backend: the class: ``"hooked"`` for ``HookedTransformer``, ``"bridge"`` for ``TransformerBridge``; by default
             HookedTransformer where the installed TransformerLens has it.
         n_devices: split the blocks over this many CUDA devices.
+        base: the base of a PEFT adapter, whatever the adapter's file names.
+        trust: load what the checkpoint's own files name: an adapter's base, the tokenizer of another repository.
 
     Returns:
         The model in evaluation mode. Its tokenizer is the checkpoint's own and pads on the left (with EOS where it has
@@ -78,7 +84,11 @@ def load_model(
         ValueError: no such model or folder (with the nearest names); a model that cannot be fetched, is gated, or has
             no such revision; a revision of a local folder; a model that is not decoder-only, needs code that comes with
             it, lacks weights, or would not fit in memory; one that the backend cannot hold or would compute wrongly;
-            an unknown backend, or one that the installed TransformerLens does not have; more devices than there are.
+            an unknown backend, or one that the installed TransformerLens does not have; more devices than there are;
+            a package that is missing (with the command that installs it), or that holds another file than it should; a
+            GGUF file of an architecture that transformers does not read (with those that it reads); weights in a
+            quantised format that no class holds exactly; files that name others outside their folder, or a base that
+            ``trust`` does not allow; a tokenizer whose words the embedding does not have.
 
     Example:
         >>> import fvlens
@@ -88,19 +98,32 @@ def load_model(
     """
     backend = _choose_backend(backend)
     devices = _choose_devices(device, n_devices)
-    checkpoint = find_checkpoint(name_or_path, revision)
-    if checkpoint.path.startswith(NATIVE_FORMAT):
-        return _load_native(checkpoint, backend, devices, dtype)
-    checkpoint = pinned(checkpoint)
+    checkpoint = find_checkpoint(name_or_path, revision, base=base, trust=trust)
+    if not checkpoint.local and checkpoint.path.startswith(NATIVE_FORMAT):
+        return _load_native(checkpoint, str(name_or_path), backend, devices, dtype, trust)
+    reading = contextlib.nullcontext() if checkpoint.gguf is None else _gguf.read_once()
+    with reading:
+        return _load(pinned(checkpoint), str(name_or_path), backend, devices, dtype)
+
+
+def _load(
+    checkpoint: Checkpoint, source: str, backend: Backend, devices: list[torch.device], dtype: torch.dtype
+) -> HookedModel:
+    """A checkpoint that Hugging Face reads."""
     config = read_config(checkpoint)
     architecture = decoder_class(checkpoint, config)
+    _quantized.refuse(checkpoint.shown, config)
     if backend == "hooked":
         _refuse_differences(checkpoint, config, architecture)
     split = _split(devices) if backend == "bridge" else {}
     copies = 2 if backend == "hooked" else int(not split)  # HookedTransformer is made beside the Hugging Face model
+    copies += int(checkpoint.gguf is not None)  # blocks are unpacked beside it
     check_memory(checkpoint, config, dtype=dtype, devices=devices, copies=copies)
     tokenizer = read_tokenizer(checkpoint)
+    notes = _notes(checkpoint, tokenizer, config.get_text_config().vocab_size)
     hf_model = read_model(checkpoint, config, dtype=dtype, split=split)
+    if checkpoint.adapter is not None:
+        hf_model = _adapters.merged(hf_model, checkpoint.adapter)
     weights = weights_hash(hf_model.named_parameters())
     if backend == "bridge" and not split:
         hf_model.to(devices[0])
@@ -115,10 +138,42 @@ def load_model(
     model.cfg.model_name = checkpoint.name
     give_tokenizer(model, tokenizer)
     own = weights_hash(model.named_parameters())
+    report = _reported(checkpoint, model, tokens, dtype, notes)
     commit = "local" if checkpoint.local else checkpoint.revision or "main"
-    vars(model)[ORIGIN] = Origin(weights, own, commit, str(name_or_path), backend)
+    vars(model)[ORIGIN] = Origin(weights, own, commit, source, backend, report)
     of_weights(model, "fingerprint", lambda: describe(model, own))  # not hashed again
     return model
+
+
+def _notes(checkpoint: Checkpoint, tokenizer: Any, d_vocab: int) -> list[str]:
+    """What is not as the checkpoint asks for, before its weights are read."""
+    notes = [] if tokenizer is None else beyond_embedding(tokenizer, d_vocab, checkpoint.shown)
+    if checkpoint.gguf is not None:
+        notes += _gguf.passed_over(checkpoint.gguf)
+        notes += [] if tokenizer is None else _gguf.tokenizer_differences(tokenizer, checkpoint.gguf)
+    return notes
+
+
+def _reported(
+    checkpoint: Checkpoint, model: Any, tokens: Int[Tensor, "batch pos"], dtype: torch.dtype, notes: list[str]
+) -> LoadReport:
+    """What was found while the model was loaded; what is not as it should be is a warning, too."""
+    apart = head_writes(model, tokens)
+    if apart is not None and not apart <= _most_apart(dtype):
+        notes = [
+            *notes,
+            f"what the heads write adds up to something else than what attention adds (by {apart:.2g} of the largest "
+            "value): effects of single heads mean little on this model",
+        ]
+    for note in notes:
+        warnings.warn(f"{checkpoint.shown}: {note}.", UserWarning, stacklevel=3)
+    quantization = "" if checkpoint.gguf is None else checkpoint.gguf.quantization
+    return LoadReport(quantization, apart, tuple(notes))
+
+
+def _most_apart(dtype: torch.dtype) -> float:
+    """How far numbers in a precision may be from the same numbers computed otherwise, as a share of the largest."""
+    return 1e-3 if dtype.itemsize >= 4 else 0.1
 
 
 def default_device() -> torch.device:
@@ -189,7 +244,7 @@ def _refuse_differences(checkpoint: Checkpoint, config: Any, architecture: str) 
         return
     if reason is not None:
         raise ValueError(
-            f"load_model: HookedTransformer would not give the numbers of {checkpoint.path}: {reason}; use "
+            f"load_model: HookedTransformer would not give the numbers of {checkpoint.shown}: {reason}; use "
             "backend='bridge'."
         )
 
@@ -205,7 +260,7 @@ def _hooked(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: tor
         state = _hf_configs.hooked_state(hf_model, cfg)
     except (NotImplementedError, KeyError, AttributeError, AssertionError, OSError, ValueError) as error:
         raise ValueError(
-            f"load_model: TransformerLens cannot convert the model in {checkpoint.path}, architecture {architecture} "
+            f"load_model: TransformerLens cannot convert the model in {checkpoint.shown}, architecture {architecture} "
             f"({_said(error)}); use backend='bridge'."
         ) from error
     cfg.tokenizer_name = None
@@ -259,7 +314,7 @@ def _bridge(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: tor
         raise
     except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"load_model: TransformerBridge cannot hold the model in {checkpoint.path}, architecture {architecture} "
+            f"load_model: TransformerBridge cannot hold the model in {checkpoint.shown}, architecture {architecture} "
             f"({_said(error)})."
         ) from error
     model.cfg.n_devices = max(1, len(cuda))
@@ -318,16 +373,16 @@ def _compare(
         ValueError,
     ) as error:
         raise ValueError(
-            f"load_model: {kind} cannot run the model in {checkpoint.path} in {name} ({_said(error)}); use another "
+            f"load_model: {kind} cannot run the model in {checkpoint.shown} in {name} ({_said(error)}); use another "
             "dtype, or the other backend, if it is there."
         ) from error
-    limit = 1e-3 if dtype.itemsize >= 4 else 0.1
+    limit = _most_apart(dtype)
     pairs = ((found[:1], expected[0], ""), (found[1:, _N_PADDING:], expected[1], " behind padding"))
     for ours, theirs, where in pairs:
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         if not difference <= limit:  # also where it is not a number
             raise ValueError(
-                f"load_model: {kind} would not give the numbers of {checkpoint.path} in {name}: its logits{where} "
+                f"load_model: {kind} would not give the numbers of {checkpoint.shown} in {name}: its logits{where} "
                 f"differ from Hugging Face's by {difference:.2g} of the largest; use another dtype, or the other "
                 "backend, if it is there."
             )
@@ -339,25 +394,29 @@ def _said(error: BaseException) -> str:
 
 
 def _load_native(
-    checkpoint: Checkpoint, backend: Backend, devices: list[torch.device], dtype: torch.dtype
+    checkpoint: Checkpoint,
+    source: str,
+    backend: Backend,
+    devices: list[torch.device],
+    dtype: torch.dtype,
+    trust: bool,
 ) -> HookedModel:
-    """A checkpoint in TransformerLens' own format, by its own loader."""
+    """A checkpoint in TransformerLens' own format."""
     if backend == "bridge":
         raise ValueError(
             f"load_model: {checkpoint.path} is in TransformerLens' own format, which TransformerBridge does not read; "
             "use backend='hooked' (TransformerLens 3)."
         )
-    options = {} if checkpoint.revision is None else {"revision": checkpoint.revision}
-    with explained(checkpoint), quiet_deprecation(), contextlib.redirect_stdout(None):
-        model = _lens("HookedTransformer").from_pretrained_no_processing(
-            checkpoint.path,
-            device=devices[0].type if len(devices) > 1 else str(devices[0]),
-            n_devices=len(devices),
-            dtype=dtype,
-            default_padding_side="left",
-            **options,
-        )
-    return model.eval()
+    checkpoint = pinned(checkpoint)
+    with quiet_deprecation():
+        model, tokenizer = read_native(checkpoint, dtype=dtype, trust=trust)
+    notes = [] if tokenizer is None else beyond_embedding(tokenizer, model.cfg.d_vocab, checkpoint.path)
+    model = _place(model, devices)
+    give_tokenizer(model, tokenizer)
+    report = _reported(checkpoint, model, torch.arange(1, 9)[None] % model.cfg.d_vocab, dtype, notes)
+    own = weights_hash(model.named_parameters())
+    vars(model)[ORIGIN] = Origin(own, own, checkpoint.revision or "main", source, backend, report)
+    return model
 
 
 def model_device(model: Any) -> torch.device:

@@ -6,7 +6,7 @@ everything that the numbers depend on, so that :func:`rerun` can repeat the run 
 """
 
 from fvlens.report._differences import RunDifference
-from fvlens.report._files import TUNED_FILE, VECTOR_FILE, write_run
+from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._numbers import SCHEMA, results_json
 from fvlens.report._page import write_report
 from fvlens.report._provenance import PACKAGES, Provenance
@@ -18,6 +18,7 @@ from fvlens.report._settings import Loading, Precision, RecipeOptions, RunOption
 
 __all__ = [
     "PACKAGES",
+    "RESULTS_FILE",
     "SCHEMA",
     "TUNED_FILE",
     "VECTOR_FILE",

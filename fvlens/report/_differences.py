@@ -21,8 +21,8 @@ ABSENT = "(absent)"
 """Stands for the value of a field that one of two files does not have."""
 
 _SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
-_NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions")
-"""Times, and what follows from the numbers: files of fvlens 0.1 have no ``cautions``."""
+_NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions", "loaded")
+"""Times, what follows from the numbers (files of fvlens 0.1 have no ``cautions``), and what loading found."""
 _KINDS = PROVENANCE | {"path": "setting", "ffv_path": "setting"}
 
 

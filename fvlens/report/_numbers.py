@@ -105,9 +105,10 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
         # what all of it depends on
         "options": options_json(result),
-        "loading": None if result.loading is None else asdict(result.loading),
+        "loading": None if result.loading is None else result.loading.recorded(),
         "command": None if result.command is None else list(result.command),
         "fingerprint": asdict(result.fingerprint),
+        "loaded": None if result.loaded is None else asdict(result.loaded) | {"notes": list(result.loaded.notes)},
         "data_hash": result.data_hash,
         "data": {
             "relations": provenance.relations,

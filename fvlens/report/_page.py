@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fvlens.metrics import Interval
@@ -128,6 +128,21 @@ def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
     ]
 
 
+def _loaded(result: RunResult) -> dict[str, str]:
+    """What was found when the model was loaded, row by row."""
+    loaded = result.loaded
+    if loaded is None:
+        return {"heads' writes": "not compared: the model was not loaded by fvlens.load_model"}
+    rows = {"weights stored as": f"{loaded.quantization}, unpacked"} if loaded.quantization else {}
+    if loaded.head_writes is None:
+        rows["heads' writes"] = "not compared: a norm follows attention, or the class shows no heads"
+    else:
+        rows["heads' writes"] = (
+            f"their sum plus the bias is what attention adds, to {loaded.head_writes:.1e} of the largest value"
+        )
+    return rows | ({"said while loading": "; ".join(loaded.notes)} if loaded.notes else {})
+
+
 def _provenance(result: RunResult, folder: Path) -> dict[str, str]:
     """Where the numbers come from, row by row, and how to get them again from the files in a folder."""
     mark, source, loading = result.fingerprint, result.provenance, result.loading
@@ -146,7 +161,10 @@ def _provenance(result: RunResult, folder: Path) -> dict[str, str]:
     # settings and vectors
     rows["options"] = json.dumps(options_json(result))
     if loading is not None:
-        rows["loaded with"] = ", ".join(f"{key} {value}" for key, value in asdict(loading).items() if value is not None)
+        rows["loaded with"] = ", ".join(
+            f"{key} {value}" for key, value in loading.recorded().items() if value is not None
+        )
+    rows |= _loaded(result)
     rows |= {
         "attribution path": result.path or "none: the heads were given",
         "vector": f"{len(result.vector.heads)} heads, after layer {result.vector.layer}, scale {result.scale:g}, "

@@ -21,6 +21,9 @@ from fvlens.report._settings import Loading, RunOptions
 from fvlens.types import as_heads
 from fvlens.universal import GivenHeads, file_hash
 
+UNSEEN = "(outside the run's folder: not looked at without trust)"
+"""Stands for the hash of a file that only ``results.json`` names."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
@@ -39,24 +42,37 @@ class RecordedRun:
     heads: GivenHeads | None
     content: dict[str, Any]
 
-    def changes(self, model: Any) -> list[RunDifference]:
-        """What the numbers depend on and is not as it was: model, data, versions, platform."""
+    def changes(self, model: Any, *, trust: bool = False) -> list[RunDifference]:
+        """What the numbers depend on and is not as it was: model, data, versions, platform.
+
+        Args:
+            model: the model that the run is repeated on.
+            trust: also look at a file of heads that the run names outside its folder.
+        """
         known = set(list_relations())
         names = [name for name in self.content["data"]["relations"] if name in known]
         now = Provenance.of(model, {name: load_relation(name).data_hash for name in names})
         new = {
             "fingerprint": asdict(fingerprint(model)),
             "data_hash": self.relation.data_hash,
-            "data": {"relations": now.relations, "library": now.library_hash, "heads_file": self._heads_file_now()},
+            "data": {
+                "relations": now.relations,
+                "library": now.library_hash,
+                "heads_file": self._heads_file_now(trust),
+            },
             "versions": now.versions,
             "code_hash": now.code_hash,
             "platform": now.platform,
         }
-        return differences({name: self.content[name] for name in new}, new)
+        old = {name: self.content[name] for name in new}
+        old["fingerprint"] = asdict(Fingerprint.from_fields(old["fingerprint"]))  # with what earlier versions left out
+        return differences(old, new)
 
-    def _heads_file_now(self) -> str | None:
+    def _heads_file_now(self, trust: bool) -> str | None:
         if self.heads is None:
             return None
+        if not trust and self.folder.resolve() not in Path(self.heads.path).resolve().parents:
+            return UNSEEN
         try:
             return file_hash(self.heads.path)
         except ValueError:
@@ -85,7 +101,8 @@ def read_run(folder: str | Path) -> RecordedRun:
         raise fields.error("relation", error) from error
     options = _options(fields)
     loading = _loading(fields)
-    mark = fields.inside("fingerprint").made(Fingerprint)
+    inside = fields.inside("fingerprint")
+    mark = Fields(inside.path, {"quantization": "", **inside.content}, inside.place).made(Fingerprint)
     _check_provenance(fields)
     return RecordedRun(folder, relation, options, loading, _heads(fields, options, mark), fields.content)
 
@@ -132,7 +149,10 @@ def _loading(fields: Fields) -> Loading | None:
     """How the model was loaded, None if the run was given one."""
     if fields.get("loading", dict | None) is None:
         return None
-    loading = fields.inside("loading").made(Loading)
+    recorded = fields.inside("loading")
+    if "trust" in recorded.content:
+        raise recorded.error("trust", "a file cannot say that it is to be trusted; expected no such field.")
+    loading = Fields(recorded.path, {"base": None, **recorded.content, "trust": False}, recorded.place).made(Loading)
     if loading.device is not None:
         try:
             torch.device(loading.device)

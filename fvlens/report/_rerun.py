@@ -1,5 +1,6 @@
 """The same run again, from its files."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -7,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fvlens.models import is_known
 from fvlens.report._differences import RunDifference, count_numbers, differences, outcomes, vector_differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._result import RunResult
 from fvlens.report._run import run_relation
+from fvlens.report._settings import Loading
 from fvlens.vectors import FunctionVector
 
 if TYPE_CHECKING:
@@ -64,6 +67,8 @@ def rerun(
     *,
     out: str | Path | None = None,
     model: Any = None,
+    loading: Loading | None = None,
+    trust: bool = False,
     tolerance: float = 1e-5,
     announce: Callable[[Sequence[RunDifference]], None] | None = None,
     command: Sequence[str] | None = None,
@@ -78,7 +83,10 @@ def rerun(
     Args:
         folder: what ``fvlens run`` or :func:`write_run` wrote.
         out: folder for the files of the second run; by default the first one's name with ``-rerun``.
-        model: the model; by default the one that ``results.json`` names is loaded as it was.
+        model: the model; by default it is loaded.
+        loading: how to load it; by default as ``results.json`` says, if the model that it names is one that comes with
+            fvlens or by a hash that fvlens knows.
+        trust: load whatever model ``results.json`` names, and look at the file of heads that it names.
         tolerance: numbers a and b count as the same if ``|a - b| <= tolerance * max(1, |a|, |b|)``.
         announce: called before the run with what it depends on and is not as it was.
         command: the command line, recorded as it is.
@@ -89,7 +97,8 @@ def rerun(
 
     Raises:
         ValueError: what :func:`read_run` refuses; a damaged vector file; ``out`` is ``folder`` or a file; a bad
-            ``tolerance``; a run that names no model, when none is given; or a model that cannot be loaded.
+            ``tolerance``; a run that names no model, when none is given; one that names another than those fvlens
+            knows, without ``trust``; or a model that cannot be loaded.
     """
     # everything that can be refused is read and checked before the model is loaded and run
     folder = Path(folder)
@@ -99,9 +108,11 @@ def rerun(
     out = _folder_of_second(folder, out)
     names = [VECTOR_FILE, *([TUNED_FILE] if recorded.options.epochs else [])]
     old_vectors = {name: FunctionVector.load(folder / name) if (folder / name).exists() else None for name in names}
-    model = _model_of(recorded) if model is None else model
+    how = recorded.loading if loading is None else loading
+    if model is None:
+        model = _model_of(recorded, trust) if loading is None else loading.load()
 
-    changes = recorded.changes(model)
+    changes = recorded.changes(model, trust=trust)
     if announce is not None:
         announce(changes)
     result = run_relation(
@@ -110,7 +121,7 @@ def rerun(
         options=recorded.options,
         heads=recorded.heads,
         model_name=Fields(folder / RESULTS_FILE, recorded.content).get("model", str),
-        loading=recorded.loading,
+        loading=how,
         command=command,
         progress=progress,
     )
@@ -140,11 +151,18 @@ def _folder_of_second(folder: Path, out: str | Path | None) -> Path:
     return out
 
 
-def _model_of(recorded: RecordedRun) -> Any:
-    """The model that the run names, loaded as it was."""
+def _model_of(recorded: RecordedRun, trust: bool) -> Any:
+    """The model that the run names, loaded as it was, if that may be."""
     if recorded.loading is None:
         raise ValueError(
             f"{recorded.folder / RESULTS_FILE}: loading: the run was started from Python and names no model to load; "
             "call fvlens.report.rerun(folder, model=model)."
         )
-    return recorded.loading.load()
+    named = [name for name in (recorded.loading.model, recorded.loading.base) if name is not None]
+    if not trust and not all(map(is_known, named)):
+        raise ValueError(
+            f"{recorded.folder / RESULTS_FILE}: loading: the file names the model {' and '.join(map(repr, named))}, "
+            "and a file does not choose what is loaded; say it yourself (--model, or loading=), or load what the file "
+            "names with --trust (trust=True)."
+        )
+    return dataclasses.replace(recorded.loading, trust=trust).load()

@@ -8,7 +8,7 @@ from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import ControlKind, Controls, Evaluation, LayerScaleSweep
 from fvlens.find import Ranking
 from fvlens.metrics import Interval
-from fvlens.models import Fingerprint
+from fvlens.models import Fingerprint, LoadReport
 from fvlens.relations import Split
 from fvlens.report._provenance import Provenance
 from fvlens.report._settings import Loading, RunOptions
@@ -55,7 +55,7 @@ class RunResult:
     ``effects`` has the rankings, and is empty for given heads. ``at_scale_one`` are the scores of the saved vector at
     scale 1, at its best layer for that; None if a scale was given. ``tuned`` is None if ``options.epochs`` is 0.
     ``cautions`` says of each ranking, and of the vectors of other relations, if heads were taken that do not help
-    (:meth:`~fvlens.attribution.IndirectEffects.caution`).
+    (:meth:`~fvlens.attribution.IndirectEffects.caution`). ``loaded`` is what was found when the model was loaded.
     """
 
     relation: str
@@ -82,6 +82,7 @@ class RunResult:
     command: tuple[str, ...] | None = None
     tuned: Tuned | None = None
     cautions: tuple[str, ...] = ()
+    loaded: LoadReport | None = None
 
     @property
     def path(self) -> str | None:

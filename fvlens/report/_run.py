@@ -17,7 +17,7 @@ import torch
 from fvlens.evaluation import SCALES, Evaluation, controls, copied, evaluate
 from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
 from fvlens.metrics import bootstrap_interval
-from fvlens.models import fingerprint
+from fvlens.models import fingerprint, load_report
 from fvlens.relations import Relation, Split, disjoint_relations, load_relation
 from fvlens.report._provenance import Provenance
 from fvlens.report._result import RunResult, Source, Tuned
@@ -146,6 +146,7 @@ def run_relation(
         command=None if command is None else tuple(command),
         tuned=None if trained is None else _tuned(model, split, options, *trained),
         cautions=tuple(f"{where}: {text}" for where, text in cautions if text),
+        loaded=load_report(model),
     )
 
 

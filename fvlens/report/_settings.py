@@ -23,6 +23,8 @@ class Loading:
         dtype: precision of the model; by default float32.
         revision: revision of the model on the hub; by default its main branch.
         backend: class of the model, HookedTransformer or TransformerBridge; by default as load_model chooses.
+        base: base of a model that is a PEFT adapter; by default the one beside it.
+        trust: also load what files name: an adapter's base, the model of a file of vectors or results; never recorded.
     """
 
     model: str = "rel-small"
@@ -30,10 +32,16 @@ class Loading:
     dtype: Precision | None = None
     revision: str | None = None
     backend: Backend | None = None
+    base: str | None = None
+    trust: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """What ``results.json`` keeps: a file's own word that it is to be trusted would be none."""
+        return {key: value for key, value in asdict(self).items() if key != "trust"}
 
     def load(self) -> Any:
         """The model."""
-        given = {key: value for key, value in asdict(self).items() if key != "model" and value is not None}
+        given = {key: value for key, value in asdict(self).items() if key != "model" and value not in (None, False)}
         if "dtype" in given:
             given["dtype"] = getattr(torch, given["dtype"])
         return load_model(self.model, **given)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import INFORMATIVE, Fingerprint, fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
 from fvlens.report import Loading
@@ -166,8 +166,7 @@ def load_float32(cell: Cell) -> Loaded:
 def named(model: Any, reference: Any = None) -> Loaded:
     """What a cell is run with, under the fingerprint of ``reference``, by default of the model itself."""
     fields = asdict(fingerprint(model if reference is None else reference))
-    whence = ("name", "revision", "source", "backend")  # where it came from, not which one it is
-    return Loaded(model, {name: value for name, value in fields.items() if name not in whence})
+    return Loaded(model, {name: value for name, value in fields.items() if name not in INFORMATIVE})
 
 
 def library_data(cell: Cell) -> str:

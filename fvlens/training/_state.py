@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fvlens.files import read_tensors, write_tensors
+from fvlens.models import INFORMATIVE
 from fvlens.prompts import TEMPLATES
 from fvlens.training._settings import CURVES
 from fvlens.types import as_flag, as_list, as_number, as_texts, as_whole
@@ -141,8 +142,7 @@ def _with_whole_template(settings: Any) -> Any:
 
 
 def _same_model(ours: Mapping[str, Any], theirs: Any) -> bool:
-    informative = ("name", "revision")
-    return isinstance(theirs, Mapping) and all(theirs.get(k) == v for k, v in ours.items() if k not in informative)
+    return isinstance(theirs, Mapping) and all(theirs.get(k) == v for k, v in ours.items() if k not in INFORMATIVE)
 
 
 @dataclass(frozen=True, slots=True)
