@@ -186,13 +186,18 @@ def _with_null(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
+def table_text(frame: "pd.DataFrame") -> str:
+    """A table as CSV with a line of headings; missing numbers are empty cells."""
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
 def write_table(path: Path, frame: "pd.DataFrame") -> Path:
-    """Write a table as CSV with a line of headings; missing numbers are empty cells.
+    """Write :func:`table_text`.
 
     Raises:
         ValueError: as for :func:`replacing`.
     """
-    return write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+    return write_text(path, table_text(frame))
 
 
 def write_tensors(

@@ -1,5 +1,6 @@
-"""A study that needs no model, in a module that other processes import. Files in the folder MOOD say what cells do."""
+"""Studies that need no model, in a module that other processes import. Files in the folder MOOD say what cells do."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -65,3 +66,43 @@ def figures(rows):
 
 
 FAKE = Study("fake", "a study of nothing", 1, cells, run, tables, text, figures, load)
+
+
+class Root:
+    """What cells of SHARING need of one another: the square root of a length."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def save(self, path):
+        path.write_text(f"root {self.value!r}")
+        return path
+
+    @classmethod
+    def load(cls, path):
+        if not path.exists() or not path.read_text().startswith("root "):
+            raise ValueError("no root")
+        return cls(float(path.read_text().removeprefix("root ")))
+
+
+def make_root(name):
+    with open(Path(os.environ["MOOD"]) / "made", "a") as file:
+        file.write(f"{name}\n")
+    return {"root": Root(len(name) ** 0.5)}
+
+
+def run_sharing(cell, model, shelf):
+    """Rows of the relation's own root and that of the next one."""
+    rows = run(cell, model)
+    following = RELATIONS[(RELATIONS.index(cell.relation) + 1) % len(RELATIONS)]
+    for row, name in zip(rows, (cell.relation, following), strict=True):
+        whose = dataclasses.replace(cell, relation=name, varies=(("part", "root"),))
+        row["score"] = shelf.get(whose, ["root"], Root.load, lambda name=name: make_root(name))["root"].value
+    return rows
+
+
+def excerpt(tables):
+    return f"{len(tables['means'])} means"
+
+
+SHARING = dataclasses.replace(FAKE, name="sharing", run=run_sharing, shares=True, excerpts={"short one": excerpt})

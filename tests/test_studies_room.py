@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import needs_hooked
-from fake_study import FAKE
+from fake_study import FAKE, SHARING
 from scipy.stats import spearmanr
 
 import fvlens
@@ -40,7 +40,7 @@ from fvlens.studies import (
 )
 from fvlens.studies import _measured as measured_module
 from fvlens.studies import _screening as screening
-from fvlens.studies._measured import between
+from fvlens.studies._measured import between, quotable
 from fvlens.studies._runner import _duration
 from fvlens.studies._study import library_data
 from fvlens.studies._tables import own_or_means
@@ -181,6 +181,28 @@ def test_a_run_that_was_killed_goes_on(tmp_path, mood, undisturbed):
     assert ran(mood) == [str(cell) for cell in CELLS]
 
 
+def test_each_model_is_loaded_once(tmp_path):
+    loaded = []
+
+    def load(cell):
+        loaded.append(cell["step"])
+        return FAKE.load(cell)
+
+    study = dataclasses.replace(FAKE, load=load, loading=("step",))
+    mixed = [CELLS[0], CELLS[3], CELLS[1], CELLS[4], CELLS[2], CELLS[5]]
+    said = []
+    outcome = run_study(study, mixed, tmp_path, say=said.append)
+    assert loaded == [1, 2]
+    assert [kept.cell for kept in outcome.kept] == mixed
+    assert said[0] == f"1 of 6 cells: {CELLS[0]}" and said[-1] == f"6 of 6 cells: {CELLS[5]}"
+    # the cells of each model are looked for when its turn has come
+    said.clear()
+    again = run_study(study, mixed, tmp_path, say=said.append)
+    assert saved(again, tmp_path) == saved(outcome, tmp_path)
+    assert said == ["3 of 6 cells were finished before", "6 of 6 cells were finished before"]
+    assert loaded == [1, 2, 1, 2]
+
+
 def test_threads_are_those_of_the_cell_and_only_there(tmp_path):
     seen = []
 
@@ -192,6 +214,51 @@ def test_threads_are_those_of_the_cell_and_only_there(tmp_path):
     study = dataclasses.replace(FAKE, run=run)
     run_study(study, study.cells(Settings(threads=before + 1, relations=("plural",))), tmp_path)
     assert seen == 2 * [before + 1] and torch.get_num_threads() == before
+
+
+# --- what cells share ---
+
+
+def made(mood):
+    """Parts that were made so far, in order."""
+    file = mood / "made"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_what_cells_share_is_made_once_and_by_whoever_needs_it(tmp_path, mood):
+    folder = tmp_path / "whole"
+    whole = run_study(SHARING, CELLS, folder)
+    assert [row["score"] for row in whole.rows()][:6] == [7**0.5, 6**0.5, 6**0.5, 13**0.5, 13**0.5, 7**0.5]
+    assert made(mood) == ["antonym", "plural", "animal-german"]
+    assert len(list((folder / "parts").iterdir())) == 3
+    # without the cells that came first, in another order, in other processes, and with damaged parts
+    tables = saved(whole, folder)
+    assert saved(run_study(SHARING, CELLS, tmp_path / "two", jobs=2), tmp_path / "two") == tables
+    last = run_study(SHARING, CELLS[-1:], tmp_path / "last")
+    assert [row["score"] for row in last.rows()] == [row["score"] for row in whole.rows()[-2:]]
+    for n, part in enumerate(sorted((folder / "parts").iterdir())):
+        part.write_text("rubbish") if n else part.unlink()
+    for cell in (folder / "cells").iterdir():
+        cell.unlink()
+    assert saved(run_study(SHARING, CELLS, folder), folder) == tables
+
+
+def test_parts_of_another_model_seed_or_study_are_not_taken(tmp_path, mood):
+    first = CELLS[0]
+    others = [dataclasses.replace(first, model="another model"), dataclasses.replace(first, seed=1)]
+    run_study(SHARING, [first, *others], tmp_path)
+    assert made(mood) == 3 * ["antonym", "plural"]
+    run_study(dataclasses.replace(SHARING, version=2), [first], tmp_path)
+    assert made(mood) == 4 * ["antonym", "plural"]
+
+
+def test_a_part_that_cannot_be_made_fails_its_cell(tmp_path, mood, monkeypatch):
+    def fail(name):
+        raise ValueError(f"no root of {name}")
+
+    monkeypatch.setattr(fake_study, "make_root", fail)
+    outcome = run_study(SHARING, CELLS[:1], tmp_path)
+    assert outcome.failed == ((CELLS[0], "ValueError: no root of antonym"),)
 
 
 # --- the hash and the files ---
@@ -398,6 +465,21 @@ def test_measured_tables_and_pages_are_written_and_agree(tmp_path):
     assert write_measured(outcome, root) == written and text in page.read_text()
 
 
+def test_excerpts_stand_between_markers_of_their_own(tmp_path):
+    root = tmp_path / "project"
+    marks = "<!-- study sharing{0} -->\n<!-- end study sharing{0} -->\n"
+    page = project(root, marks.format(", short one") + marks.format("") + marks.format(", other"))
+    outcome = run_study(SHARING, CELLS, tmp_path)
+    assert write_measured(outcome, root)[-1] == page
+    assert page.read_text() == (
+        "<!-- study sharing, short one -->\n4 means\n<!-- end study sharing, short one -->\n"
+        f"<!-- study sharing -->\n{SHARING.markdown(outcome.tables())}\n<!-- end study sharing -->\n"
+        + marks.format(", other")
+    )
+    page.write_text(marks.format(", short one"))
+    assert pages(root, SHARING) == [page] and pages(root, FAKE) == []
+
+
 def test_parts_of_studies_and_large_tables_are_not_kept(tmp_path, mood, monkeypatch):
     (mood / "plural").write_text("fail")
     outcome = run_study(FAKE, CELLS, tmp_path)
@@ -427,9 +509,10 @@ def test_pages_quote_what_was_measured():
         if tables and not pages(root, study):
             wrong.append(f"{study.name}: quoted nowhere")
         for page in pages(root, study) if tables else []:
-            quoted = between(study).search(page.read_text(encoding="utf-8")).group()
-            if quoted != study.markdown(tables) + "\n":
-                wrong.append(f"{study.name}: {page}")
+            for marker, text in quotable(study).items():
+                quoted = between(marker).search(page.read_text(encoding="utf-8"))
+                if quoted is not None and quoted.group() != text(tables) + "\n":
+                    wrong.append(f"{marker}: {page}")
     assert wrong == []
 
 
@@ -438,12 +521,13 @@ def test_pages_quote_what_was_measured():
 
 def test_studies_are_listed_under_their_names():
     assert list(STUDIES) == [
-        "universal", "screening", "precision", "start", "compute", "compare", "training-size", "layer", "scale", "l2",
-        "init", "sensitivity",
+        "universal", "screening", "precision", "start", "compute", "measure", "analogies", "compare", "training-size",
+        "layer", "scale", "l2", "init", "sensitivity",
     ]  # fmt: skip
     for name, study in STUDIES.items():
         cells = study.cells(Settings(seed=3))
-        assert study.name == name and "\n" not in study.summary and {cell.seed for cell in cells} == {3}
+        assert study.name == name and "\n" not in study.summary
+        assert {cell.seed for cell in cells} == ({3, 4, 5} if name in ("measure", "analogies") else {3})
         assert len(cells) == len(set(cells)) > 5
 
 

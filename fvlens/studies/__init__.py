@@ -5,13 +5,16 @@
 :data:`STUDIES`.
 """
 
+from fvlens.studies._analogies import ANALOGIES
 from fvlens.studies._compare import COMPARE
 from fvlens.studies._compute import COMPUTE
+from fvlens.studies._measure import MEASURE
 from fvlens.studies._measured import measured_folder, pages, project_root, read_measured, write_measured
 from fvlens.studies._precision import PRECISION
 from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
 from fvlens.studies._screening import SCREENING
 from fvlens.studies._sensitivity import SENSITIVITY
+from fvlens.studies._shelf import Part, Shelf
 from fvlens.studies._start import START
 from fvlens.studies._study import LOADING, Cell, Loaded, Row, Settings, Study, Value, plain
 from fvlens.studies._trained import TRAINED
@@ -24,8 +27,10 @@ __all__ = [
     "Kept",
     "Loaded",
     "Outcome",
+    "Part",
     "Row",
     "Settings",
+    "Shelf",
     "Study",
     "Value",
     "heads_from",
@@ -39,6 +44,8 @@ __all__ = [
     "write_measured",
 ]
 
-_LISTED = (UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, COMPARE, *TRAINED, SENSITIVITY)
+_LISTED = (
+    UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, MEASURE, ANALOGIES, COMPARE, *TRAINED, SENSITIVITY,
+)  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _LISTED}
 """All studies by name, in the order in which they are listed."""

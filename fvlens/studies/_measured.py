@@ -1,11 +1,11 @@
 """Measured tables that are kept with the project, and the pages that quote them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvlens.files import read_text, write_text
+from fvlens.files import read_text, table_text, write_text
 from fvlens.studies._runner import Outcome
 from fvlens.studies._study import Study
 
@@ -42,17 +42,25 @@ def read_measured(root: Path, study: Study) -> "dict[str, pd.DataFrame]":
     return {file.stem: pd.read_csv(file, dtype=texts) for file in sorted(measured_folder(root, study).glob("*.csv"))}
 
 
-def between(study: Study) -> re.Pattern[str]:
-    """What of a page is the study's: the text between its markers."""
-    return re.compile(
-        rf"(?<=<!-- study {re.escape(study.name)} -->\n).*?(?=<!-- end study {re.escape(study.name)} -->)", re.DOTALL
-    )
+def quotable(study: Study) -> "dict[str, Callable[[Mapping[str, pd.DataFrame]], str]]":
+    """What pages can quote of a study, by what their marker says: ``NAME`` the whole, ``NAME, PART`` an excerpt."""
+    return {study.name: study.markdown, **{f"{study.name}, {part}": text for part, text in study.excerpts.items()}}
+
+
+def between(marker: str) -> re.Pattern[str]:
+    """What of a page is a study's: the text between its markers."""
+    name = re.escape(marker)
+    return re.compile(rf"(?<=<!-- study {name} -->\n).*?(?=<!-- end study {name} -->)", re.DOTALL)
 
 
 def pages(root: Path, study: Study) -> list[Path]:
     """The project's READMEs that quote the study."""
     files: Iterable[Path] = [root / "README.md", *sorted((root / "fvlens").rglob("README.md"))]
-    return [file for file in files if file.is_file() and between(study).search(read_text(file, "page"))]
+    return [
+        file
+        for file in files
+        if file.is_file() and any(between(marker).search(read_text(file, "page")) for marker in quotable(study))
+    ]
 
 
 def write_measured(outcome: Outcome, root: Path) -> list[Path]:
@@ -64,7 +72,7 @@ def write_measured(outcome: Outcome, root: Path) -> list[Path]:
     study = outcome.study
     if not outcome.complete:
         raise ValueError(f"--write: only {outcome.standing} are finished; pages quote whole studies.")
-    texts = {name: frame.to_csv(index=False, lineterminator="\n") for name, frame in outcome.tables().items()}
+    texts = {name: table_text(frame) for name, frame in outcome.tables().items()}
     n_bytes = sum(len(text.encode()) for text in texts.values())
     if n_bytes > MOST_BYTES:
         raise ValueError(f"--write: the tables take {n_bytes:,} bytes; expected at most {MOST_BYTES:,}.")
@@ -72,7 +80,11 @@ def write_measured(outcome: Outcome, root: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = [write_text(folder / f"{name}.csv", text) for name, text in texts.items()]
     # from the files, not from memory: that is what the test compares pages with
-    text = study.markdown(read_measured(root, study)) + "\n"
+    tables = read_measured(root, study)
+    quotes = {marker: text(tables) + "\n" for marker, text in quotable(study).items()}
     for page in pages(root, study):
-        written.append(write_text(page, between(study).sub(lambda _: text, read_text(page, "page"))))
+        whole = read_text(page, "page")
+        for marker, quote in quotes.items():
+            whole = between(marker).sub(lambda _, quote=quote: quote, whole)
+        written.append(write_text(page, whole))
     return written

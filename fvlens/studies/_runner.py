@@ -21,6 +21,7 @@ import torch
 
 from fvlens.files import read_json, write_json, write_table
 from fvlens.interruption import keeping
+from fvlens.studies._shelf import Shelf
 from fvlens.studies._study import DEFAULTS, Cell, Loaded, Study, Value, field_names, plain
 
 if TYPE_CHECKING:
@@ -160,8 +161,12 @@ class _Bench:
         self._what: Any = None
         self._loaded: Loaded | None = None
 
+    def what(self, cell: Cell) -> Any:
+        """What tells the cell's model from that of others."""
+        return (cell.model, cell.loading, *(cell[name] for name in self.study.loading))
+
     def load(self, cell: Cell) -> Loaded:
-        what = (cell.model, cell.loading, *(cell[name] for name in self.study.loading))
+        what = self.what(cell)
         if self._loaded is None or what != self._what:
             self._loaded = None  # the old one goes first: two may not fit into the memory
             self._loaded = self.study.load(cell)
@@ -178,7 +183,8 @@ class _Bench:
         try:
             loaded = self.load(cell)
             began = time.perf_counter()
-            rows = [dict(row) for row in self.study.run(cell, loaded.model)]
+            shared = (Shelf(folder.with_name("parts"), self.key),) if self.study.shares else ()
+            rows = [dict(row) for row in self.study.run(cell, loaded.model, *shared)]
             seconds = time.perf_counter() - began
         finally:
             torch.set_num_threads(before)
@@ -259,7 +265,7 @@ def run_study(
     Args:
         study: what is measured.
         cells: what it is measured on, such as ``study.cells(Settings())``.
-        folder: where ``cells/HASH.json`` lie; made if it is not there.
+        folder: where ``cells/HASH.json`` lie, and in ``parts`` what they share; made if it is not there.
         jobs: processes on this machine. More than one share its cores, which times in the rows feel; all else is the
             same to the bit.
         say: told of what is going on, a line at a time.
@@ -283,26 +289,37 @@ def run_study(
     kept: dict[Cell, Kept] = {}
     failed: dict[Cell, str] = {}
     redone: list[str] = []
-    for cell in cells:
-        try:
-            keys[cell] = bench.key(cell)
-        except Exception as error:
-            failed[cell] = _told(error)
-            say(f"failed: {cell}: {failed[cell]}")
-            continue
-        path = files / f"{keys[cell]}.json"
-        if path.exists() or path.is_symlink():
+
+    def unfinished(group: Sequence[Cell]) -> Iterator[Cell]:
+        for cell in group:
             try:
-                kept[cell] = read_cell(path, cell, keys[cell])
-            except ValueError as error:
-                redone.append(str(error))
-                say(f"run again: {error}")
-    waiting = [cell for cell in keys if cell not in kept]
-    if kept:
-        say(f"{len(kept)} of {len(cells)} cells were finished before")
+                keys[cell] = bench.key(cell)
+            except Exception as error:
+                failed[cell] = _told(error)
+                say(f"failed: {cell}: {failed[cell]}")
+                continue
+            path = files / f"{keys[cell]}.json"
+            if path.exists() or path.is_symlink():
+                try:
+                    kept[cell] = read_cell(path, cell, keys[cell])
+                    continue
+                except ValueError as error:
+                    redone.append(str(error))
+                    say(f"run again: {error}")
+            yield cell
+
+    def results() -> Iterator[tuple[Cell, float | Exception]]:
+        # a cell's name is known once its model is loaded; so that each is loaded once, its cells are run then
+        for group in _groups(bench, cells) if jobs == 1 else [cells]:
+            before = len(kept)
+            waiting = list(unfinished(group))
+            if len(kept) > before:
+                say(f"{len(kept)} of {len(cells)} cells were finished before")
+            yield from _each(bench, waiting, files, jobs)
+
     first = True
     with keeping(lambda: len(kept), len(cells), f"study {study.name}", "cells are finished", least=0):
-        for cell, result in _each(bench, waiting, files, jobs):
+        for cell, result in results():
             if isinstance(result, float):
                 try:
                     kept[cell] = read_cell(files / f"{keys[cell]}.json", cell, keys[cell])
@@ -322,6 +339,14 @@ def run_study(
     in_order = tuple(kept[cell] for cell in cells if cell in kept)
     failures = tuple((cell, failed[cell]) for cell in cells if cell in failed)
     return Outcome(study, len(cells), in_order, failures, tuple(redone))
+
+
+def _groups(bench: _Bench, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each model."""
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(bench.what(cell), []).append(cell)
+    return list(groups.values())
 
 
 def _each(bench: _Bench, cells: Sequence[Cell], folder: Path, jobs: int) -> Iterator[tuple[Cell, float | Exception]]:

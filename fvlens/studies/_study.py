@@ -206,7 +206,8 @@ class Study:
         summary: one line.
         version: goes up when the same cell would have other rows, so that old files are not taken for new ones.
         cells: the cells under these settings.
-        run: the rows of one cell, with the model that ``load`` gave. What ``run`` measures in seconds is the only thing
+        run: the rows of one cell, with the model that ``load`` gave, and with a
+            :class:`~fvlens.studies.Shelf` if it ``shares``. What ``run`` measures in seconds is the only thing
             that may differ from one run to the next.
         tables: from all rows (each with the cell's relation, seed and what varies) to tables by name.
         markdown: a page's text from those tables, also when they were read from files.
@@ -219,13 +220,15 @@ class Study:
         takes: what of :data:`LOADING` the user may say; the rest is the study's own choice.
         made_on: the model that a file among the options was made on, and which is loaded unless the user names another;
             None without such a file.
+        shares: whether cells need what others make.
+        excerpts: by name, what pages quote that have no room for all of ``markdown``, or another subject.
     """
 
     name: str
     summary: str
     version: int
     cells: Callable[[Settings], list[Cell]]
-    run: Callable[[Cell, Any], list[dict[str, Value]]]
+    run: Callable[..., list[dict[str, Value]]]
     tables: "Callable[[Sequence[Row]], dict[str, pd.DataFrame]]"
     markdown: "Callable[[Mapping[str, pd.DataFrame]], str]"
     figures: Callable[[Sequence[Row]], dict[str, Any]] = no_figures
@@ -235,3 +238,5 @@ class Study:
     options: Callable[..., Any] | None = None
     takes: tuple[str, ...] = LOADING
     made_on: Callable[[Any], Fingerprint | None] = no_file
+    shares: bool = False
+    excerpts: "Mapping[str, Callable[[Mapping[str, pd.DataFrame]], str]]" = field(default_factory=dict)

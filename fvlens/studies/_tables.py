@@ -3,14 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from fvlens.metrics import bootstrap_interval
 from fvlens.studies._study import DEFAULTS, Row
-from fvlens.zoo import mean_with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Columns = Mapping[str, tuple[str, int]]
 """Key of a score -> its heading and digits."""
+
+
+def mean_with_interval(values: Sequence[float], seed: int) -> dict[str, float]:
+    """Mean and 95% bootstrap interval of the finite values; NaN if there are none."""
+    found = torch.tensor(values, dtype=torch.float64)
+    found = found[found.isfinite()]
+    if not len(found):
+        return dict.fromkeys(("mean", "low", "high"), float("nan"))
+    interval = bootstrap_interval(found, generator=torch.Generator().manual_seed(seed))
+    return {"mean": float(found.mean()), "low": interval.low, "high": interval.high}
 
 
 def means_over_relations(rows: Sequence[Row], by: Sequence[str], scores: Sequence[str]) -> "pd.DataFrame":
