@@ -319,7 +319,7 @@ def test_runs_of_earlier_versions_name_no_base(folder, first, model, remembered)
         ({"options__labels": "true"}, "options.labels: expected one of 'permuted', 'random', got 'true'."),
         ({"options__layer": 1.0}, "options.layer: expected int or null, got 1.0."),
         ({"options__template": "nosuch"}, "options: no template named 'nosuch'"),
-        ({"options__more": 1}, "options.more: not a field of this schema; expected seed, n_shots"),
+        ({"options__more": 1}, "options.more: not a field of this schema; expected n_shots"),
         ({"options__heads_file": edit}, "options.heads_file: the field is missing."),
         ({"options__seed": 2**63, "seed": 2**63}, f"options: seed: expected 0 to 2**63 - 1, got {2**63}."),
         ({"seed": 1}, "seed: 1, but options.seed is 0; expected one seed."),

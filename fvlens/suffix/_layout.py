@@ -354,7 +354,7 @@ def _norm(norm: Any) -> Function:
     def rms_norm(x: Tensor, scratch: Scratch | None = None) -> Tensor:
         if scratch is None or not scratch.takes(x) or x.ndim != 2:
             return F.rms_norm(x, shape, weight, eps)
-        found = scratch.rows("normed", *x.shape, x)  # PyTorch's own is the same in three new tensors
+        found = scratch.rows("normed", x.shape[0], x.shape[1], x)  # PyTorch's own is the same in three new tensors
         scale = torch.mul(x, x, out=found).mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         return torch.mul(x, scale, out=found).mul_(weight)
 
