@@ -13,7 +13,6 @@ for those who need one alone.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
@@ -22,7 +21,7 @@ from fvlens.activations import HeadMeans, mean_head_activations
 from fvlens.attribution import IndirectEffects, Method, indirect_effects
 from fvlens.evaluation import SCALES, Evaluation, LayerScaleSweep, copied, layer_scale_sweep
 from fvlens.prompts import LABELS, Labels, Template, build_prompts, template_or
-from fvlens.relations import Pair, Pairs, Relation, Split, list_relations, load_relation, read_pairs
+from fvlens.relations import Pair, Pairs, Split, as_relation
 from fvlens.suffix import Route
 from fvlens.types import Head, HeadLike, as_heads
 from fvlens.vectors import FunctionVector, function_vector
@@ -128,7 +127,7 @@ class Found:
 
 def find_vector(
     model: Any,
-    pairs: Pairs | Split | str | Path,
+    pairs: Pairs | Split,
     *,
     labels: Labels = "permuted",
     n_heads: int = 10,
@@ -158,8 +157,8 @@ def find_vector(
 
     Args:
         model: the model.
-        pairs: a relation, or pairs, split here; a :class:`~fvlens.relations.Split`, used as it is; the name of a
-            library relation; or a file of pairs, see :func:`fvlens.relations.read_pairs`.
+        pairs: pairs in any shape, the name of a library relation or a file (:func:`fvlens.relations.as_relation`),
+            split here; or a :class:`~fvlens.relations.Split`, used as it is.
         labels: the one corruption that heads are ranked on: ``"permuted"``, ``"deranged"`` or ``"random"``.
         n_heads: heads in the vector.
         heads: take these heads and rank none.
@@ -249,7 +248,7 @@ def find_vector(
 
 
 def _split_of(
-    pairs: Pairs | Split | str | Path,
+    pairs: Pairs | Split,
     relation: str | None,
     generator: torch.Generator,
 ) -> tuple[Split, str]:
@@ -257,12 +256,7 @@ def _split_of(
     if isinstance(pairs, Split):
         split, name = pairs, ""
     else:
-        if isinstance(pairs, str) and pairs in list_relations():
-            whole = load_relation(pairs)
-        elif isinstance(pairs, str | Path):
-            whole = _read(pairs)
-        else:
-            whole = pairs if isinstance(pairs, Relation) else Relation(relation or "", tuple(Pair(*p) for p in pairs))
+        whole = as_relation(pairs, what="find_vector")
         split, name = whole.split(generator), whole.name
     if not split.train or not split.valid:
         raise ValueError(
@@ -270,17 +264,6 @@ def _split_of(
             f"{len(split.valid)}."
         )
     return split, name if relation is None else relation
-
-
-def _read(given: str | Path) -> Relation:
-    """The pairs of a file; where there is none, say what else a text could be."""
-    path = Path(given)
-    if isinstance(given, str) and not path.exists() and not path.suffix:
-        try:
-            return load_relation(given)
-        except ValueError as error:
-            raise ValueError(f"find_vector: no file {given!r}, and {error}") from None
-    return read_pairs(path)
 
 
 def task_means(

@@ -9,14 +9,15 @@ many layers, a table of controls of thirty vectors, a composite of every basis v
 3. *Changes.* All changes of all prompts of a slice go up together, each from its first changed layer
    (:meth:`fvlens.suffix.SuffixRun.under`).
 4. *Outcomes.* At the prompt's last token the rank and log-probability of the answer's first token and the best token;
-   behind it the log-probabilities of the answer's other tokens, given those before.
+   behind it the ranks and log-probabilities of the answer's other tokens, given those before.
 
 Where that is not exact (hooks of the user's, an architecture without an exact route, a steering at a hook that the
 engine has no site for), whole passes under hooks give the same numbers, one change after another; the result's ``path``
 says so. These whole passes are the standing oracle of the engine: ``path="naive"`` asks for them.
 
 One definition of right: the rank of an answer's token counts the tokens with a larger logit, and those with an equal
-logit and a smaller id. Right means rank 0, so predictions, ranks and ``argmax`` never disagree.
+logit and a smaller id. Right means rank 0, so predictions, ranks and ``argmax`` never disagree. A whole answer is right
+if each of its tokens is, given those before: then, and only then, the model writes it greedily.
 """
 
 import contextlib
@@ -27,13 +28,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.interruption import keeping
 from fvlens.interventions import checked_additions, hooked, inject, resid_hook, resid_pre_hook, z_hook
-from fvlens.metrics import best_token, log_probability, rank
+from fvlens.metrics import best_token, is_best, log_probability, rank
 from fvlens.models import model_device
 from fvlens.prompts import Prompts, with_answers
 from fvlens.suffix import (
@@ -68,6 +69,8 @@ class Scores:
         first: log-probability of the answer's first token, in nats.
         rest: log-probability of its other tokens, given those before, in nats, summed; 0 for answers of one token.
         best: the most likely next token.
+        exact: True where every token of the answer is the most likely one given those before, so that the model writes
+            the whole answer greedily.
         prompts: the prompts that these columns belong to; all of them unless interrupted.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
         batch_size: prompts that ran together at most.
@@ -80,6 +83,7 @@ class Scores:
     first: Float[Tensor, "change prompt"]
     rest: Float[Tensor, "change prompt"]
     best: Int[Tensor, "change prompt"]
+    exact: Bool[Tensor, "change prompt"]
     prompts: Int[Tensor, " prompt"]
     path: Route
     batch_size: int
@@ -109,8 +113,8 @@ def score(
 ) -> Scores:
     """Rank, probability and prediction of every prompt's answer under every change.
 
-    ``first = log P(y_1 | prompt)``, ``rest = sum over i > 1 of log P(y_i | prompt, y_<i)``, under a change of the
-    activations at the prompt's last token alone.
+    ``first = log P(y_1 | prompt)``, ``rest = sum over i > 1 of log P(y_i | prompt, y_<i)``, ``exact = [every y_i has
+    rank 0 given prompt, y_<i]``, under a change of the activations at the prompt's last token alone.
 
     Args:
         model: the model.
@@ -193,6 +197,7 @@ class _Part:
     first: Float[Tensor, "change prompt"]
     rest: Float[Tensor, "change prompt"]
     best: Int[Tensor, "change prompt"]
+    exact: Bool[Tensor, "change prompt"]
 
 
 def _gathered(
@@ -214,13 +219,13 @@ def _gathered(
             bar.update(len(part.prompts) * n_changes)
     places = torch.cat([part.prompts for part in done])
     order = places.argsort()
-    ranks, first, rest, best = (
+    ranks, first, rest, best, exact = (
         torch.cat([getattr(part, name) for part in done], dim=1)[:, order]
-        for name in ("ranks", "first", "rest", "best")
+        for name in ("ranks", "first", "rest", "best", "exact")
     )
     largest = max(len(part.prompts) for part in done)
     held: list[Weights | None] = sorted({part.weights for part in done}, key=str)  # "copied" first
-    return Scores(ranks, first, rest, best, places[order], path, largest, held[-1], loop.complete)
+    return Scores(ranks, first, rest, best, exact, places[order], path, largest, held[-1], loop.complete)
 
 
 def ablation(
@@ -364,7 +369,7 @@ class _Group:
     def outcomes(
         self, model: Any, plan: Slices, options: Mapping[str, Any], rows: slice, at_once: int
     ) -> tuple[slice, list[Tensor]]:
-        """Of some prompts, under every change: ranks, first and rest, best token, ``[change prompt]`` each."""
+        """Of some prompts, under every change: ranks, first and rest, best token, exact, ``[change prompt]`` each."""
         n_answer = self.targets.shape[1]
         prefix = run_prefix(model, self.tokens[rows], self.mask[rows], n_suffix=n_answer, **options)
         variants = rows_of(self.variants, rows)
@@ -372,11 +377,11 @@ class _Group:
         for some in dataclasses.replace(plan, variants=at_once).over_variants(len(variants)):
             resid = prefix.under(variants[some])
             ranks, first, best = prefix.outcomes(resid[:, :, 0], self.targets[rows, 0], at_once=plan.logits)
-            rest = torch.zeros_like(first)
-            if n_answer > 1:
-                logs = prefix.log_probs(resid[:, :, 1:], self.targets[rows, 1:], at_once=plan.logits)
-                rest = logs.sum(dim=-1).to(rest)
-            parts.append((ranks.T, first.T, rest.T, best.T))
+            rest, exact = torch.zeros_like(first), ranks == 0
+            for place in range(1, n_answer):
+                later, logs, _ = prefix.outcomes(resid[:, :, place], self.targets[rows, place], at_once=plan.logits)
+                rest, exact = rest + logs, exact & (later == 0)
+            parts.append((ranks.T, first.T, rest.T, best.T, exact.T))
         return rows, [torch.cat(kind) for kind in zip(*parts, strict=True)]
 
 
@@ -396,21 +401,23 @@ def _by_whole_passes(
     """One change after another, under hooks: the prompts, then the tokens of longer answers over what was kept."""
     lengths = prompts.answer_mask.sum(dim=1)
 
-    def under(change: Change, scale: float, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def under(change: Change, scale: float, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         n_answer = int(lengths[rows].max())
         batch = Batch.of(model, prompts, rows, keep=n_answer > 1)
         with changed(model, change, scale, rows, len(prompts), check=check):
             logits = batch.first()
         answers = prompts.answer_tokens[rows].to(logits.device)
         first = log_probability(logits, answers[:, 0])
-        rest = torch.zeros_like(first)
+        places = rank(logits, answers[:, 0])
+        rest, exact = torch.zeros_like(first), places == 0
         if n_answer > 1:
             given, wanted = answers[:, : n_answer - 1], answers[:, 1:n_answer]
             counted = wanted >= 0
             # padding behind a short answer: masked, and read by nobody
             longer = batch.reader.read(given.clamp(min=0), (given >= 0).to(batch.mask.dtype), n_read=n_answer - 1)
             rest = (log_probability(longer, wanted.clamp(min=0)) * counted).sum(dim=1)
-        return rank(logits, answers[:, 0]).cpu(), first.cpu(), rest.cpu(), best_token(logits).cpu()
+            exact = exact & (is_best(longer, wanted.clamp(min=0)) | ~counted).all(dim=1)
+        return places.cpu(), first.cpu(), rest.cpu(), best_token(logits).cpu(), exact.cpu()
 
     def run(rows: slice, _: int) -> _Part:
         found = [under(change, scale, rows) for change, scale in zip(changes, scales, strict=True)]

@@ -603,7 +603,7 @@ def test_what_is_wrong_is_said(model, split, every, unchecked):
     lora_of = lambda **how: lora(model, pairs, generator=g, progress=False, **how)  # noqa: E731
     add_of = lambda **how: act_add(model, pairs, n_shots=3, generator=g, **how)  # noqa: E731
     cases = [
-        (lambda: few_shot([], generator=g), "few_shot: expected at least one pair, got none"),
+        (lambda: few_shot([], generator=g), "few_shot: pairs: expected at least one pair, got none"),
         (lambda: few_shot(pairs, n_shots=0, generator=g), r"few_shot: expected n_shots in 1\.\.12, .*got 0"),
         (lambda: few_shot(pairs, n_shots=13, generator=g), r"few_shot: expected n_shots in 1\.\.12, .*got 13"),
         (lambda: soft_of(n_tokens=0), "soft_prompt: expected n_tokens of at least 1, got 0"),

@@ -105,7 +105,7 @@ def test_an_interruption_is_one_line(call, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fvlens.cli._run.load_relation", interrupted)
+    monkeypatch.setattr("fvlens.cli._run.relation_of", interrupted)
     assert call("run", "antonym") == (130, "", "fvlens: interrupted\n")
 
 
@@ -126,7 +126,7 @@ def test_an_error_of_a_process_is_one_line():
     """Nothing else comes to standard error, from imports neither. A run that succeeds is in ``test_cli_run``."""
     failed = process("run", "antonim")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
-    assert failed.stderr.startswith("fvlens: no relation named 'antonim'")
+    assert failed.stderr.startswith("fvlens: no file 'antonim', and no relation named 'antonim'")
 
 
 # --- options made from dataclasses ---

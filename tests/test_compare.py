@@ -50,7 +50,7 @@ def table(model, asked):
             asked.append((tuple(queries), {pair for shown in demonstrations for pair in shown}))
             return real(model, queries, demonstrations, **how)
 
-        for module in (fvlens.prompts, _adaptations, _collateral):
+        for module in (fvlens.prompts._prompts, _adaptations, _collateral):
             patch.setattr(module, "render_prompts", spy)
         return compare(model, "country-capital", n_unrelated=5, progress=False, **QUICK)
 

@@ -306,8 +306,9 @@ def test_prompts_that_fill_the_context_run_apart():
 
 def test_summaries_are_the_means_of_the_entries(tiny):
     found = evaluate(tiny, PAIRS, vector=made_vector(tiny), generator=seeded(), scale=2)
-    found = dataclasses.replace(found, ranks=torch.tensor([0, 1, 4, 5, 0, 9, 99, 0]))
-    assert found.top1 == 3 / 8
+    whole = torch.tensor([True, False, False, False, False, False, False, True])  # the fifth goes on wrongly
+    found = dataclasses.replace(found, ranks=torch.tensor([0, 1, 4, 5, 0, 9, 99, 0]), whole=whole)
+    assert (found.top1, found.exact) == (3 / 8, 2 / 8)
     assert found.top5 == 5 / 8
     assert found.mean_rank == 118 / 8
     assert found.mrr == pytest.approx((3 + 1 / 2 + 1 / 5 + 1 / 6 + 1 / 10 + 1 / 100) / 8)
@@ -318,7 +319,7 @@ def test_summaries_are_the_means_of_the_entries(tiny):
     interval = found.interval
     assert repr(found) == (
         "Evaluation(custom pairs, zero_shot, function vector x 2, n=8, top1=0.375 "
-        f"[{interval.low:.3f}, {interval.high:.3f}], probability={found.probability:.3f})"
+        f"[{interval.low:.3f}, {interval.high:.3f}], exact=0.250, probability={found.probability:.3f})"
     )
 
 
@@ -451,7 +452,7 @@ def test_bad_settings_are_refused(tiny, unchecked, function, settings, message):
 
 
 def test_no_pairs_are_refused(tiny):
-    with pytest.raises(ValueError, match="expected at least one query pair, got none"):
+    with pytest.raises(ValueError, match="evaluate: pairs: expected at least one pair, got none"):
         evaluate(tiny, [], generator=seeded())
 
 

@@ -342,7 +342,8 @@ def test_an_interrupted_part_is_not_handed_out_as_the_whole(tiny, monkeypatch, p
 def test_table_figure_and_text(found):
     table = found.to_dataframe()
     assert list(table.columns) == [
-        "layer", "scale", "top1", "low", "high", "top5", "mean_rank", "probability", "log_probability", "n"
+        "layer", "scale", "top1", "low", "high", "top5", "mean_rank", "probability", "log_probability", "n",
+        "exact",
     ]  # fmt: skip
     assert len(table) == 4 * len(SCALES)
     for row in table.to_dict("records"):

@@ -22,7 +22,6 @@ from fvlens.relations import (
     library_words,
     list_relations,
     load_relation,
-    read_pairs,
     read_relation,
 )
 
@@ -569,51 +568,3 @@ def test_library_words_are_all_words_once():
     pairs = load_relation("antonym").pairs + load_relation("plural").pairs
     assert set(some) == {word for pair in pairs for word in pair}
     assert len(some) == len(set(some))
-
-
-# Files of pairs
-
-
-@pytest.mark.parametrize(
-    "name, text, pairs",
-    [
-        ("a.csv", "input,output\nhot,cold\nbig,small\n", [("hot", "cold"), ("big", "small")]),
-        ("a.csv", "hot,cold\n\n big , small \r\n", [("hot", "cold"), ("big", "small")]),
-        ("a.csv", '\ufeffInput,Output\n"Washington, D.C.","a ""b"""\n', [("Washington, D.C.", 'a "b"')]),
-        ("a.tsv", "hot\tcold, very\n", [("hot", "cold, very")]),
-        ("a.txt", "hot\tcold\n", [("hot", "cold")]),
-        ("a.csv", "hot,cold\ninput,output\n", [("hot", "cold"), ("input", "output")]),
-    ],
-)
-def test_files_of_pairs(tmp_path, name, text, pairs):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    found = read_pairs(tmp_path / name)
-    assert [tuple(pair) for pair in found.pairs] == pairs
-    assert (found.name, found.source, found.family) == ("a", name, "")
-
-
-def test_a_file_in_the_librarys_format_keeps_its_header(tmp_path):
-    keys = ("category", "family", "domain", "direction", "compiled")
-    text = "# name: mine\n" + "".join(f"# {key}: {key}\n" for key in keys) + "hot\tcold\n"
-    (tmp_path / "other.tsv").write_text(text)
-    found = read_pairs(str(tmp_path / "other.tsv"))
-    assert found == read_relation(tmp_path / "other.tsv") and (found.name, found.family) == ("mine", "family")
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"", "a.csv: expected a line 'input,output' for each pair, got an empty file."),
-        (b"input,output\n", "a.csv: expected a line 'input,output' for each pair, got a header alone."),
-        (b"a,b\nc\n", "a.csv, line 2: expected two words, input','output, got ['c']."),
-        (b"a,b,c\n", "a.csv, line 1: expected two words, input','output, got ['a', 'b', 'c']."),
-        (b"a,b\nc, \n", "a.csv, line 2: expected two words"),
-        (b'a,"b\n', "a.csv, line 1: unexpected end of data."),
-        (b"a,\xff\n", "a.csv: expected UTF-8 text, but byte 2 is none."),
-        (b"# name: x\na\tb\n", "a.csv: header lines '# key: value' missing for category"),
-    ],
-)
-def test_files_of_pairs_that_are_none_are_refused(tmp_path, data, message):
-    (tmp_path / "a.csv").write_bytes(data)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_pairs(tmp_path / "a.csv")

@@ -102,6 +102,9 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "path": choose_route(model)[0],
         "ffv_path": result.tuned.run.path,
         "cautions": [],
+        "exact": {name.removesuffix("_top1"): float(value.mean()) for name, value in scores.items()},  # of one token
+        "n_first_tokens": len({pair.output for pair in result.split.test}),
+        "pairs": None,
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],
         "options": {

@@ -175,7 +175,9 @@ def test_odd_names_and_words_are_text(tiny, tiny_result, tmp_path):
     odd = ["<script>x</script>", "a&amp;b", '"q"', "</td>", "x'y", "<!--", "{{ 7 * 7 }}", "${y}", "<img src=x>"]
     pairs = tuple(Pair(f"{word}{i}", f"{word}out{i}") for i in range(4) for word in odd)
     relation = Relation(name=name, pairs=pairs)
-    found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
+    with pytest.warns(UserWarning, match="different answers share their first token with another"):
+        found = run_relation(tiny, relation, options=TINY, model_name="<i>m</i>", progress=False)
+    assert [caution.partition(": ")[0] for caution in found.cautions][-1] == "answers"
     decoded = (("</script><b>", 2.0), (" <i>", 1.0))
     found = dataclasses.replace(found, decoded=decoded, tuned=dataclasses.replace(found.tuned, decoded=decoded))
     page = page_of(found, tmp_path)

@@ -201,8 +201,8 @@ def test_a_changed_relation_changes_the_numbers_too(folder, model, monkeypatch):
     relation = fvlens.load_relation("plural")
     shorter = dataclasses.replace(relation, pairs=relation.pairs[:50])
     load = fvlens.load_relation
-    for module in (report._recorded, report._provenance):
-        monkeypatch.setattr(module, "load_relation", lambda name: shorter if name == "plural" else load(name))
+    for module, function in ((report._recorded, "library_relation"), (report._provenance, "load_relation")):
+        monkeypatch.setattr(module, function, lambda name: shorter if name == "plural" else load(name))
     done = rerun(folder, model=model, progress=False)
     kinds = defaultdict(set)
     for one in done.differences:

@@ -18,7 +18,7 @@ from fvlens.evaluation import (
     layer_sweep,
 )
 from fvlens.metrics import Interval
-from fvlens.prompts import TEMPLATES
+from fvlens.prompts import TEMPLATES, AnswerTokens
 from fvlens.relations import Pair
 from fvlens.types import Head
 from fvlens.vectors import distributed_vector, function_vector
@@ -112,7 +112,7 @@ def test_an_interrupted_layer_and_scale_sweep_keeps_finished_queries(tiny, monke
 
     def cut(*args, **options):
         found = own(*args, **options)
-        parts = {name: getattr(found, name)[:, :2] for name in ("ranks", "first", "rest", "best")}
+        parts = {name: getattr(found, name)[:, :2] for name in ("ranks", "first", "rest", "best", "exact")}
         return dataclasses.replace(found, prompts=found.prompts[:2], complete=False, **parts)
 
     whole = layer_scale_sweep(tiny, PAIRS, made_vector(tiny), generator=seeded(), progress=False)
@@ -131,7 +131,8 @@ def scored(ranks, probability):
         ranks=torch.tensor(ranks), probabilities=torch.full((n,), probability), log_probabilities=torch.zeros(n),
         interval=Interval(0.1, 0.9, 0.95), template=TEMPLATES["qa"], n_shots=0, labels="true", scale=1.0,
         vector_kind=None, vector_relation=None, vector_layer=None, model_name="m", fingerprint=None, data_hash="",
-        path="naive", batch_size=1, weights=None, compute=None,
+        path="naive", batch_size=1, weights=None, compute=None, whole=torch.tensor(ranks) == 0,
+        answers=AnswerTokens(n=1, n_one_token=1, n_first_tokens=1, n_sharing=0),
     )  # fmt: skip
 
 

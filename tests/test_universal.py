@@ -334,7 +334,7 @@ def test_a_relation_with_some_of_its_prompts_does_not_count_as_finished(model, m
         ([], 2, {}, "expected at least one relation, got none; see fvlens.list_relations()."),
         ("antonym", 2, {}, "expected a sequence of relations, got a single one; put it into a list."),
         (["antonim"], 2, {}, "no relation named 'antonim'"),
-        (["plural", "antonym", "plural"], 2, {}, "relation 'plural' is given 2 times; give each once."),
+        (["plural", "antonym", "plural"], 2, {}, "two relations are named 'plural'; names must be unique"),
         (["plural"], 0, {}, "universal_heads: n: expected 1 to 12 (all heads), got 0."),
         (["plural"], 13, {}, "universal_heads: n: expected 1 to 12 (all heads), got 13."),
         (["plural"], 2, {"labels": "true"}, "universal_heads: labels='true'; expected one of permuted, random."),

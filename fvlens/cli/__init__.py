@@ -12,7 +12,8 @@ from fvlens.cli._analogies import analogies, analogy, compose
 from fvlens.cli._app import app, err, main, out
 from fvlens.cli._heads import heads, universal
 from fvlens.cli._inject import inject
-from fvlens.cli._library import models, relations
+from fvlens.cli._library import models
+from fvlens.cli._relations import app as relations
 from fvlens.cli._run import rerun, run
 from fvlens.cli._studies import study, study_command
 from fvlens.studies import STUDIES

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from fvlens.cli._app import out, say, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
+from fvlens.cli._relations import relations_of
 from fvlens.files import write_table
 from fvlens.report import Loading, RunOptions
 
@@ -22,6 +23,13 @@ CompositeOption = Annotated[
 
 @spread
 def compose(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RELATIONS]...", help="Basis: relations, files or folders [default: the library's, see README]."
+        ),
+    ] = None,
+    *,
     loading: Loading,
     settings: Annotated[RunOptions, Fields(RunOptions, ("seed", "n_train", "template"))],
     file: Annotated[Path, typer.Option("--out", help="File for the composite.")] = Path("composite.safetensors"),
@@ -48,13 +56,14 @@ def compose(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over pairs and analogies.")] = 20,
     quiet: QuietOption = False,
 ) -> None:
-    """A basis of the library's relations with a map and a gate, for `fvlens analogy --composite`."""
+    """A basis of the library's or your own relations with a map and a gate, for `fvlens analogy --composite`."""
     from fvlens.composition import library_composite
 
     if file.is_dir() or not file.parent.is_dir():
         raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
+    chosen = relations_of(names) if names else None
     solver = library_composite(
-        loading.load(), layer=layer, start=start, n_train=settings.n_train, map=map, setting=setting,
+        loading.load(), names=chosen, layer=layer, start=start, n_train=settings.n_train, map=map, setting=setting,
         n_analogies=n_analogies, epochs=epochs, gate=gate, template=settings.template,
         generator=torch.Generator().manual_seed(settings.seed), progress=not quiet,
     )  # fmt: skip

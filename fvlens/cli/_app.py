@@ -1,13 +1,16 @@
 """The command line itself: what it prints to, and how errors and interruptions end it."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+_usual_format = warnings.formatwarning
 
 app = typer.Typer(
     name="fvlens",
@@ -44,6 +47,13 @@ def wrote(files: Sequence[Path]) -> None:
         say(f"wrote {file}")
 
 
+def _in_one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """How a warning is printed: what it says to users, without the place in the code."""
+    if category is not UserWarning:
+        return _usual_format(message, category, *where, **more)
+    return f"fvlens: {' '.join(str(message).split())}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: run the app, turn errors into one line and exit code 2."""
     from typer import main as typer_main
@@ -53,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = [arg for arg in args if arg != "--debug"] or ["--help"]
     command = typer_main.get_command(app)
     command_line.set(["fvlens", *args])
+    warnings.formatwarning = _in_one_line
     try:
         code = command.main(args=args, prog_name="fvlens", standalone_mode=False)
     except (KeyboardInterrupt, EOFError):
@@ -69,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = "" if isinstance(error, ValueError) else " (fvlens --help, or --debug for details)"
         err.print(f"fvlens: {' '.join(text.split())}{hint}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    finally:
+        warnings.formatwarning = _usual_format
     if code == 130:  # the parser has caught the interruption itself
         err.print("fvlens: interrupted", highlight=False)
     sys.exit(code if isinstance(code, int) else 0)

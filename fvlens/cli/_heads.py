@@ -9,9 +9,10 @@ from rich.table import Table
 
 from fvlens.cli._app import out, say, wrote
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, SeedOption, spread
+from fvlens.cli._relations import relation_of
 from fvlens.cli._studies import JobsOption, Running, ThreadsOption, end, measured, study_settings
 from fvlens.models import fingerprint
-from fvlens.relations import list_relations, load_relation
+from fvlens.relations import list_relations
 from fvlens.report import Loading, RecipeOptions, RunOptions
 
 RankingOptions = Annotated[
@@ -35,7 +36,7 @@ def heads(
     """The heads that carry a relation, by average indirect effect or a gradient screen."""
     from fvlens.find import relation_effects
 
-    found = load_relation(relation)
+    found = relation_of(relation)
     generator = torch.Generator().manual_seed(settings.seed)
     split = found.split(generator)
     _, chosen = relation_effects(
@@ -45,7 +46,7 @@ def heads(
     )  # fmt: skip
     again = chosen.recheck
     caution = chosen.caution(settings.n_heads)  # first, since it checks the number
-    table = Table("head", chosen.score, "standard error", title=f"{relation}, {settings.labels} labels", box=None)
+    table = Table("head", chosen.score, "standard error", title=f"{found.name}, {settings.labels} labels", box=None)
     if again is not None:
         table.add_column("exact AIE")
         table.add_column("standard error")
@@ -65,7 +66,10 @@ def heads(
 @spread
 def universal(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[RELATIONS]...", help="Relations [default: all of the library].")
+        list[str] | None,
+        typer.Argument(
+            metavar="[RELATIONS]...", help="Relations, files or folders of word pairs [default: all of the library]."
+        ),
     ] = None,
     *,
     loading: Annotated[dict[str, Any], Fields(Loading)],

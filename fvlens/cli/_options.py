@@ -15,8 +15,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from fvlens.prompts import TEMPLATES, Template, read_template
+from fvlens.relations import plain_name
 
-RelationArgument = Annotated[str, typer.Argument(help="Name of a library relation; see `fvlens relations`.")]
+RelationArgument = Annotated[
+    str, typer.Argument(help="Name of a library relation (see `fvlens relations`), or a file of your own word pairs.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
@@ -149,7 +152,7 @@ def template(given: str) -> str | Template:
 
 def result_folder(given: Path | None, relation: str = "") -> Path:
     """The folder for results: as given, or named after the relation; no file may be in its place."""
-    folder = given or Path(f"fvlens-{relation}")
+    folder = given or Path(f"fvlens-{plain_name(relation)}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder.")
     return folder

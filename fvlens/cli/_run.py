@@ -11,7 +11,7 @@ from rich.table import Table
 from fvlens.cli._app import command_line, out, say, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
-from fvlens.relations import load_relation
+from fvlens.cli._relations import relation_of
 from fvlens.report import Loading, RunOptions, RunResult
 
 _ELSE = "By default the one that the run names, if fvlens knows it."
@@ -35,7 +35,7 @@ def run(
     from fvlens.report import run_relation, write_run
     from fvlens.universal import made_on, read_heads
 
-    found = load_relation(relation)
+    found = relation_of(relation)
     options = made(RunOptions, settings)
     ranked = [name for name in ("n_heads", "labels", "both_labels") if name in settings]
     if heads_file is not None and ranked:
@@ -43,7 +43,7 @@ def run(
             f"{option_name(ranked[0])} says how to rank heads, but --heads {heads_file} gives them; leave one of them "
             "out."
         )
-    folder = result_folder(folder, relation)
+    folder = result_folder(folder, found.name)
     mark = None if heads_file is None else made_on(heads_file)
     if heads_file is None or mark is None:
         how = made(Loading, loading)
@@ -129,15 +129,17 @@ def rerun(
 
 
 def _summary(result: RunResult) -> Table:
-    """Short table of a run: who answers how often."""
+    """Short table of a run: who answers how often, and how often the whole answer where that differs."""
+    exact = result.exact()
     table = Table(
         "zero-shot top-1 on test unless said otherwise",
         "top-1",
         "95% interval",
+        *([] if exact is None else ["exact"]),
         title=f"{result.relation} on {result.model_name}, {result.n_test} test pairs",
         box=None,
     )
-    for name, value, interval in result.summary():
+    for i, (name, value, interval) in enumerate(result.summary()):
         text = "" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}"
-        table.add_row(name, f"{value:.2f}", text)
+        table.add_row(name, f"{value:.2f}", text, *([] if exact is None else [f"{exact[i]:.2f}"]))
     return table

@@ -13,6 +13,7 @@ from typer.main import get_command
 from fvlens.cli._app import say, wrote
 from fvlens.cli._loading import allowed_loading
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
+from fvlens.cli._relations import names_of
 from fvlens.report import Loading
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
         given: Annotated[dict[str, Any], Fields(study.options or _NoOptions)],  # pyright: ignore
         relations: Annotated[
             list[str] | None,
-            typer.Option("--relations", help="Library relations, once each [default: as the study chooses]."),
+            typer.Option("--relations", help="Relations, files or folders, once each [default: as the study chooses]."),
         ] = None,
         folder: Annotated[
             Path | None, typer.Option("--out", help=f"Folder for results [default: fvlens-study-{study.name}].")
@@ -90,11 +91,10 @@ def study_settings(study: "Study", loading: Mapping[str, Any], given: Mapping[st
     Raises:
         ValueError: an unknown relation, or a value that the study's options or the settings refuse.
     """
-    from fvlens.relations import load_relation
     from fvlens.studies import Settings
 
-    for name in others["relations"] or ():
-        load_relation(name)
+    if others["relations"]:
+        others["relations"] = tuple(names_of(others["relations"]))
     options = None if study.options is None else made(study.options, given)
     mark = study.made_on(options)
     how = dict(loading)

@@ -11,7 +11,7 @@ from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Explanation
 from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting, Queries, shown_pairs, source_scores
 from fvlens.metrics import best_tokens
-from fvlens.relations import Analogy, Pair
+from fvlens.relations import Analogy, Pair, words_of
 from fvlens.training import frozen
 
 
@@ -61,6 +61,7 @@ def answer_analogy(
         >>> answer_analogy(model, composite, "cow", "calf", "bear", choices=["den", "cub"]).answer
         'cub'
     """
+    choices = None if choices is None else words_of(choices, "answer_analogy: choices")
     if choices is not None and len(set(choices)) < 2:
         raise ValueError(f"answer_analogy: expected at least two different choices, got {list(choices)}.")
     composite.basis.check(model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import AnalogySetting
 from fvlens.find import Found, find_vector, finished
 from fvlens.prompts import Template
-from fvlens.relations import Analogy, Relation, Split, held_out, load_relation, make_analogies
+from fvlens.relations import Analogy, Relation, Split, as_relations, held_out, list_relations, make_analogies
 from fvlens.training import finetune_many
 from fvlens.vectors import FunctionVector
 
@@ -25,8 +26,11 @@ STARTS: tuple[Start, ...] = get_args(Start)
 N_SHOTS = 10
 """Demonstrations in the prompts behind the vectors that a basis starts from, where there are so many pairs."""
 
+Names = Sequence[str | FilePath | Relation] | str | FilePath
+"""Relations, as :func:`fvlens.relations.as_relations` takes them."""
 
-def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relation]:
+
+def library_parts(part: str, names: Names | None = None) -> list[Relation]:
     """Relations with one part of their pairs, as the held-out division splits them.
 
     A pair can stand in two relations, in one of them for fitting and in the other for testing, and so can its reverse.
@@ -34,21 +38,21 @@ def library_parts(part: str, names: Sequence[str] | None = None) -> list[Relatio
 
     Args:
         part: ``"train"``, ``"valid"`` or ``"test"``.
-        names: relations; by default those outside the held-out families.
+        names: relations, their names, files or a folder; by default those outside the held-out families.
 
     Raises:
-        ValueError: no such part; an unknown relation.
+        ValueError: no such part; an unknown relation, or pairs that cannot be read.
     """
     if part not in ("train", "valid", "test"):
         raise ValueError(f"library_parts: part={part!r}; expected train, valid or test.")
     division = held_out()
-    open_names = division.relations()
-    chosen = open_names if names is None else names
-    splits = {name: division.split(load_relation(name)) for name in dict.fromkeys((*chosen, *open_names))}
-    parts = [dataclasses.replace(load_relation(name), pairs=tuple(getattr(splits[name], part))) for name in chosen]
+    chosen = as_relations(division.relations() if names is None else names, what="library_parts")
+    parts = [dataclasses.replace(one, pairs=getattr(division.split(one), part)) for one in chosen]
     if part != "test":
         return parts
-    fitted = {plain_pair(pair) for name in open_names for pair in (*splits[name].train, *splits[name].valid)}
+    own = [one for one in chosen if one.name not in list_relations()]
+    splits = [division.split(one) for one in (*as_relations(division.relations()), *own)]
+    fitted = {plain_pair(pair) for split in splits for pair in (*split.train, *split.valid)}
     return [
         dataclasses.replace(
             one, pairs=tuple(p for p in one.pairs if not {plain_pair(p), plain_pair((p.output, p.input))} & fitted)
@@ -62,7 +66,7 @@ def library_analogies(
     *,
     n: int,
     generator: torch.Generator,
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     kind: Literal["near", "far"] | None = None,
     n_foils: int = 3,
 ) -> list[Analogy]:
@@ -83,8 +87,8 @@ def library_analogies(
     """
     if kind not in (None, "near", "far"):
         raise ValueError(f"library_analogies: kind={kind!r}; expected near, far or None.")
-    parts = library_parts(part, names)
-    known = [load_relation(one.name) for one in parts]
+    known = as_relations(held_out().relations() if names is None else names, what="library_analogies")
+    parts = library_parts(part, known)
     shared: dict[str, Any] = dict(generator=generator, n_foils=n_foils, known=known)
     n_far = {"near": 0, "far": n, None: max(1, n // 2)}[kind]
     near = make_analogies(parts, kind="near", n=max(1, n - n_far), **shared) if kind != "far" else []
@@ -96,7 +100,7 @@ def library_analogies(
 def library_composite(
     model: Any,
     *,
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     layer: int | None = None,
     start: Start = "zero",
     n_train: int = 20,
@@ -118,7 +122,7 @@ def library_composite(
 
     Args:
         model: any model that fvlens loads.
-        names: relations of the basis; by default those outside the held-out families.
+        names: relations of the basis, their names, files or a folder; by default those outside the held-out families.
         layer: where vectors act; by default a third of the way up, or as ``start`` says.
         start: ``"zero"``; or ``"vector"``, to train from what :func:`~fvlens.find_vector` gives of the same pairs, each
             vector with its own best scale, at the layer at which these are best together in top-1 on their validation
@@ -148,8 +152,8 @@ def library_composite(
     if start not in STARTS:
         raise ValueError(f"library_composite: start={start!r}; expected one of {', '.join(STARTS)}.")
     division = held_out()
-    chosen = division.relations() if names is None else list(names)
-    splits = {name: division.split(load_relation(name)) for name in chosen}
+    chosen = as_relations(division.relations() if names is None else names, what="library_composite")
+    splits = {one.name: division.split(one) for one in chosen}
     starts: Any = "zero"
     if start == "vector":
         parts = {name: dataclasses.replace(split, train=split.train[:n_train]) for name, split in splits.items()}

@@ -23,7 +23,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.prompts import Template
-from fvlens.relations import Analogy, Pair
+from fvlens.relations import Analogy, Pair, Pairs, as_analogies, as_pairs
 from fvlens.suffix import Route
 from fvlens.training import frozen
 
@@ -262,7 +262,7 @@ def evaluate_analogies(
     *,
     settings: Sequence[AnalogySetting] = ANALOGY_SETTINGS,
     controls: Sequence[str] = CONTROLS,
-    demonstrations: Mapping[str, Sequence[Pair | tuple[str, str]]] | None = None,
+    demonstrations: Mapping[str, Pairs] | None = None,
     n_shots: int = 5,
     unseen: Unseen = "pairs",
     allow_leak: bool = False,
@@ -313,7 +313,7 @@ def evaluate_analogies(
         >>> found.top1("unsteered, one-shot"), found.choice("unsteered, one-shot")
         (1.0, 1.0)
     """
-    analogies = tuple(analogies)
+    analogies = as_analogies(analogies, "evaluate_analogies")
     if not analogies:
         raise ValueError("evaluate_analogies: expected at least one analogy, got none.")
     for name, values, known in (("setting", settings, ANALOGY_SETTINGS), ("control", controls, CONTROLS)):
@@ -373,14 +373,15 @@ def evaluate_analogies(
 
 
 def _shots(
-    analogies: Sequence[Analogy], demonstrations: Mapping[str, Sequence[Pair | tuple[str, str]]], n: int,
+    analogies: Sequence[Analogy], demonstrations: Mapping[str, Pairs], n: int,
     generator: torch.Generator,
 ) -> list[list[Pair]]:  # fmt: skip
     """Demonstrations of each target's own relation, without its words."""
     shown = []
+    whose = "evaluate_analogies: demonstrations of"
+    given = {name: as_pairs(own, what=f"{whose} {name!r}", may_be_empty=True) for name, own in demonstrations.items()}
     for one in analogies:
-        pairs = [Pair(*pair) for pair in demonstrations.get(one.target_relation, ())]
-        pairs = [pair for pair in pairs if not {*pair} & {one.c, one.d}]
+        pairs = [pair for pair in given.get(one.target_relation, ()) if not {*pair} & {one.c, one.d}]
         if len(pairs) < n:
             raise ValueError(
                 f"evaluate_analogies: {n} demonstrations of {one.target_relation!r} wanted for {one}, but there are "

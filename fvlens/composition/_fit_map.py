@@ -10,7 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
-from fvlens.composition._map import MAPS, SCORES, CompositeMap, FitHistory, Map, ScoreKind, Seen, check_choice
+from fvlens.composition._map import (
+    MAPS,
+    SCORES,
+    CompositeMap,
+    FitHistory,
+    Map,
+    ScoreKind,
+    Seen,
+    check_choice,
+    seen_pairs,
+)
 from fvlens.composition._options import FittingOptions, fitting
 from fvlens.composition._queries import (
     ANALOGY_SETTINGS,
@@ -22,7 +32,7 @@ from fvlens.composition._queries import (
 )
 from fvlens.composition._rules import RULES
 from fvlens.prompts import Template, template_or
-from fvlens.relations import Analogy, Pair, list_relations, load_relation
+from fvlens.relations import Analogy, Pairs, as_analogies, list_relations, load_relation
 from fvlens.training import Settings, SteeringChange, Task, Training, VectorSet, fill, train
 
 
@@ -110,7 +120,7 @@ def fit_composite(
     rank: int | None = None,
     learn_strength: bool = False,
     template: Template | str | None = None,
-    basis_pairs: Sequence[Pair | tuple[str, str]] = (),
+    basis_pairs: Pairs = (),
     sources: SourceScores | None = None,
     generator: torch.Generator,
     **options: Unpack[FittingOptions],
@@ -182,6 +192,8 @@ def fit_composite(
                                ("setting", setting, ANALOGY_SETTINGS)):  # fmt: skip
         check_choice(name, value, known)
     how = fitting("fit_composite", options)
+    analogies = as_analogies(analogies, "fit_composite: analogies")
+    valid = as_analogies(valid, "fit_composite: valid")
     if not analogies:
         raise ValueError("fit_composite: expected at least one analogy, got none.")
     basis.check(model)
@@ -231,7 +243,8 @@ def fit_composite(
     trainee = outcome.result
     matrix, shift = trainee.folded()
     curves = (outcome.history.train_loss, outcome.history.valid_loss, outcome.history.valid_top1)
-    seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in basis_pairs)).with_analogies(every)
+    known = seen_pairs(basis_pairs, "fit_composite: basis_pairs")
+    seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in known)).with_analogies(every)
     return CompositeMap(
         basis=basis, map=map, matrix=matrix, shift=shift, strength=trainee.strength(),
         scores=scores, rule=rule, setting=setting, template=template, seen=seen,

@@ -20,7 +20,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
-from fvlens.relations import Analogy, Pair
+from fvlens.relations import Analogy, Pair, Pairs, named_pairs, words_of
 from fvlens.training import TrainingState, VectorSet
 from fvlens.types import as_flag, as_list, as_number, as_texts
 from fvlens.vectors import INTERRUPTED, FunctionVector, as_float32
@@ -198,12 +198,13 @@ class CompositeMap:
         *,
         template: Template | str | None = None,
         setting: AnalogySetting = "zero_shot",
-        pairs: Sequence[Pair | tuple[str, str]] = (),
+        pairs: Pairs = (),
     ) -> "CompositeMap":
         """No map: weights are the softmax of the scores. ``pairs`` are those that the basis was trained on."""
         n = len(basis)
         template = template_or(template, basis.template)
-        seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in pairs))
+        known = seen_pairs(pairs, "CompositeMap.plain: pairs")
+        seen = Seen(frozenset(basis.names), frozenset((x, y) for x, y in known))
         return cls(basis, "none", torch.eye(n), torch.zeros(n), setting=setting, template=template, seen=seen)
 
     def gate(self, setting: AnalogySetting) -> Gate | None:
@@ -242,7 +243,8 @@ class CompositeMap:
         Raises:
             ValueError: not as many a as b, or none; a model other than the basis's.
         """
-        first, second = ([a] if isinstance(a, str) else list(a)), ([b] if isinstance(b, str) else list(b))
+        first = words_of([a] if isinstance(a, str) else a, "explain: a")
+        second = words_of([b] if isinstance(b, str) else b, "explain: b")
         if len(first) != len(second) or not first:
             raise ValueError(f"expected as many a as b, at least one, got {len(first)} and {len(second)}.")
         pairs = tuple(Pair(x, y) for x, y in zip(first, second, strict=True))
@@ -342,6 +344,11 @@ def _pair(given: Any) -> tuple[str, str]:
     if len(pair) != 2:
         raise ValueError(f"seen pairs: expected two words, got {list(pair)}.")
     return pair[0], pair[1]
+
+
+def seen_pairs(pairs: Pairs, what: str) -> tuple[Pair, ...]:
+    """Pairs that took part in making something, every one of them."""
+    return named_pairs(pairs, what=what, may_be_empty=True, repeats=True)[0]
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fvlens.metrics import is_best
 from fvlens.prompts import Template, render_prompts, template_or
-from fvlens.relations import Pair
+from fvlens.relations import Pair, Pairs, named_pairs
 from fvlens.suffix import Route
 from fvlens.training import SteerablePrompts, VectorSet, frozen
 
@@ -77,7 +77,7 @@ class SourceScores:
 def source_scores(
     model: Any,
     basis: VectorSet,
-    pairs: Sequence[Pair | tuple[str, str]],
+    pairs: Pairs,
     *,
     template: Template | str | None = None,
     path: Route | None = None,
@@ -105,9 +105,7 @@ def source_scores(
         tokens.
     """
     basis.check(model)
-    if not pairs:
-        raise ValueError("source_scores: expected at least one pair, got none.")
-    every = [Pair(*pair) for pair in pairs]
+    every, _ = named_pairs(pairs, what="source_scores: pairs", repeats=True)
     unique = list(dict.fromkeys(every))
     template = template_or(template, basis.template)
     queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)

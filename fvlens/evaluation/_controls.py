@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fvlens.activations import HeadMeans
 from fvlens.evaluation._evaluate import Evaluation, evaluations
-from fvlens.evaluation._prompting import Options, Pairs, asked_prompts, copied, running
+from fvlens.evaluation._prompting import Options, Pairs, asked_prompts, copied, read_once, running
 from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.prompts import Prompts
@@ -54,6 +54,11 @@ class Control:
         return self.scores.double().mean().item()
 
     @property
+    def exact(self) -> float:
+        """Mean share of queries whose whole answer is right."""
+        return sum(one.exact for one in self.evaluations) / len(self.evaluations)
+
+    @property
     def probability(self) -> float:
         """Mean probability of the answer's first token."""
         return sum(one.probability for one in self.evaluations) / len(self.evaluations)
@@ -92,10 +97,11 @@ class Controls:
         )
 
     def to_dataframe(self, *, single: bool = False) -> "pd.DataFrame":
-        """One row a control: name, kind, number of vectors, top-1 and difference to the vector with their intervals.
+        """One row a control: name, kind, number of vectors, top-1 and difference to the vector with their intervals,
+        and ``exact``, the share of whole answers that are right.
 
         Args:
-            single: one row for each single vector instead: ``control, kind, run, top1, probability, mean_rank``.
+            single: one row for each single vector instead: ``control, kind, run, top1, probability, mean_rank, exact``.
         """
         import pandas as pd
 
@@ -108,6 +114,7 @@ class Controls:
                     "top1": one.top1,
                     "probability": one.probability,
                     "mean_rank": one.mean_rank,
+                    "exact": one.exact,
                 }
                 for row in self.rows
                 for run, one in enumerate(row.evaluations)
@@ -127,6 +134,7 @@ class Controls:
                     "difference_high": row.difference.interval.high,
                     "probability": row.probability,
                     "mean_rank": row.mean_rank,
+                    "exact": row.exact,
                 }
                 for row in self.rows
             ]
@@ -213,6 +221,8 @@ def controls(
     """
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
+    pairs, given = read_once("controls", pairs, options)
+    options = Options(**given)  # pyright: ignore
     start = copied(generator)
     shown: list[tuple[ControlKind, Prompts, torch.Generator]] = []
     settings: tuple[Literal["icl", "shuffled"], ...] = ("icl", "shuffled")
@@ -220,7 +230,8 @@ def controls(
         own = copied(start)
         labels = options.get("labels") if setting == "shuffled" else None
         asked = Options(**{**options, "setting": setting, "labels": labels})  # pyright: ignore
-        shown.append((setting, asked_prompts("controls", model, pairs, asked, own, vector), own))
+        prompts = asked_prompts("controls", model, pairs, asked, own, vector, first_tokens=False)
+        shown.append((setting, prompts, own))
     own_labels = options.get("labels") if options.get("setting") == "shuffled" else None
     asked = Options(**{**options, "labels": own_labels})  # pyright: ignore
     prompts = asked_prompts("controls", model, pairs, asked, generator, vector)

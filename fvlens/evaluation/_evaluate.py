@@ -11,7 +11,7 @@ from torch import Tensor
 from fvlens.evaluation._answered import Answered, asked
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts, copied, running
 from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
-from fvlens.prompts import Prompts
+from fvlens.prompts import AnswerTokens, Prompts
 from fvlens.scoring import Scores, score
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.types import Steering
@@ -33,6 +33,9 @@ class Evaluation(Answered):
         ranks: number of tokens before the answer's first token, in order of falling logit and rising id; 0 is right.
         probabilities: probability of the answer's first token.
         log_probabilities: teacher-forced log-probability of the whole answer, in nats, summed over its tokens.
+        whole: True where every token of the answer has rank 0, given those before: the model writes the whole answer
+            greedily, with the vector at the prompt's last token.
+        answers: the different answers asked for, to the tokenizer; ``.n_first_tokens`` are their first tokens.
         interval: 95% bootstrap interval of :attr:`top1`.
         path: ``"weights"``, ``"kv"`` or ``"naive"``: how they were computed.
         batch_size: prompts that ran together at most.
@@ -47,6 +50,8 @@ class Evaluation(Answered):
     ranks: Int[Tensor, " prompt"]
     probabilities: Float[Tensor, " prompt"]
     log_probabilities: Float[Tensor, " prompt"]
+    whole: Bool[Tensor, " prompt"]
+    answers: AnswerTokens
     interval: Interval
     path: Route
     batch_size: int
@@ -62,6 +67,21 @@ class Evaluation(Answered):
     def top1(self) -> float:
         """Share of queries whose answer's first token is the most likely one."""
         return top_k_accuracy(self.ranks, 1)
+
+    @property
+    def exact(self) -> float:
+        """Share of queries whose whole answer is right; :attr:`top1` where all answers are of one token."""
+        return self.whole.double().mean().item()
+
+    @property
+    def n_first_tokens(self) -> int:
+        """Number of different first tokens of the answers; fewer than answers, and top-1 takes some for others."""
+        return self.answers.n_first_tokens
+
+    @property
+    def caution(self) -> str:
+        """What must be said of :attr:`top1`: that answers share first tokens; empty if nothing."""
+        return self.answers.caution
 
     @property
     def top5(self) -> float:
@@ -93,17 +113,22 @@ class Evaluation(Answered):
         vector = "no vector" if self.vector_kind is None else f"{self.vector_kind} vector x {self.scale:g}"
         return (
             f"Evaluation({self.name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} "
-            f"[{low:.3f}, {high:.3f}], probability={self.probability:.3f})"
+            f"[{low:.3f}, {high:.3f}], {self._exact()}probability={self.probability:.3f})"
         )
 
+    def _exact(self) -> str:
+        return "" if self.exact == self.top1 else f"exact={self.exact:.3f}, "
+
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a query: its words, ``prediction, correct, rank, probability, log_probability``, and the setting."""
+        """One row a query: its words, ``prediction, correct, rank, probability, log_probability, exact``, and the
+        setting."""
         return self._table(
             prediction=list(self.predictions),
             correct=self.correct.numpy(),
             rank=self.ranks.numpy(),
             probability=self.probabilities.numpy(),
             log_probability=self.log_probabilities.numpy(),
+            exact=self.whole.numpy(),
         )
 
     def plot(self, *, k: int = 10) -> "go.Figure":
@@ -136,11 +161,13 @@ def evaluate(
 
     ``top1 = mean over pairs (x, y) of [the first token of y has rank 0]`` after the prompt that asks for x [paper; the
     order of tokens with equal logits is ours]. The whole answer is scored too: ``sum over its tokens of log P(y_i |
-    prompt, y_<i)``, with the vector added at the prompt's last token only.
+    prompt, y_<i)``, with the vector added at the prompt's last token only. ``exact = mean over pairs of [every token of
+    y has rank 0 given those before]``: that is when greedy decoding writes y, so nothing is generated for it.
 
     Args:
         model: the model.
-        pairs: the pairs asked, one query each; or prompts that were built before.
+        pairs: the pairs asked, one query each, in any shape (:func:`fvlens.relations.as_relation`); or prompts that
+            were built before.
         vector: what is injected, such as a ``FunctionVector``. A tensor in it may have a leading batch axis, one row a
             pair.
         scale: factor on the vector.
@@ -151,13 +178,13 @@ def evaluate(
 
     Returns:
         :class:`Evaluation`: rank, probability (0..1) and log-probability (nats, at most 0) of each query, and their
-        means; tensors on the CPU.
+        means; tensors on the CPU. A warning says where answers share first tokens, so that ``top1`` overrates.
 
     Raises:
-        ValueError: unknown ``setting`` or ``labels``; ``icl`` or ``shuffled`` without ``demonstrations`` or with
-            ``n_shots`` below 1; ``labels`` in another setting than ``shuffled``; any of these beside prompts;
-            ``batch_size`` below 1; a batch axis in the vector that is not one row a pair; whatever
-            :func:`~fvlens.build_prompts` and :func:`~fvlens.inject` refuse, such as a vector of another model.
+        ValueError: pairs that cannot be read; unknown ``setting`` or ``labels``; ``icl`` or ``shuffled`` without
+            ``demonstrations`` or with ``n_shots`` below 1; ``labels`` in another setting than ``shuffled``; any of
+            these beside prompts; ``batch_size`` below 1; a batch axis in the vector that is not one row a pair;
+            whatever :func:`~fvlens.build_prompts` and :func:`~fvlens.inject` refuse, such as a vector of another model.
         MemoryError: out of memory with a single prompt.
 
     Example:
@@ -201,7 +228,7 @@ def evaluations(
         "weights": scores.weights,
         "compute": named_precision(compute),
     }
-    texts = _texts(model, scores.best)
+    texts, answers = _texts(model, scores.best), AnswerTokens.of(prompts)
     start = copied(generator)
     found = []
     for i, (vector, scale) in enumerate(zip(vectors, scales, strict=True)):
@@ -212,6 +239,8 @@ def evaluations(
                 ranks=scores.ranks[i],
                 probabilities=scores.first[i].exp(),
                 log_probabilities=scores.whole[i],
+                whole=scores.exact[i],
+                answers=answers,
                 interval=bootstrap_interval(scores.ranks[i] == 0, generator=own),
                 **asked(model, prompts, vector, scale),
                 **shared,

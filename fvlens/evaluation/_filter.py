@@ -1,13 +1,12 @@
 """Pairs that the model answers anyway."""
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fvlens.prompts import Template, build_prompts
-from fvlens.relations import Pair, Pairs
+from fvlens.relations import Pair, Pairs, as_pairs
 from fvlens.scoring import score
 
 
@@ -15,7 +14,7 @@ def filter_correct(
     model: Any,
     pairs: Pairs,
     *,
-    demonstrations: Sequence[Pair | tuple[str, str]] | None = None,
+    demonstrations: Pairs | None = None,
     n_shots: int = 10,
     template: str | Template = "qa",
     batch_size: int | None = None,
@@ -41,7 +40,7 @@ def filter_correct(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3 (queries answered correctly in the 10-shot setting).
     """
-    wanted = [Pair(*pair) for pair in pairs]
+    wanted = as_pairs(pairs, what="filter_correct: pairs")
     prompts = build_prompts(
         model,
         wanted if demonstrations is None else demonstrations,

@@ -129,7 +129,9 @@ def generate_answers(
     """
     if max_new_tokens < 1:
         raise ValueError(f"generate_answers: expected max_new_tokens of at least 1, got {max_new_tokens}.")
-    prompts = asked_prompts("generate_answers", model, pairs, prompting, generator, vector, Prompting.__annotations__)
+    prompts = asked_prompts(
+        "generate_answers", model, pairs, prompting, generator, vector, Prompting.__annotations__, first_tokens=False
+    )
     longest = int(prompts.attention_mask.sum(dim=1).max())
     if longest + max_new_tokens - 1 > model.cfg.n_ctx:
         raise ValueError(

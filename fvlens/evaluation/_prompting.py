@@ -4,13 +4,14 @@ The options of everything in this room are here too: how pairs are asked (:class
 (:class:`Running`), and both (:class:`Options`).
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
-from fvlens.prompts import LABELS, Labels, Prompts, Template, build_prompts, template_or
-from fvlens.relations import Pairs, Relation
+from fvlens.prompts import LABELS, AnswerTokens, Labels, Prompts, Template, build_prompts, template_or
+from fvlens.relations import Pairs, named_pairs
 from fvlens.suffix import Route
 
 Setting = Literal["zero_shot", "icl", "shuffled"]
@@ -26,7 +27,7 @@ class Prompting(TypedDict, total=False):
         setting: ``"zero_shot"`` (the default): the bare query. ``"icl"``: after clean demonstrations. ``"shuffled"``:
             after demonstrations with corrupted labels.
         demonstrations: pairs that ``icl`` and ``shuffled`` draw from, never the query's own input; not used by
-            ``zero_shot``.
+            ``zero_shot``. In any shape, as the pairs that are asked (:func:`fvlens.relations.as_relation`).
         n_shots: demonstrations in each prompt, 10 by default; not used by ``zero_shot``.
         template: name of a built-in template, or a ``Template``; by default that of the vector if it has one, else
             ``"qa"``.
@@ -78,8 +79,11 @@ def asked_prompts(
     generator: torch.Generator,
     source: Any = None,
     known: Iterable[str] = tuple(Options.__annotations__),
+    first_tokens: bool = True,
 ) -> Prompts:
     """One prompt a pair, as asked for; prompts as they are.
+
+    Where answers share first tokens, which decide top-1, a warning says so.
 
     Args:
         function: the function that the user called, for messages.
@@ -89,6 +93,7 @@ def asked_prompts(
         generator: draws the demonstrations.
         source: a vector, or means, whose template is the default where it has one.
         known: the options that the function takes.
+        first_tokens: warn of answers that share theirs.
 
     Raises:
         TypeError: unknown options.
@@ -103,10 +108,34 @@ def asked_prompts(
         given = sorted(name for name, value in prompting.items() if value is not None)
         if given:
             raise ValueError(f"{function}: {', '.join(given)} beside prompts, which say it themselves; leave it out.")
-        return asked
-    setting: Any = prompting.get("setting", "zero_shot")
-    demonstrations, n_shots = prompting.get("demonstrations"), prompting.get("n_shots", 10)
-    labels = prompting.get("labels")
+        prompts = asked
+    else:
+        prompts = _prompts(function, model, asked, prompting, generator, source)
+    caution = AnswerTokens.of(prompts).caution if first_tokens else ""
+    if caution:
+        warnings.warn(f"{function}: {caution}", stacklevel=4)
+    return prompts
+
+
+def read_once(function: str, asked: Pairs, options: Options | Prompting) -> tuple[Pairs, dict[str, Any]]:
+    """Pairs, and all options, with demonstrations and the relation's name: iterators are gone through once."""
+    found: dict[str, Any] = dict(options)
+    own, name = named_pairs(asked, what=f"{function}: pairs", stacklevel=6)
+    if options.get("demonstrations") is not None:
+        what = f"{function}: demonstrations"
+        found["demonstrations"], of_shown = named_pairs(options.get("demonstrations"), what=what, stacklevel=6)
+        name = name or of_shown
+    if found.get("relation") is None and name:
+        found["relation"] = name
+    return own, found
+
+
+def _prompts(
+    function: str, model: Any, given: Pairs, options: Prompting, generator: torch.Generator, source: Any
+) -> Prompts:
+    """One prompt a pair."""
+    setting: Any = options.get("setting", "zero_shot")
+    n_shots, labels = options.get("n_shots", 10), options.get("labels")
     if setting not in SETTINGS:
         raise ValueError(f"{function}: setting={setting!r}; expected one of {', '.join(SETTINGS)}.")
     corruptions = [name for name in LABELS if name != "true"]
@@ -116,6 +145,8 @@ def asked_prompts(
         )
     if labels is not None and labels not in corruptions:
         raise ValueError(f"{function}: labels={labels!r}; expected one of {', '.join(corruptions)}.")
+    asked, prompting = read_once(function, given, options)
+    demonstrations = prompting.get("demonstrations")
     if setting == "zero_shot":
         demonstrations, n_shots = asked, 0
     elif demonstrations is None:
@@ -128,9 +159,6 @@ def asked_prompts(
             f"{function}: setting={setting!r} needs n_shots of at least 1, got {n_shots}; without demonstrations the "
             "setting is 'zero_shot'."
         )
-    relation = prompting.get("relation")
-    if relation is None:
-        relation = next((given.name for given in (asked, demonstrations) if isinstance(given, Relation)), None)
     return build_prompts(
         model,
         demonstrations,
@@ -139,7 +167,7 @@ def asked_prompts(
         labels="true" if setting != "shuffled" else labels or "permuted",
         template=template_or(prompting.get("template"), getattr(source, "template", None)),
         pool=prompting.get("pool"),
-        relation=relation,
+        relation=prompting.get("relation"),
         generator=generator,
     )
 

@@ -68,6 +68,7 @@ def sweep_dataframe(
             "probability": one.probability,
             "log_probability": one.answer_log_probability,
             "n": one.n,
+            "exact": one.exact,
         }
         for coordinate, one in zip(coordinates, evaluations, strict=True)
     ]
@@ -139,7 +140,8 @@ class LayerSweep(_Sweep):
         return self.layers[best_of(self.evaluations)]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
+        """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n,
+        exact``."""
         return sweep_dataframe("layer", self.layers, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":
@@ -255,7 +257,8 @@ class HeadCountSweep(_Sweep):
         return self.counts[best_of(self.evaluations)]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n``."""
+        """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n,
+        exact``."""
         return sweep_dataframe("n_heads", self.counts, self.evaluations, self.complete)
 
     def plot(self) -> "go.Figure":

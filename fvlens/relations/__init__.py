@@ -10,6 +10,7 @@ from fvlens.relations._analogies import (
     READERS,
     Analogy,
     analogies_within,
+    as_analogies,
     guess_format,
     make_analogies,
     read_analogies,
@@ -21,43 +22,55 @@ from fvlens.relations._analogies import (
     read_tsv,
     read_vat,
 )
-from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurring_families
-from fvlens.relations._library import (
-    CATEGORIES,
-    Pair,
+from fvlens.relations._given import (
     Pairs,
-    Relation,
-    Split,
-    as_pair,
-    disjoint_relations,
-    library_words,
-    list_relations,
+    as_pairs,
+    as_relation,
+    as_relations,
     load_relation,
-    read_relation,
+    named_pairs,
+    reading_of,
+    readings_of,
 )
-from fvlens.relations._pairs import read_pairs
+from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurring_families
+from fvlens.relations._library import disjoint_relations, library_relation, library_words, list_relations, read_relation
+from fvlens.relations._pairs import FORMATS, Reading, from_recorded, read_folder, read_pairs
+from fvlens.relations._relation import CATEGORIES, Pair, Relation, Split, as_pair
+from fvlens.relations._words import Dropped, plain_name, words_of
 
 __all__ = [
     "CATEGORIES",
+    "FORMATS",
     "READERS",
     "Analogy",
+    "Dropped",
     "HeldOut",
     "Pair",
     "Pairs",
+    "Reading",
     "Relation",
     "Split",
     "analogies_within",
+    "as_analogies",
     "as_pair",
+    "as_pairs",
+    "as_relation",
+    "as_relations",
     "disjoint_relations",
     "draw_held_out",
+    "from_recorded",
     "guess_format",
     "held_out",
+    "library_relation",
     "library_words",
     "list_relations",
     "load_relation",
     "make_analogies",
+    "named_pairs",
+    "plain_name",
     "read_analogies",
     "read_bats",
+    "read_folder",
     "read_google",
     "read_pairs",
     "read_relation",
@@ -66,5 +79,8 @@ __all__ = [
     "read_semeval",
     "read_tsv",
     "read_vat",
+    "reading_of",
+    "readings_of",
     "recurring_families",
+    "words_of",
 ]

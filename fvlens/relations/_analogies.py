@@ -8,15 +8,16 @@ import csv
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fvlens.files import read_text
-from fvlens.relations._library import Pair, Relation
+from fvlens.relations._relation import Pair, Relation
+from fvlens.relations._words import words_of
 from fvlens.types import as_text, as_texts
 
 AnalogyKind = Literal["near", "far"]
@@ -82,6 +83,25 @@ class Analogy:
     def target_pair(self) -> Pair:
         """c and d."""
         return Pair(self.c, self.d)
+
+
+def as_analogies(given: Any, what: str = "analogies") -> tuple[Analogy, ...]:
+    """Analogies, out of a sequence of them or of four words each.
+
+    Raises:
+        ValueError: a text or a file's name; an entry that is neither; a blank word.
+    """
+    if isinstance(given, str | Path | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{what}: expected a list of analogies, got {given!r}; read files with read_analogies.")
+    made = []
+    for i, one in enumerate(given, start=1):
+        if not isinstance(one, Analogy):
+            if isinstance(one, str) or not isinstance(one, tuple | list) or len(one) != 4:
+                raise ValueError(f"{what}: analogy {i}: expected an Analogy, or four words (a, b, c, d), got {one!r}.")
+            a, b, c, d = words_of(one, f"{what}: analogy {i}")
+            one = Analogy(a, b, c, d)
+        made.append(one)
+    return tuple(made)
 
 
 def make_analogies(

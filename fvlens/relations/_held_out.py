@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from fvlens.files import read_json
-from fvlens.relations._library import Relation, Split, as_pair, list_relations, load_relation
+from fvlens.relations._library import library_relation, list_relations
+from fvlens.relations._relation import Relation, Split, as_pair
 from fvlens.types import as_text, as_texts, as_whole
 
 MIN_DOMAINS = 4
@@ -51,7 +52,7 @@ class HeldOut:
 
     def relations(self, *, unseen: bool = False) -> list[str]:
         """Names of the library's relations outside the held-out families, or in them."""
-        return [name for name in list_relations() if (load_relation(name).family in self.families) == unseen]
+        return [name for name in list_relations() if (library_relation(name).family in self.families) == unseen]
 
     def fitted_domain_pairs(self) -> dict[str, list[tuple[str, str]]]:
         """The ordered pairs of domains that fitting may connect, of each recurring family outside the held-out ones."""
@@ -66,7 +67,7 @@ def recurring_families() -> dict[str, list[str]]:
     """Families that cover at least :data:`MIN_DOMAINS` domains, with these domains, sorted."""
     domains: dict[str, set[str]] = defaultdict(set)
     for name in list_relations():
-        relation = load_relation(name)
+        relation = library_relation(name)
         domains[relation.family].add(relation.domain)
     return {family: sorted(found) for family, found in sorted(domains.items()) if len(found) >= MIN_DOMAINS}
 

@@ -20,9 +20,11 @@ PROVENANCE = {
 ABSENT = "(absent)"
 """Stands for the value of a field that one of two files does not have."""
 
-_SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
+_SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note", "pairs")
 _NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions", "loaded")
 """Times, what follows from the numbers (files of fvlens 0.1 have no ``cautions``), and what loading found."""
+_LATER = ("exact", "n_first_tokens")
+"""Results that earlier files of this schema do not have; compared where both have them."""
 _KINDS = PROVENANCE | {"path": "setting", "ffv_path": "setting"}
 
 
@@ -48,6 +50,12 @@ def outcomes(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``results.json`` that a run finds out, without what goes into it."""
     left_out = (*PROVENANCE, *_SETTINGS, *_NOT_COMPARED)
     return {name: value for name, value in content.items() if name not in left_out}
+
+
+def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The outcomes of two files, without those that only a later version writes."""
+    left_out = [name for name in _LATER if name not in old]
+    return outcomes(old), {name: value for name, value in outcomes(new).items() if name not in left_out}
 
 
 def count_numbers(content: Any) -> int:

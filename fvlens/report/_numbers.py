@@ -1,12 +1,15 @@
 """The numbers of a run and all that they depend on, as ``results.json`` has them."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fvlens.evaluation import LayerScaleSweep
 from fvlens.metrics import Interval
 from fvlens.prompts import TEMPLATES, get_template
+from fvlens.relations import Relation, library_relation, list_relations
 from fvlens.report._result import RunResult, Source
+from fvlens.universal import file_hash
 
 SCHEMA = 4
 """Version of ``results.json``: which fields it has and what they mean. 3: fvlens 0.1."""
@@ -19,8 +22,10 @@ def results_json(result: RunResult) -> dict[str, Any]:
     has the ranking asked for, and the other one if both were. ``choice`` tells what the validation pairs said of the
     layer and scale chosen, and of scale 1 at its best layer; ``fv_scale_one_top1`` is top-1 there on the test pairs,
     null if a scale was given. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a
-    file. What begins with ``ffv`` belongs to the fine-tuned vector and is null where none was trained; ``ffv_cosine``
-    is that to the function vector.
+    file. ``exact`` has the shares of whole answers that are right, ``n_first_tokens`` the different first tokens of the
+    test answers. ``pairs`` is null for a relation of the library; else it has the pairs, and file
+    and hash if they came from one. What begins with ``ffv`` belongs to the fine-tuned vector and
+    is null where none was trained; ``ffv_cosine`` is that to the function vector.
     """
 
     def heads(source: Source) -> list[list[int | float | None]]:
@@ -101,6 +106,8 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "path": result.path,
         "ffv_path": None if tuned is None else tuned.run.path,
         "cautions": list(result.cautions),
+        "exact": _exact(result),
+        "n_first_tokens": result.zero_shot.n_first_tokens,
         "decoded": [list(pair) for pair in result.decoded],
         "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
         # what all of it depends on
@@ -115,6 +122,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
             "library": provenance.library_hash,
             "heads_file": None if given is None else given.hash,
         },
+        "pairs": _pairs(result.data),
         "heads_note": None if given is None else given.note,
         "split_disjoint": result.split.disjoint,
         "versions": provenance.versions,
@@ -124,6 +132,50 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "ffv_seconds": None if tuned is None else tuned.run.seconds,
         "seconds": result.seconds,
     }
+
+
+def _exact(result: RunResult) -> dict[str, float | None]:
+    """Shares of whole answers that are right, under the names of the top-1 scores that they belong to."""
+    tuned, unscaled = result.tuned, result.at_scale_one
+    random = result.steered.get("random")
+    return {
+        "icl": result.icl.exact,
+        "zero_shot": result.zero_shot.exact,
+        "shuffled": result.shuffled.exact,
+        "fv": result.steered[result.source].exact,
+        "fv_random_labels": None if random is None else random.exact,
+        "fv_scale_one": None if unscaled is None else unscaled.exact,
+        "ffv": None if tuned is None else tuned.evaluation.exact,
+        "random_vector": result.control_exact("random_vector"),
+        "other_relation": result.control_exact("other_relation") if result.others else None,
+        "other_relation_ffv": None if tuned is None or tuned.other is None else tuned.other_exact,
+        "random_heads": result.control_exact("random_heads"),
+    }
+
+
+def _pairs(relation: Relation | None) -> dict[str, Any] | None:
+    """Pairs that are not the library's, so that they can be run again, and where they came from."""
+    if relation is None or is_of_library(relation):
+        return None
+    return {
+        "file": str(Path(relation.path).absolute()) if relation.path else None,
+        "file_hash": _hash_of(relation.path),
+        "family": relation.family,
+        "list": [list(pair) for pair in relation.pairs],
+    }
+
+
+def _hash_of(path: str) -> str | None:
+    """Hash of a file of pairs; None where there is none any more, as in a run that is made again without it."""
+    try:
+        return file_hash(path) if path else None
+    except ValueError:
+        return None
+
+
+def is_of_library(relation: Relation) -> bool:
+    """Whether the library has these pairs under this name."""
+    return relation.name in list_relations() and library_relation(relation.name).data_hash == relation.data_hash
 
 
 def options_json(result: RunResult) -> dict[str, Any]:

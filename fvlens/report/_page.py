@@ -2,13 +2,13 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvlens.metrics import Interval
 from fvlens.pages import FigureBlock, write_page
-from fvlens.report._numbers import options_json
-from fvlens.report._result import RunResult, Tuned
+from fvlens.report._numbers import is_of_library, options_json
+from fvlens.report._result import Row, RunResult, Tuned
 
 
 def write_report(path: str | Path, result: RunResult) -> Path:
@@ -32,7 +32,8 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         result=result,
         figures=_figures(result),
         training="" if tuned is None else _training(result, tuned),
-        tuned_rows=[] if tuned is None else _tuned_rows(result, tuned),
+        tuned_rows=[] if tuned is None else [row[:3] for row in _tuned_rows(result, tuned)],
+        tuned_exact=None if tuned is None else _differing(_tuned_rows(result, tuned)),
         decoded=list(decoded),
         samples=_samples(result),
         provenance=_provenance(result, Path(path).parent),
@@ -88,17 +89,22 @@ def _training(result: RunResult, tuned: Tuned) -> str:
     )
 
 
-def _tuned_rows(result: RunResult, tuned: Tuned) -> list[tuple[str, float, Interval | None]]:
+def _differing(rows: Sequence[Row]) -> list[float] | None:
+    """Shares of whole answers that are right; None where all are as top-1."""
+    return [row.exact for row in rows] if any(row.exact != row.top1 for row in rows) else None
+
+
+def _tuned_rows(result: RunResult, tuned: Tuned) -> list[Row]:
     """The fine-tuned vector between the bare query and the demonstrations."""
-    steered, score = result.steered[result.source], tuned.evaluation
-    rows: list[tuple[str, float, Interval | None]] = [
-        ("bare query", result.zero_shot.top1, result.zero_shot.interval),
-        ("function vector", steered.top1, steered.interval),
-        ("fine-tuned vector", score.top1, score.interval),
+    rows = [
+        Row.of("bare query", result.zero_shot),
+        Row.of("function vector", result.steered[result.source]),
+        Row.of("fine-tuned vector", tuned.evaluation),
     ]
     if tuned.other is not None:
-        rows.append((f"fine-tuned vectors of other relations ({', '.join(result.others)})", *tuned.other))
-    rows.append((f"{result.options.n_shots} clean demonstrations", result.icl.top1, result.icl.interval))
+        name = f"fine-tuned vectors of other relations ({', '.join(result.others)})"
+        rows.append(Row(name, *tuned.other, tuned.other_exact))
+    rows.append(Row.of(f"{result.options.n_shots} clean demonstrations", result.icl))
     return rows
 
 
@@ -128,6 +134,13 @@ def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
     ]
 
 
+def _origin(result: RunResult) -> str:
+    """Where pairs come from that are not the library's."""
+    if result.data is None or is_of_library(result.data):
+        return ""
+    return f"{len(result.data)} pairs from {result.data.path or 'Python'}; "
+
+
 def _loaded(result: RunResult) -> dict[str, str]:
     """What was found when the model was loaded, row by row."""
     loaded = result.loaded
@@ -150,7 +163,8 @@ def _provenance(result: RunResult, folder: Path) -> dict[str, str]:
     other_data = [f"{name} {digest}" for name, digest in source.relations.items() if name != result.relation]
     rows = {
         "model": f"{result.model_name} (revision {mark.revision}, weights {mark.weights}, {mark.dtype})",
-        "relation": f"{result.relation} (data {result.data_hash}; no {shared} in two parts of its split)",
+        "relation": f"{result.relation} ({_origin(result)}data {result.data_hash}; no {shared} in two parts of its "
+        "split)",
         "pairs": f"{len(result.split.train)} train, {len(result.split.valid)} valid, {result.n_test} test",
         "other data": ", ".join([*other_data, f"whole library {source.library_hash}"]),
     }

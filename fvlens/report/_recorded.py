@@ -11,7 +11,7 @@ import torch
 from fvlens.files import read_json
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import template_from
-from fvlens.relations import Relation, list_relations, load_relation
+from fvlens.relations import Relation, from_recorded, library_relation, list_relations
 from fvlens.report._differences import ABSENT, RunDifference, differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE
@@ -50,8 +50,10 @@ class RecordedRun:
             trust: also look at a file of heads that the run names outside its folder.
         """
         known = set(list_relations())
-        names = [name for name in self.content["data"]["relations"] if name in known]
-        now = Provenance.of(model, {name: load_relation(name).data_hash for name in names})
+        own = self.relation
+        names = [name for name in self.content["data"]["relations"] if name in known or name == own.name]
+        hashes = {name: (own if name == own.name else library_relation(name)).data_hash for name in names}
+        now = Provenance.of(model, hashes)
         new = {
             "fingerprint": asdict(fingerprint(model)),
             "data_hash": self.relation.data_hash,
@@ -94,11 +96,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     """
     folder = Path(folder)
     fields = _read(folder / RESULTS_FILE)
-    name = fields.get("relation", str)
-    try:
-        relation = load_relation(name)
-    except ValueError as error:
-        raise fields.error("relation", error) from error
+    relation = _relation(fields)
     options = _options(fields)
     loading = _loading(fields)
     inside = fields.inside("fingerprint")
@@ -126,6 +124,23 @@ def _made_by(content: Mapping[str, Any]) -> str:
     command = content.get("command")
     told = isinstance(command, list) and all(isinstance(word, str) for word in command)
     return f"`{shlex.join(command if told and command else ['fvlens', 'run'])}`"
+
+
+def _relation(fields: Fields) -> Relation:
+    """The library's relation of this name, or one's own pairs, which the file holds."""
+    name = fields.get("relation", str)
+    if fields.content.get("pairs") is None:  # files of before have no such field
+        try:
+            return library_relation(name)
+        except ValueError as error:
+            raise fields.error("relation", error) from error
+    kept = fields.inside("pairs")
+    file, pairs, family = kept.get("file", str | None), kept.get("list", list), kept.get("family", str)
+    kept.get("file_hash", str | None)
+    try:
+        return from_recorded(name, pairs, file or "", family=family)
+    except ValueError as error:
+        raise kept.error("list", error) from error
 
 
 def _options(fields: Fields) -> RunOptions:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fvlens.models import is_known
-from fvlens.report._differences import RunDifference, count_numbers, differences, outcomes, vector_differences
+from fvlens.report._differences import RunDifference, comparable, count_numbers, differences, vector_differences
 from fvlens.report._fields import Fields
 from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._recorded import RecordedRun, read_run
@@ -128,7 +128,7 @@ def rerun(
     files = write_run(result, out)
 
     # the second run's numbers as its file has them, since the first one's come from a file too
-    old, new = outcomes(recorded.content), outcomes(json.loads((out / RESULTS_FILE).read_bytes()))
+    old, new = comparable(recorded.content, json.loads((out / RESULTS_FILE).read_bytes()))
     differing = [*changes, *differences(old, new)]
     new_vectors = [result.vector, *([] if result.tuned is None else [result.tuned.vector])]
     for (name, before), after in zip(old_vectors.items(), new_vectors, strict=True):

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fvlens.attribution import IndirectEffects
 from fvlens.evaluation import ControlKind, Controls, Evaluation, LayerScaleSweep
 from fvlens.find import Ranking
 from fvlens.metrics import Interval
 from fvlens.models import Fingerprint, LoadReport
-from fvlens.relations import Split
+from fvlens.relations import Relation, Split
 from fvlens.report._provenance import Provenance
 from fvlens.report._settings import Loading, RunOptions
 from fvlens.training import FineTuned
@@ -41,9 +41,27 @@ class Tuned:
     decoded: tuple[tuple[str, float], ...]
 
     @property
+    def other_exact(self) -> float:
+        """Mean share of whole answers that are right under the vectors of other relations; 0 without any."""
+        return sum(one.exact for one in self.others) / max(1, len(self.others))
+
+    @property
     def epochs(self) -> int:
         """Epochs that were run."""
         return len(self.run.history) - 1
+
+
+class Row(NamedTuple):
+    """A row of the summary."""
+
+    name: str
+    top1: float
+    interval: Interval | None
+    exact: float
+
+    @classmethod
+    def of(cls, name: str, score: Evaluation) -> "Row":
+        return cls(name, score.top1, score.interval, score.exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +73,8 @@ class RunResult:
     ``effects`` has the rankings, and is empty for given heads. ``at_scale_one`` are the scores of the saved vector at
     scale 1, at its best layer for that; None if a scale was given. ``tuned`` is None if ``options.epochs`` is 0.
     ``cautions`` says of each ranking, and of the vectors of other relations, if heads were taken that do not help
-    (:meth:`~fvlens.attribution.IndirectEffects.caution`). ``loaded`` is what was found when the model was loaded.
+    (:meth:`~fvlens.attribution.IndirectEffects.caution`), and if answers share first tokens. ``data`` are all pairs.
+    ``loaded`` is what was found when the model was loaded.
     """
 
     relation: str
@@ -83,6 +102,7 @@ class RunResult:
     tuned: Tuned | None = None
     cautions: tuple[str, ...] = ()
     loaded: LoadReport | None = None
+    data: Relation | None = None
 
     @property
     def path(self) -> str | None:
@@ -126,30 +146,45 @@ class RunResult:
 
     def summary(self) -> list[tuple[str, float, Interval | None]]:
         """Rows (name, top-1, 95% interval) of the table that the command line and the report show."""
+        return [(row.name, row.top1, row.interval) for row in self._rows()]
+
+    def exact(self) -> list[float] | None:
+        """Share of whole answers that are right, a number for each row of :meth:`summary`; None if all are as top-1."""
+        rows = self._rows()
+        return [row.exact for row in rows] if any(row.exact != row.top1 for row in rows) else None
+
+    def _rows(self) -> list[Row]:
         shots = self.options.n_shots
         # prompting, and the bare query
-        rows: list[tuple[str, float, Interval | None]] = [
-            (f"{shots} clean demonstrations", self.icl.top1, self.icl.interval),
-            (f"{shots} demonstrations, labels permuted", self.shuffled.top1, self.shuffled.interval),
-            ("bare query", self.zero_shot.top1, self.zero_shot.interval),
+        rows = [
+            Row.of(f"{shots} clean demonstrations", self.icl),
+            Row.of(f"{shots} demonstrations, labels permuted", self.shuffled),
+            Row.of("bare query", self.zero_shot),
         ]
         # the vector of each ranking; of the saved one also what it does unscaled
         for source, vector in self.vectors.items():
             score, scale = self.steered[source], self.sweeps[source].best_scale
             text = f"function vector, {len(vector.heads)} {self.described(source)}, layer {vector.layer}"
-            rows.append((f"{text}, scale {scale:g}", score.top1, score.interval))
+            rows.append(Row.of(f"{text}, scale {scale:g}", score))
             unscaled = self.at_scale_one
             if source == self.source and scale != 1 and unscaled is not None:
-                rows.append((f"the same at scale 1, layer {unscaled.vector_layer}", unscaled.top1, unscaled.interval))
+                rows.append(Row.of(f"the same at scale 1, layer {unscaled.vector_layer}", unscaled))
         tuned = self.tuned
         if tuned is not None:
             text = f"fine-tuned vector, {self.n_trained} pairs, {tuned.epochs} epochs, layer {tuned.vector.layer}"
-            rows.append((text, tuned.evaluation.top1, tuned.evaluation.interval))
+            rows.append(Row.of(text, tuned.evaluation))
         # what is no vector of this relation
-        rows.append((f"{self.options.n_random} random vectors of the same norm", *self.control("random_vector")))
+        rows.append(self._control(f"{self.options.n_random} random vectors of the same norm", "random_vector"))
         if self.others:
-            rows.append((f"vectors of other relations ({', '.join(self.others)})", *self.control("other_relation")))
+            rows.append(self._control(f"vectors of other relations ({', '.join(self.others)})", "other_relation"))
         if tuned is not None and tuned.other is not None:
-            rows.append(("fine-tuned vectors of the same other relations", *tuned.other))
-        rows.append((f"{self.options.n_random} sets of random heads", *self.control("random_heads")))
+            rows.append(Row("fine-tuned vectors of the same other relations", *tuned.other, tuned.other_exact))
+        rows.append(self._control(f"{self.options.n_random} sets of random heads", "random_heads"))
         return rows
+
+    def _control(self, name: str, kind: ControlKind) -> Row:
+        return Row(name, *self.control(kind), self.control_exact(kind))
+
+    def control_exact(self, kind: ControlKind) -> float:
+        """Mean share of whole answers that are right under one kind of control."""
+        return next(row.exact for row in self.controls.pooled if row.kind == kind)

@@ -18,7 +18,7 @@ from fvlens.evaluation import SCALES, Evaluation, controls, copied, evaluate
 from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
 from fvlens.metrics import bootstrap_interval
 from fvlens.models import fingerprint, load_report
-from fvlens.relations import Relation, Split, disjoint_relations, load_relation
+from fvlens.relations import Pairs, Relation, Split, as_relation, disjoint_relations, load_relation
 from fvlens.report._provenance import Provenance
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._settings import Loading, RunOptions
@@ -36,7 +36,7 @@ def other_relations(relation: Relation, n: int, generator: torch.Generator) -> l
 
 def run_relation(
     model: Any,
-    relation: Relation,
+    relation: Pairs,
     *,
     options: RunOptions | None = None,
     heads: GivenHeads | None = None,
@@ -53,7 +53,7 @@ def run_relation(
 
     Args:
         model: the model.
-        relation: the word pairs.
+        relation: the word pairs, in any shape (:func:`fvlens.relations.as_relation`).
         options: settings; :class:`RunOptions` gives the defaults.
         heads: build all vectors of these heads, from :func:`fvlens.universal.read_heads`, and rank none; ``n_heads``
             is then their number, and ``labels`` and ``n_corrupted`` play no part.
@@ -70,6 +70,9 @@ def run_relation(
     """
     began = time.monotonic()
     options = options or RunOptions()
+    relation = as_relation(relation, what="run_relation")
+    if not relation.name:
+        relation = dataclasses.replace(relation, name="custom pairs")
     if heads is not None:
         options = dataclasses.replace(options, n_heads=len(heads.heads))
     _check(model, options)
@@ -119,6 +122,7 @@ def run_relation(
 
     cautions = [(f"{name} labels", text) for name, recipe in recipes.items() for text in recipe.cautions]
     cautions += [(f"vector of {name}", text) for name, text in others.cautions.items()]
+    cautions.append(("answers", scores["no_vector"].caution))
     return RunResult(
         relation=relation.name,
         model_name=model_name or (str(model.cfg.model_name) if loading is None else loading.model),
@@ -139,6 +143,7 @@ def run_relation(
         decoded=tuple(main.vector.decode(model, k=10)),
         fingerprint=fingerprint(model),
         data_hash=relation.data_hash,
+        data=relation,
         seconds=time.monotonic() - began,
         provenance=Provenance.of(model, {relation.name: relation.data_hash, **others.hashes}),
         given=heads,

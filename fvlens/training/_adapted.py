@@ -1,12 +1,11 @@
 """What every method gives: a model made to do a relation, what that cost, and how it acts on a forward pass."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from fvlens.relations import Pair, Relation
+from fvlens.relations import Pair, Pairs, as_pairs, named_pairs
 from fvlens.suffix import check_compute
 from fvlens.training._adaptations import Adaptation, Steered, Unchanged
 from fvlens.training._change import Change
@@ -19,8 +18,6 @@ from fvlens.types import Steering
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-Pairs = Relation | Sequence[Pair | tuple[str, str]]
 
 
 @runtime_checkable
@@ -154,12 +151,13 @@ def as_adaptation(given: Adapted | Steering | Adaptation | None) -> Adaptation:
 
 def given_pairs(function: str, pairs: Pairs, relation: str | None) -> tuple[tuple[Pair, ...], str]:
     """The pairs, and the relation's name."""
-    own = tuple(Pair(*pair) for pair in pairs)
-    if not own:
-        raise ValueError(f"{function}: expected at least one pair, got none.")
-    if relation is None:
-        relation = pairs.name if isinstance(pairs, Relation) else ""
-    return own, relation
+    own, name = named_pairs(pairs, what=f"{function}: pairs")
+    return own, name if relation is None else relation
+
+
+def valid_pairs(function: str, valid: Pairs | None) -> tuple[Pair, ...]:
+    """The validation pairs; none for None."""
+    return as_pairs(valid, what=f"{function}: valid", may_be_empty=True)
 
 
 def drawn_seed(generator: torch.Generator) -> int:

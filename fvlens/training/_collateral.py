@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.evaluation import Evaluation, evaluations
-from fvlens.metrics import Interval, best_token, bootstrap_interval, kl_divergence, log_probability, rank
+from fvlens.metrics import Interval, best_token, bootstrap_interval, is_best, kl_divergence, log_probability, rank
 from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
-from fvlens.relations import Relation, list_relations, load_relation
+from fvlens.relations import Pairs, Relation, list_relations, load_relation
 from fvlens.scoring import Scores, score
 from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
-from fvlens.training._adapted import Adapted, Pairs, as_adaptation
+from fvlens.training._adapted import Adapted, as_adaptation
 from fvlens.types import Steering
 
 # --- what a method gains ---
@@ -93,7 +93,7 @@ def evaluate_adapted(
 
 def _read_scores(model: Any, change: Adaptation, prompts: Prompts, batch_size: int | None) -> Scores:
     """Scores under a change that acts on whole prompts, by whole passes."""
-    ranks, logs, best = [], [], []
+    ranks, logs, best, exact = [], [], [], []
     largest = 0
     with torch.no_grad():
         for rows, logits in read_prompts(
@@ -104,11 +104,14 @@ def _read_scores(model: Any, change: Adaptation, prompts: Prompts, batch_size: i
             ranks.append(rank(logits[:, 0], wanted[:, 0]).cpu())
             logs.append(log_probability(logits, wanted.clamp(min=0)).masked_fill(wanted < 0, 0.0).cpu())
             best.append(best_token(logits[:, 0]).cpu())
+            exact.append((is_best(logits, wanted) | (wanted < 0)).all(dim=1).cpu())
             largest = max(largest, len(wanted))
     every = torch.cat(logs)
     first, rest = every[None, :, 0], every[None, :, 1:].sum(dim=-1)
     columns = torch.arange(len(prompts))
-    return Scores(torch.cat(ranks)[None], first, rest, torch.cat(best)[None], columns, "naive", largest)
+    return Scores(
+        torch.cat(ranks)[None], first, rest, torch.cat(best)[None], torch.cat(exact)[None], columns, "naive", largest
+    )
 
 
 # --- what it disturbs ---

@@ -15,7 +15,7 @@ from fvlens.files import write_table, write_text
 from fvlens.find import Ranking, find_vector
 from fvlens.interruption import keeping, marked, titled
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.relations import Relation, load_relation
+from fvlens.relations import Pairs, as_relation
 from fvlens.training._adaptations import Steered
 from fvlens.training._adapted import Adapted, Baseline
 from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
@@ -119,6 +119,7 @@ class Comparison:
                     "probability": row.evaluation.probability,
                     "log_probability": row.evaluation.answer_log_probability,
                     "n": row.evaluation.n,
+                    "exact": row.evaluation.exact,
                 }
                 for row in self.rows
             ]
@@ -126,8 +127,10 @@ class Comparison:
         return marked(table, self.complete)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table as text: a row of headings, then one a method."""
-        heading = ("method", "trained", "seconds", "top-1", "interval", "KL", "interval")
+        """The table as text: a row of headings, then one a method; whole answers where they differ from top-1."""
+        differs = any(row.evaluation.exact != row.evaluation.top1 for row in self.rows)
+        exact = ("exact",) if differs else ()
+        heading = ("method", "trained", "seconds", "top-1", "interval", *exact, "KL", "interval")
         body = []
         for row in self.rows:
             top1, kl = row.evaluation.interval, row.collateral.interval
@@ -138,6 +141,7 @@ class Comparison:
                     f"{row.seconds:.1f}",
                     f"{row.evaluation.top1:.2f}",
                     f"{top1.low:.2f} to {top1.high:.2f}",
+                    *([f"{row.evaluation.exact:.2f}"] if differs else []),
                     f"{row.collateral.mean:.3f}",
                     f"{kl.low:.3f} to {kl.high:.3f}",
                 )
@@ -146,12 +150,14 @@ class Comparison:
 
     def describe(self) -> str:
         """What the table's numbers are."""
+        answers = self.rows[0].evaluation.caution if self.rows else ""
         return (
             f"{self.relation} on {self.model_name}: {self.n_train} training and {self.n_valid} validation pairs, "
             f"{self.n_test} test queries without demonstrations unless the method is demonstrations, vectors after "
             f"layer {self.layer}, the function vector times {self.scale:g}, seed {self.seed}. Trained: numbers that "
             f"were trained. KL: collateral change of the next token after {self.n_unrelated} prompts of other "
             "relations, in nats. Intervals: 95% bootstrap."
+            + (f" Answers: {answers}" if answers else "")
             + (f" Heads: {self.caution}" if self.caution else "")
             + ("" if self.complete else " Interrupted: the methods that are not here were not reached.")
         )
@@ -203,7 +209,7 @@ class Comparison:
 
 def compare(
     model: Any,
-    relation: str | Relation,
+    relation: Pairs,
     *,
     n_train: int = 20,
     n_heads: int = 10,
@@ -229,7 +235,7 @@ def compare(
 
     Args:
         model: the model.
-        relation: a library relation's name, or a relation.
+        relation: a relation, its name or file, or pairs in any shape (:func:`fvlens.relations.as_relation`).
         n_train: training pairs, the first of the train part.
         n_heads: heads in the function vector.
         labels: corruption that they are ranked on.
@@ -262,7 +268,7 @@ def compare(
     how, running = settled("compare", settings, options)
     if running.resume is not None or running.checkpoint is not None:
         raise ValueError("compare: resume and checkpoint are for one training; here there are many.")
-    whole = load_relation(relation) if isinstance(relation, str) else relation
+    whole = as_relation(relation, what="compare")
 
     def fresh() -> torch.Generator:
         return torch.Generator().manual_seed(seed)

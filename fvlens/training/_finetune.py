@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from fvlens.interruption import keeping
 from fvlens.models import model_device
 from fvlens.prompts import Prompts, Template
-from fvlens.relations import Pair, Relation, Split, load_relation
+from fvlens.relations import Pairs, Relation, Split, as_pairs, as_relation, as_relations, named_pairs
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Pairs = Relation | Sequence[Pair | tuple[str, str]]
 Init = FunctionVector | DistributedVector | Literal["zero"]
 
 
@@ -184,7 +184,7 @@ def finetune(
 
     Args:
         model: the model; its parameters, gradient flags and mode are as before afterwards.
-        pairs: training pairs, about 20.
+        pairs: training pairs, about 20, in any shape (:func:`fvlens.relations.as_relation`); so for ``valid``.
         init: what training starts from: a ``FunctionVector``, ``"zero"``, or a ``DistributedVector`` (each chosen head
             then has numbers of its own). For noise of the same norm give
             ``fvlens.random_vector_like(vector, generator)``.
@@ -218,9 +218,10 @@ def finetune(
         before that stands.
 
     Raises:
-        ValueError: no pairs; a setting out of range; no layer; several layers without ``valid``, or with ``resume`` or
-            ``checkpoint``; a layer outside the model, or given with a distributed vector; ``init`` of another model; a
-            minibatch that does not fit the memory; ``compute`` where it is not to be had; a state that does not fit; a
+        ValueError: no pairs, or such as cannot be read; a setting out of range; no layer; several layers without
+            ``valid``, or with ``resume`` or ``checkpoint``; a layer outside the model, or given with a distributed
+            vector; ``init`` of another model; a minibatch that does not fit the memory; ``compute`` where it is not to
+            be had; a state that does not fit; a
             checkpoint in no folder.
 
     Example:
@@ -237,10 +238,11 @@ def finetune(
     References:
         Kang, Wu, Lu 2026, arXiv:2601.08169 (from digests of it).
     """
+    own, name = named_pairs(pairs, what="finetune: pairs", may_be_empty=True)
     if relation is None:
-        relation = pairs.name if isinstance(pairs, Relation) else "" if isinstance(init, str) else init.relation
+        relation = name or ("" if isinstance(init, str) else init.relation)
     seed = _seeds(1, generator)[0]
-    task = Task(relation, _pairs(pairs), _pairs(valid or ()), seed)
+    task = Task(relation, own, as_pairs(valid, what="finetune: valid", may_be_empty=True), seed)
     how, running = settled("finetune", settings, options, getattr(init, "template", None))
     if isinstance(init, DistributedVector):
         if layer is not None:
@@ -253,7 +255,7 @@ def finetune(
 
 def finetune_many(
     model: Any,
-    relations: Mapping[str, Split] | Sequence[str | Relation],
+    relations: Mapping[str, Split | Pairs] | Sequence[str | Path | Relation] | str | Path,
     *,
     init: Mapping[str, FunctionVector] | Sequence[FunctionVector] | Literal["zero"],
     layer: int | Sequence[int] | None = None,
@@ -269,7 +271,8 @@ def finetune_many(
 
     Args:
         model: the model.
-        relations: names, ``Relation``s (split here by ``generator``), or name -> ``Split``.
+        relations: names, files, ``Relation``s (split here by ``generator``), a folder of files, or name ->
+            ``Split`` or pairs.
         init: the start of each vector: by name, in the order of ``relations``, or ``"zero"``.
         layer: the layer of all vectors; by default that of ``init``. Of several, the best in mean validation top-1.
         n_train: training pairs of each relation, the first of its train part; None for all.
@@ -283,13 +286,12 @@ def finetune_many(
             below 1.
     """
     if isinstance(relations, Mapping):
-        splits = dict(relations)
+        splits = {
+            name: one if isinstance(one, Split) else as_relation(one, what=f"finetune_many: {name}").split(generator)
+            for name, one in relations.items()
+        }
     else:
-        found = [load_relation(one) if isinstance(one, str) else one for one in relations]
-        names = [one.name for one in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"finetune_many: two relations are named {twice!r}; names must be unique.")
+        found = as_relations(relations, what="finetune_many", may_be_empty=True)
         splits = {one.name: one.split(generator) for one in found}
     if not splits:
         raise ValueError("finetune_many: expected at least one relation, got none.")
@@ -298,7 +300,12 @@ def finetune_many(
     starts = _starts(init, list(splits))
     seeds = _seeds(len(splits), generator)
     tasks = [
-        Task(name, _pairs(split.train[:n_train]), _pairs(split.valid), seed)
+        Task(
+            name,
+            as_pairs(split.train[:n_train], what=f"finetune_many: {name}", may_be_empty=True),
+            as_pairs(split.valid, what=f"finetune_many: {name}", may_be_empty=True),
+            seed,
+        )
         for (name, split), seed in zip(splits.items(), seeds, strict=True)
     ]
     is_said = settings is not None or options.get("template") is not None
@@ -309,10 +316,6 @@ def finetune_many(
 
 def _seeds(n: int, generator: torch.Generator) -> list[int]:
     return torch.randint(2**31, (n,), generator=generator).tolist()
-
-
-def _pairs(pairs: Pairs) -> tuple[Pair, ...]:
-    return tuple(Pair(*pair) for pair in pairs)
 
 
 def _starts(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import acting, hooked
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.relations import Pair
+from fvlens.relations import Pairs
 from fvlens.training._adaptations import Adaptation, AdaptationChange
-from fvlens.training._adapted import Baseline, Pairs, drawn_seed, given_pairs, trained_baseline
+from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, trained_baseline, valid_pairs
 from fvlens.training._change import filled
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
@@ -252,7 +252,7 @@ def lora(
     if reason is not None:
         raise ValueError(f"lora: cannot reach the query and value projections of this model: {reason}.")
     how, running = settled("lora", settings, options)
-    task = Task(name, own, tuple(Pair(*pair) for pair in valid or ()), drawn_seed(generator))
+    task = Task(name, own, valid_pairs("lora", valid), drawn_seed(generator))
     prompts = PreparedPrompts.of(model, [task], how.template, max_memory=running.max_memory)
     change = LoRAChange(prompts, adapted, rank, generator)
     return trained_baseline("lora", f"LoRA, rank {rank}", task, change, how, running)

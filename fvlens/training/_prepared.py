@@ -37,7 +37,7 @@ _MOST_ROWS = 256
 def prompts_of(model: Any, tasks: Sequence[Task], template: Template | str) -> Prompts:
     """The bare queries of all pairs of all relations: of each its training pairs, then its validation pairs."""
     pairs = [pair for task in tasks for pair in (*task.train, *task.valid)]
-    return build_prompts(model, pairs, n_shots=0, template=template, generator=torch.Generator())
+    return build_prompts(model, (), queries=pairs, n_shots=0, template=template, generator=torch.Generator())
 
 
 class PreparedPrompts:

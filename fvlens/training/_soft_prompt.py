@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import hooked, resid_pre_hook
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.relations import Pair
+from fvlens.relations import Pairs
 from fvlens.training._adaptations import Adaptation, AdaptationChange, added
-from fvlens.training._adapted import Baseline, Pairs, drawn_seed, given_pairs, trained_baseline
+from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, trained_baseline, valid_pairs
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
 from fvlens.training._settings import Settings, Task
@@ -203,7 +203,7 @@ def soft_prompt(
     how, running = settled("soft_prompt", settings, options)
     seed = drawn_seed(generator)
     tokens = _random_tokens(model, n_tokens, generator)
-    task = Task(name, own, tuple(Pair(*pair) for pair in valid or ()), seed)
+    task = Task(name, own, valid_pairs("soft_prompt", valid), seed)
     prompts = PreparedPrompts.of(model, [task], how.template, max_memory=running.max_memory, n_more=n_tokens)
     what = f"{n_tokens} soft token{'s' if n_tokens > 1 else ''}"
     return trained_baseline("soft_prompt", what, task, SoftPromptChange(prompts, tokens), how, running)

@@ -12,9 +12,9 @@ from fvlens.evaluation import layer_scale_sweep
 from fvlens.find import finished
 from fvlens.models import fingerprint
 from fvlens.prompts import Template, build_prompts
-from fvlens.relations import Pair
+from fvlens.relations import Pairs
 from fvlens.training._adaptations import Demonstrations, Steered
-from fvlens.training._adapted import Baseline, Pairs, drawn_seed, given_pairs
+from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, valid_pairs
 from fvlens.vectors import FunctionVector
 
 ADDED_SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -113,7 +113,7 @@ def act_add(
     """
     began = time.monotonic()
     own, name = given_pairs("act_add", pairs, relation)
-    asked = () if valid is None else tuple(Pair(*pair) for pair in valid)
+    asked = valid_pairs("act_add", valid)
     n_layers = model.cfg.n_layers
     layers = list(range(n_layers)) if layer is None else [layer] if isinstance(layer, int) else sorted(set(layer))
     outside = [one for one in layers if not 0 <= one < n_layers]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fvlens.find import RANKINGS, Ranking, relation_effects
 from fvlens.interruption import keeping
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Template, get_template, render_prompts
-from fvlens.relations import Relation, Split, load_relation
+from fvlens.relations import Relation, Split, as_relations
 from fvlens.universal._set import UniversalHeads, check_number
 
 
@@ -52,7 +53,7 @@ def majority_baseline(pool: Sequence[Hashable], wanted: Sequence[Hashable]) -> f
 
 def universal_heads(
     model: Any,
-    relations: Sequence[str | Relation],
+    relations: Sequence[str | Path | Relation] | str | Path,
     n: int,
     *,
     n_shots: int = 10,
@@ -72,7 +73,7 @@ def universal_heads(
 
     Args:
         model: the model.
-        relations: names of library relations, or ``Relation``s.
+        relations: names of library relations, files, ``Relation``s; or a folder of files.
         n: number of heads in the set.
         n_shots: demonstrations in a prompt.
         n_prompts: clean prompts behind each relation's task means.
@@ -110,7 +111,7 @@ def universal_heads(
         if value < least:
             raise ValueError(f"universal_heads: {name}: expected at least {least}, got {value}.")
     get_template(template)
-    chosen = _relations(relations)
+    chosen = as_relations(relations, what="universal_heads")
     splits = [relation.split(generator) for relation in chosen]
     for relation, split in zip(chosen, splits, strict=True):
         if len(split.train) < n_shots:
@@ -230,15 +231,3 @@ def heads_of(
         fingerprint=fingerprint,
         **prompts,
     )
-
-
-def _relations(relations: Sequence[str | Relation]) -> list[Relation]:
-    if isinstance(relations, str | Relation):
-        raise ValueError("universal_heads: expected a sequence of relations, got a single one; put it into a list.")
-    found = [load_relation(item) if isinstance(item, str) else item for item in relations]
-    if not found:
-        raise ValueError("universal_heads: expected at least one relation, got none; see fvlens.list_relations().")
-    name, count = Counter(relation.name for relation in found).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"universal_heads: relation {name!r} is given {count} times; give each once.")
-    return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fvlens.files import read_json
 from fvlens.models import bos_token_id
-from fvlens.relations import Pair, Pairs, Relation, list_relations, load_relation
+from fvlens.relations import Pair, Pairs, list_relations, load_relation, named_pairs, words_of
 from fvlens.types import as_text
 
 Labels = Literal["true", "permuted", "deranged", "random"]
@@ -294,23 +294,24 @@ def build_prompts(
 
     Args:
         model: the model whose tokenizer is used.
-        pairs: pairs that the demonstrations are drawn from, without replacement and never the query's own input.
-        queries: pairs that the queries are drawn from; ``pairs`` if not given.
+        pairs: pairs that the demonstrations are drawn from, without replacement and never the query's own input; in
+            any shape, see :func:`fvlens.relations.as_relation`.
+        queries: pairs that the queries are drawn from; ``pairs`` if not given. One that stands twice is asked twice.
         n_prompts: number of prompts. Queries are visited in random order and again from the start when there are fewer
             of them; by default each query is asked once, in the given order.
         n_shots: demonstrations per prompt; 0 gives zero-shot prompts.
         labels: ``"true"``, ``"permuted"``, ``"deranged"`` or ``"random"``.
         template: name of a built-in template, or a :class:`Template`.
         pool: answers that random labels are drawn from; by default the answers of the other library relations.
-        relation: name recorded in the result; taken from ``pairs`` if that is a :class:`Relation`.
+        relation: name recorded in the result; by default that of ``pairs`` or ``queries`` if one has a name.
         generator: source of randomness.
 
     Returns:
         :class:`Prompts`, left-padded.
 
     Raises:
-        ValueError: unknown labels or template; too few pairs for the demonstrations; no derangement exists; empty pool;
-            the model has no tokenizer; or a prompt is longer than the model's context.
+        ValueError: pairs that cannot be read; unknown labels or template; too few pairs for the demonstrations; no
+            derangement exists; empty pool; the model has no tokenizer; or a prompt is longer than the model's context.
 
     Example:
         >>> import torch, fvlens
@@ -329,14 +330,16 @@ def build_prompts(
         raise ValueError(f"build_prompts: labels={labels!r}; expected one of {', '.join(LABELS)}.")
     if n_shots < 0 or (n_prompts is not None and n_prompts < 1):
         raise ValueError(f"build_prompts: expected n_shots >= 0 and n_prompts >= 1, got {n_shots} and {n_prompts}.")
+    demo_pairs, name = named_pairs(pairs, what="build_prompts: pairs", may_be_empty=queries is not None)
+    query_pairs = demo_pairs
+    if queries is not None:
+        query_pairs, of_queries = named_pairs(queries, what="build_prompts: queries", repeats=True)
+        name = name or of_queries
     if relation is None:
-        relation = next((p.name for p in (pairs, queries) if isinstance(p, Relation)), "")
-    demo_pairs = [Pair(*pair) for pair in pairs]
-    query_pairs = demo_pairs if queries is None else [Pair(*pair) for pair in queries]
-    if not query_pairs:
-        raise ValueError("build_prompts: expected at least one query pair, got none.")
+        relation = name
     if labels == "random" and n_shots:
-        pool = _default_pool(relation, [*demo_pairs, *query_pairs]) if pool is None else list(pool)
+        own_pool = None if pool is None else words_of(pool, "build_prompts: pool")
+        pool = _default_pool(relation, [*demo_pairs, *query_pairs]) if own_pool is None else own_pool
         if not pool:
             raise ValueError("build_prompts: labels='random' needs a pool of answers, got an empty one.")
 
@@ -364,7 +367,7 @@ def _default_pool(relation: str, pairs: Sequence[Pair]) -> list[str]:
     return sorted({output for name in names for output in load_relation(name).outputs} - own)
 
 
-def _choose_queries(pairs: list[Pair], n_prompts: int | None, generator: torch.Generator) -> list[Pair]:
+def _choose_queries(pairs: Sequence[Pair], n_prompts: int | None, generator: torch.Generator) -> Sequence[Pair]:
     if n_prompts is None:
         return pairs
     order: list[int] = []

@@ -1,0 +1,49 @@
+"""Prompts: templates as data; clean, corrupted and zero-shot in-context prompts as tokens; what pairs are worth.
+
+A prompt is BOS, then one demonstration per shot, then the query with its answer missing. Words carry a leading space,
+so that the answer is the continuation `` y`` and its first token decides top-1. :func:`check_pairs` says beforehand how
+far that token tells answers apart.
+"""
+
+from fvlens.prompts._check import AnswerTokens, PairsCheck, check_pairs, checked
+from fvlens.prompts._prompts import (
+    LABELS,
+    PAD_ANSWER,
+    TEMPLATES,
+    Labels,
+    Prompts,
+    Template,
+    TokenClass,
+    build_prompts,
+    get_template,
+    known_template,
+    read_template,
+    render_prompts,
+    template_from,
+    template_header,
+    template_or,
+    with_answers,
+)
+
+__all__ = [
+    "LABELS",
+    "PAD_ANSWER",
+    "TEMPLATES",
+    "AnswerTokens",
+    "Labels",
+    "PairsCheck",
+    "Prompts",
+    "Template",
+    "TokenClass",
+    "build_prompts",
+    "check_pairs",
+    "checked",
+    "get_template",
+    "known_template",
+    "read_template",
+    "render_prompts",
+    "template_from",
+    "template_header",
+    "template_or",
+    "with_answers",
+]
