@@ -58,7 +58,9 @@ def test_universal_writes_heads_that_run_takes(call, model, tmp_path):
         "--epochs", 0, "--out", folder, "--quiet",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert out.startswith(f"3 heads from {path} (universal heads of this model, 3 relations, permuted labels)\n")
+    named, given, *_ = out.splitlines()
+    assert named == f"{path.name} names the model rel-small"
+    assert given == f"3 heads from {path} (universal heads of this model, 3 relations, permuted labels)"
     read = json.loads((folder / "results.json").read_text())
     assert (read["heads_source"], read["options"]["heads_file"]) == ("file", str(path))
     assert [entry[:2] for entry in read["heads"]] == [list(head) for head in expected.heads]
@@ -172,7 +174,7 @@ def test_heads_that_do_not_fit_are_refused(refused, tiny, tmp_path):
         (["plural", "--out", "none/h.json"], "--out none/h.json: folder none does not exist; create it first."),
         (["plural", "--n-heads", "33"], "--n-heads: expected 1 to 32 (all heads), got 33."),
         (["plural", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
-        (["plural", "plural"], "expected each relation once, got plural, plural"),
+        (["plural", "plural"], "two relations are named 'plural'; names must be unique"),
     ],
 )
 def test_universal_refuses(refused, monkeypatch, tmp_path, args, message):

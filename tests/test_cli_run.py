@@ -47,7 +47,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     assert "antonym" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     assert f"antonym on rel-small, {read['n_test']} test pairs" in out
-    shown = {row[0]: row[1:] for row in cells(out) if len(row) == 3}
+    shown = {row[0]: row[1:3] for row in cells(out) if len(row) in (3, 4)}  # a fourth where exact differs
     for start, key in (
         ("10 clean demonstrations", "icl_top1"),
         ("10 demonstrations, labels permuted", "shuffled_top1"),
@@ -164,7 +164,8 @@ def test_the_way_a_model_is_loaded_reaches_it_and_the_files(call, model, monkeyp
     }  # fmt: skip
     read = json.loads((tmp_path / "results.json").read_text())
     assert read["loading"] == {
-        "model": "some/folder", "device": "cpu", "dtype": "float16", "revision": "v1", "backend": "hooked"
+        "model": "some/folder", "device": "cpu", "dtype": "float16", "revision": "v1", "backend": "hooked",
+        "base": None,
     }  # fmt: skip
     assert read["model"] == "some/folder"
     assert read["command"][:5] == ["fvlens", "run", "plural", "--model", "some/folder"]

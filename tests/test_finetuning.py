@@ -15,7 +15,7 @@ from architectures import WORDS, build
 from checkpoints import save
 from conftest import HAS_HOOKED, needs_hooked, seeded
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fvlens
 from fvlens.interventions import inject, resid_hook, z_hook
@@ -54,6 +54,18 @@ MORE = tuple(
 )
 
 
+def with_words(folder):
+    """A checkpoint with the embedded model's tokenizer, which knows the library's words, and an embedding for each."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Random models by name, float64 where the class computes in it; ``bridge-*`` from tiny checkpoints."""
@@ -62,8 +74,7 @@ def models(tmp_path_factory):
     def get(name):
         if name not in made:
             if name.startswith("bridge-"):
-                folder = save(name.removeprefix("bridge-"), tmp_path_factory.mktemp(name))
-                AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True).save_pretrained(folder)
+                folder = with_words(save(name.removeprefix("bridge-"), tmp_path_factory.mktemp(name)))
                 dtype = (
                     torch.float64 if name == "bridge-gpt2" else torch.float32
                 )  # others have parts in single precision
@@ -539,8 +550,7 @@ def test_half_precision_is_trained_in_single_precision(small, models, tmp_path):
     if name is None:
         half, wide = build("gpt2", dtype=torch.bfloat16), build("gpt2")
     else:
-        folder = save("gpt2", tmp_path)
-        AutoTokenizer.from_pretrained(embedded_folder(), local_files_only=True).save_pretrained(folder)
+        folder = with_words(save("gpt2", tmp_path))
         half, wide = (
             fvlens.load_model(folder, device="cpu", backend="bridge", dtype=dtype)
             for dtype in (torch.bfloat16, torch.float32)

@@ -91,7 +91,7 @@ def test_an_adapter_is_merged_into_the_base_that_is_given(adapter, folders, back
 def test_the_base_that_a_file_names_is_loaded_if_that_is_trusted(adapter, folders):
     folder, expected = adapter
     with pytest.raises(
-        ValueError, match=r"is a PEFT adapter, whose file names the base '.*llama'; say .* --base.*trust"
+        ValueError, match=r"is a PEFT adapter, whose file names the base '.*llama'; say .*--base.*trust"
     ):
         load_model(folder, device="cpu")
     torch.testing.assert_close(logits(load_model(folder, device="cpu", trust=True)), expected, atol=1e-4, rtol=0)

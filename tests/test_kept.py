@@ -23,7 +23,7 @@ def prompts(model):
     """3,000 bare queries with answers of one token and of several."""
     pairs = [pair for name in fvlens.list_relations() for pair in fvlens.load_relation(name).pairs]
     generator = torch.Generator().manual_seed(0)
-    return fvlens.build_prompts(model, pairs[:3000], n_shots=0, generator=generator)
+    return fvlens.build_prompts(model, [], queries=pairs[:3000], n_shots=0, generator=generator)
 
 
 def kept_prompts(model, prompts, path, max_memory=None):

@@ -400,26 +400,29 @@ def test_without_a_copy_nothing_large_is_made(generator):
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("widths", [(70,), (40, 30)], ids=["one", "two"])
 @pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("few", [0, 16], ids=["Intel", "others"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("turns", [False, True], ids=["Intel", "others"])
 def test_products_of_few_rows_are_those_of_many_and_so_are_their_gradients(
-    generator, monkeypatch, n_rows, widths, plain, few
+    generator, monkeypatch, n_rows, widths, plain, dtype, turns
 ):
-    """Rows wide enough for the way that only products of few rows take; double precision, against a plain product."""
-    monkeypatch.setattr(_layout, "FEW_ROWS", few)
-    n_in = _layout.WIDE
+    """Rows wide enough for the way that only products of few rows take, against a plain product in double precision."""
+    monkeypatch.setattr(_layout, "TURNS_SINGLE_PRECISION", turns)
+    n_in, close = _layout.WIDE, dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else {}
     parts = [torch.randn(n_in, width, generator=generator, dtype=torch.float64) for width in widths]
     bias = torch.randn(sum(widths), generator=generator, dtype=torch.float64)
-    product = _layout._product(parts, bias, None, True, plain=plain)
     x = torch.randn(n_rows, n_in, generator=generator, dtype=torch.float64, requires_grad=True)
     factor = torch.randn(n_rows, sum(widths), generator=generator, dtype=torch.float64)
     expected = x @ torch.cat(parts, dim=1) + bias
     (wanted,) = torch.autograd.grad((expected * factor).sum(), x)
-    found = product(x)
-    (gradient,) = torch.autograd.grad((found * factor).sum(), x)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradient, wanted)
-    torch.testing.assert_close(product(x.detach()), expected)
-    assert (type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward") == (1 < n_rows <= few)
+    product = _layout._product([part.to(dtype) for part in parts], bias.to(dtype), None, True, plain=plain)
+    rows = x.detach().to(dtype).requires_grad_()
+    found = product(rows)
+    (gradient,) = torch.autograd.grad((found * factor.to(dtype)).sum(), rows)
+    torch.testing.assert_close(found.double(), expected, **close)
+    torch.testing.assert_close(gradient.double(), wanted, **close)
+    torch.testing.assert_close(product(rows.detach()).double(), expected, **close)
+    is_turned = type(found.grad_fn.next_functions[0][0]).__name__ == "_FewRowsBackward"
+    assert is_turned == (1 < n_rows <= _layout.FEW_ROWS and (turns or dtype == torch.float64))
 
 
 # --- memory that is written to again ---

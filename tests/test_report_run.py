@@ -357,8 +357,11 @@ def test_without_training_all_other_numbers_are_the_same(model, result, numbers,
     spans = {"ffv_top1", "other_relation_ffv_top1"}
     assert all(without["intervals"][name] is None for name in spans)
     assert numbers.keys() == without.keys()
-    for name in numbers.keys() - new - {"seconds", "options", "intervals"}:
+    for name in numbers.keys() - new - {"seconds", "options", "intervals", "exact"}:
         assert without[name] == numbers[name], name
+    of_training = {name.removesuffix("_top1") for name in spans}
+    assert {key: without["exact"][key] for key in of_training} == dict.fromkeys(of_training)
+    assert without["exact"] == numbers["exact"] | dict.fromkeys(of_training)
     rest = lambda read: {key: value for key, value in read["intervals"].items() if key not in spans}  # noqa: E731
     assert rest(without) == rest(numbers)
     assert without["options"] == numbers["options"] | {"epochs": 0}

@@ -485,7 +485,7 @@ def test_prompts_that_begin_alike_give_what_each_gives_alone(generator):
     """Twenty bare queries, each of them twice, of unlike length: activations of all layers against one prompt a run."""
     model = random_model(n_layers=3, dtype=torch.float64)
     pairs = fvlens.load_relation("antonym").pairs[:20]
-    prompts = fvlens.build_prompts(model, [*pairs, *pairs], n_shots=0, generator=generator)
+    prompts = fvlens.build_prompts(model, pairs, queries=[*pairs, *pairs], n_shots=0, generator=generator)
     places, first = _hooked.distinct(prompts.tokens, prompts.attention_mask)
     assert len(first) < 0.5 * places.numel()
     n_suffix = 2

@@ -166,8 +166,9 @@ def check_names(relations: Sequence[Relation], what: str) -> None:
     seen: dict[str, Relation] = {}
     for one in relations:
         if one.name in seen:
-            where = " and ".join(each.path or each.source[:40] or "given" for each in (seen[one.name], one))
-            raise ValueError(f"{what}: two relations are named {one.name!r}; names must be unique ({where}).")
+            files = [str(each.path) for each in (seen[one.name], one) if each.path]
+            where = f" ({' and '.join(files)})" if files else ""
+            raise ValueError(f"{what}: two relations are named {one.name!r}; names must be unique{where}.")
         seen[one.name] = one
 
 

@@ -29,10 +29,12 @@ def _reads_few_rows_fast() -> bool:
     return torch.backends.mkl.is_available() and str(described.get("cpu_name", "")).startswith("Intel")
 
 
-FEW_ROWS, WIDE = 0 if _reads_few_rows_fast() else 16, 256
-"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``: MKL reads the
-weight so two to three times as fast on processors of other makers, and more slowly on Intel's own, where there are no
-such rows. In narrower models it would only change the rounding. ``tests/benchmarks/few_rows.py`` measures it."""
+FEW_ROWS, WIDE = 16, 256
+"""Up to so many rows, a product that reads rows of so many numbers or more runs as ``(weight @ x.T).T``. In narrower
+models it would only change the rounding."""
+TURNS_SINGLE_PRECISION = not _reads_few_rows_fast()
+"""Whether float32 is among the precisions for that: MKL reads the weight so two to three times as fast on processors of
+other makers, and more slowly on Intel's own. ``tests/benchmarks/few_rows.py`` measures it."""
 
 Function = Callable[..., Tensor]
 """Of rows; those with wide results take a :class:`Scratch` as well."""
@@ -88,7 +90,12 @@ class Product:
             return torch.mm(x, weight.T, out=out) if self.bias is None else torch.addmm(self.bias, x, weight.T, out=out)
         if self.compute is not None:
             product = F.linear(x.to(self.compute), weight).to(x.dtype)
-        elif 1 < len(x) <= FEW_ROWS and weight.shape[1] >= WIDE and weight.is_contiguous():
+        elif (
+            1 < len(x) <= FEW_ROWS
+            and weight.shape[1] >= WIDE
+            and weight.is_contiguous()
+            and (TURNS_SINGLE_PRECISION or x.dtype != torch.float32)
+        ):
             product = _FewRows.apply(x, weight, self.parts) if x.requires_grad else (weight @ x.T).T
             assert isinstance(product, Tensor)
         else:

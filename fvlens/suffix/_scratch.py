@@ -21,8 +21,8 @@ class Scratch:
 
     @staticmethod
     def takes(x: Tensor) -> bool:
-        """Whether what is made of these rows may be written here: on a CPU, where no gradient is asked."""
-        return x.device.type == "cpu" and not x.requires_grad
+        """Whether what is made of these rows may be written here: on a CPU, in full precision, without a gradient."""
+        return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not x.requires_grad
 
     def rows(self, name: str, n_rows: int, width: int, like: Tensor, each: int = 1) -> Float[Tensor, "row out"]:
         """Memory for rows of this width, with whatever is in it: the same for a name until the job ends.
