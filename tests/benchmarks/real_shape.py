@@ -116,7 +116,7 @@ def step_times():
 
 def bare_prompts(real, pairs):
     """The bare query of each pair, in order."""
-    return fvlens.build_prompts(real.model, pairs, n_shots=0, generator=seeded())
+    return fvlens.build_prompts(real.model, [], queries=pairs, n_shots=0, generator=seeded())
 
 
 def real_vector(real, pairs, *, layer, scale=4.0):
