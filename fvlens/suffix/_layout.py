@@ -441,12 +441,12 @@ def _unembedding(model: Any, compute: torch.dtype | None, copied: bool) -> tuple
     if is_half(weight.dtype):
         linear: Function = lambda x, scratch=None: wide_logits(x, weight, bias)  # noqa: E731 (one of two alternatives)
     else:
-        product = _product([weight], bias, compute, copied)
         embedding = model.embed.W_E.detach()
-        if compute is None and isinstance(product.weight, Tensor) and _equal(product.weight, embedding):
-            linear = replace(product, weight=embedding)  # tied: laid out already
+        if copied and compute is None and _equal(weight.T, embedding):  # tied: laid out already
+            parts = (weight,) if weight.is_contiguous() else ()
+            linear = replace(_product([weight], bias, None, False), weight=embedding, parts=parts)
         else:
-            linear = product
+            linear = product = _product([weight], bias, compute, copied)
             size = product.weight.numel() * product.weight.element_size() if isinstance(product.weight, Tensor) else 0
     cap = model.cfg.output_logits_soft_cap
     if cap is None or cap <= 0:
