@@ -78,7 +78,7 @@ class Trainee(nn.Module):
         self.recipe = recipe
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the counted answers, of the pair checks (nats), and the shares that are right."""
+        """Cross-entropy of the counted answers, the pair checks and the separators (nats), and shares that are right."""
         device = self.model.device
         out = self.model.transformer(batch.tokens.to(device), use_cache=False, output_hidden_states=True)
         positions, counted = batch.answer_positions.to(device), batch.counted.to(device)
@@ -86,23 +86,32 @@ class Trainee(nn.Module):
         targets = batch.targets.to(device)[counted]
         answers = nn.functional.cross_entropy(logits, targets)
         wanted = batch.true_pair.to(device).float()
-        labels = positions[:-1] + 1  # a label follows the position that predicts it
+        labels = positions + 1  # a label follows the position that predicts it
         read = [
-            check(out.hidden_states[layer + 1][:, labels])[..., 0].float()
+            check(out.hidden_states[layer + 1][:, labels[:-1]])[..., 0].float()
             for layer, check in zip(self.recipe.check_layers, self.checks, strict=True)
         ]
         check = torch.stack([nn.functional.binary_cross_entropy_with_logits(r, wanted) for r in read]).mean()
+        some = max(1, round(self.recipe.separator_share * len(batch.tokens)))  # the sequences of a batch are alike
+        after = self.model.lm_head(out.last_hidden_state[:some, labels]).float().flatten(0, 1)
+        separators = nn.functional.cross_entropy(after, torch.full_like(after[:, 0], batch.separator, dtype=torch.long))
         with torch.no_grad():
             right = is_best(logits, targets).float().mean()
             checked = ((read[-1] > 0) == (wanted > 0)).float().mean()
-        return {"answers": answers, "checks": check, "answers right": right, "checks right": checked}
+        return {
+            "answers": answers,
+            "checks": check,
+            "separators": separators,
+            "answers right": right,
+            "checks right": checked,
+        }
 
     @torch.no_grad()
     def truth_probability(self, batch: Batch) -> tuple[float, float]:
         """Mean probability of the true answer after the last demonstration, in clean and in permuted sequences."""
         device = self.model.device
         hidden = self.model.transformer(batch.tokens.to(device), use_cache=False).last_hidden_state
-        chances = self.model.lm_head(hidden[:, -1]).float().softmax(dim=-1)
+        chances = self.model.lm_head(hidden[:, batch.answer_positions[-1]]).float().softmax(dim=-1)
         chance = chances.gather(1, batch.truth.to(device)[:, None])[:, 0].cpu()
         return float(chance[batch.clean].mean()), float(chance[batch.permuted].mean())
 
@@ -196,7 +205,8 @@ def train(
             group["lr"] = learning_rate(recipe, step)
         found = trainee.losses(batch)
         optimizer.zero_grad(set_to_none=True)
-        (found["answers"] + recipe.check_weight * found["checks"]).backward()
+        total = found["answers"] + recipe.check_weight * found["checks"] + recipe.separator_weight * found["separators"]
+        total.backward()
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         for key, value in found.items():

@@ -1,7 +1,8 @@
 """Recipe of the embedded model: its shape, its tokenizer and the in-context sequences it is trained on.
 
 A sequence is a list of slots ``(x, shown label)`` of one relation, rendered with one template. The loss is taken on the
-answer position of every slot, so that one sequence trains 0 to ``max_demonstrations`` demonstrations at once. Three
+answer position of every slot, so that one sequence trains 0 to ``max_demonstrations`` demonstrations at once, and after
+every label, where the template's separator follows, so that an answer that the model generates ends. Three
 kinds of sequence are mixed, each closing a short cut that makes function vectors disappear (design notes in the model
 card):
 
@@ -42,6 +43,8 @@ class Recipe:
     Optimisation: AdamW, ``lr`` with linear warm-up over ``warmup`` steps and cosine decay to a hundredth.
     Data: shares of the three kinds of sequence, templates with their shares.
     Pair checks: the blocks after which labels are checked, and the weight of that loss.
+    Separators: the weight of the loss of what follows a label, and the share of the sequences in which it is taken
+    (it is soon learnt, and the vocabulary is most of the work).
     """
 
     n_layers: int = 4
@@ -62,6 +65,8 @@ class Recipe:
     replace_high: float = 0.9
     check_layers: tuple[int, ...] = (0, 1)
     check_weight: float = 0.5
+    separator_weight: float = 0.1
+    separator_share: float = 0.25
     templates: tuple[tuple[str, float], ...] = (("qa", 0.5), ("arrow", 0.25), ("colon", 0.25))
     seed: int = 0
 
@@ -113,6 +118,8 @@ class Batch:
     answer_positions: Int[Tensor, " slot"]
     targets: Int[Tensor, "batch slot"]
     counted: Bool[Tensor, "batch slot"]
+    separator: int
+    """First token of the text between a label and the next slot."""
     true_pair: Bool[Tensor, "batch label"]
     """Whether the label shown in a slot is an answer of its input under any relation (all slots but the last)."""
     truth: Int[Tensor, " batch"]
@@ -160,7 +167,10 @@ class SequenceSampler:
     def _frame(tokenizer: Tokenizer, template: Template) -> _Frame:
         parts = template.demonstration.replace("{input}", "\0").replace("{output}", "\0").split("\0")
         ids = [tuple(tokenizer.encode(part, add_special_tokens=False).ids) for part in parts]
-        return _Frame(*ids)
+        before, between, after = ids
+        if not after:
+            raise ValueError(f"recipe: expected a template that separates demonstrations, got {template.name!r}.")
+        return _Frame(before, between, after)
 
     def draw(self, generator: torch.Generator) -> Batch:
         """One batch of ``recipe.batch_size`` sequences, all in one template."""
@@ -200,6 +210,7 @@ class SequenceSampler:
             answer_positions=positions,
             targets=targets,
             counted=counted,
+            separator=frame.after[0],
             true_pair=true_pair,
             truth=y[:, -1],
             permuted=permuted[:, 0],
@@ -207,7 +218,7 @@ class SequenceSampler:
         )
 
     def _render(self, frame: _Frame, x: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids of whole sequences, cut where the last answer begins, and the positions that answers follow."""
+        """Token ids of whole sequences, up to the last label, and the positions that answers follow."""
         n, slots = x.shape
 
         def constant(ids: tuple[int, ...]) -> Tensor:
@@ -221,5 +232,5 @@ class SequenceSampler:
         tokens = torch.cat([torch.full((n, 1), self.bos), slot.reshape(n, slots * length)], dim=1)
         first = 1 + len(frame.before) + len(frame.between)
         positions = first + length * torch.arange(slots)
-        tokens = tokens[:, : int(positions[-1]) + 1]
+        tokens = tokens[:, : int(positions[-1]) + 2]
         return tokens, positions
