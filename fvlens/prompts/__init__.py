@@ -9,20 +9,22 @@ from fvlens.prompts._check import AnswerTokens, PairsCheck, check_pairs, checked
 from fvlens.prompts._prompts import (
     LABELS,
     PAD_ANSWER,
-    TEMPLATES,
     Labels,
     Prompts,
-    Template,
     TokenClass,
     build_prompts,
+    render_prompts,
+    with_answers,
+)
+from fvlens.prompts._templates import (
+    TEMPLATES,
+    Template,
     get_template,
     known_template,
     read_template,
-    render_prompts,
     template_from,
     template_header,
     template_or,
-    with_answers,
 )
 
 __all__ = [

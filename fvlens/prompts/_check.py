@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fvlens.prompts._prompts import Prompts, Template, get_template, render_prompts
+from fvlens.prompts._prompts import Prompts, render_prompts
+from fvlens.prompts._templates import Template, get_template
 from fvlens.relations import Dropped, Pairs, Reading, Relation, Split, reading_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Prompts: templates as data; clean, corrupted and zero-shot in-context prompts as tokens.
+"""Prompts: clean, corrupted and zero-shot in-context prompts as tokens.
 
 A prompt is BOS, then one demonstration per shot, then the query with its answer missing. Words carry a leading space,
 so that the answer is the continuation `` y`` and its first token decides top-1.
@@ -6,99 +6,22 @@ so that the answer is the continuation `` y`` and its first token decides top-1.
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fvlens.files import read_json
 from fvlens.models import bos_token_id
+from fvlens.prompts._templates import Template, get_template
 from fvlens.relations import Pair, Pairs, list_relations, load_relation, named_pairs, words_of
-from fvlens.types import as_text
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
 PAD_ANSWER = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """How a prompt is written. ``str(template)`` is its name.
-
-    Attributes:
-        name: the template's name.
-        demonstration: one demonstration; ``{input}`` and ``{output}`` stand for `` x`` and `` y`` with their leading
-            space.
-        query: the query; ends where the answer begins.
-        prefix: text before the first demonstration.
-    """
-
-    name: str
-    demonstration: str
-    query: str
-    prefix: str = ""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            text = getattr(self, field.name)
-            if not isinstance(text, str):
-                raise ValueError(f"template: expected {field.name} as text, got {text!r}.")
-        if not self.name.strip():
-            raise ValueError(f"template: expected a name, got {self.name!r}.")
-        for field_name, text, needed in (
-            ("demonstration", self.demonstration, ("{input}", "{output}")),
-            ("query", self.query, ("{input}",)),
-        ):
-            for placeholder in needed:
-                if text.count(placeholder) != 1:
-                    raise ValueError(
-                        f"template {self.name!r}: expected {placeholder} exactly once in {field_name}, got {text!r}."
-                    )
-        if "{output}" in self.query:
-            raise ValueError(f"template {self.name!r}: the query must end before the answer, got {self.query!r}.")
-
-    def __str__(self) -> str:
-        return self.name
-
-    def bare(self, word: str) -> str:
-        """A prompt that asks for one word without demonstrations."""
-        return self.prefix + self.query.replace("{input}", f" {word}")
-
-    def to_json(self) -> dict[str, str]:
-        """The whole template as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Template":
-        """The template that :meth:`to_json` gave.
-
-        Raises:
-            ValueError: not an object of these texts, or one that is no template.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(value, Mapping) or not {*names} >= {*value} >= {"name", "demonstration", "query"}:
-            raise ValueError(
-                f"expected a template as an object with {', '.join(names)} (prefix may be left out), got "
-                f"{json.dumps(value, default=repr)[:80]}."
-            )
-        return cls(**value)
-
-
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template("qa", "Q:{input}\nA:{output}\n\n", "Q:{input}\nA:"),
-        Template("arrow", "{input} ->{output}\n", "{input} ->"),
-        Template("colon", "{input}:{output}\n", "{input}:"),
-    )
-}
-"""The built-in templates: ``qa`` (Todd et al. 2024, the default), ``arrow`` and ``colon``."""
 
 
 class TokenClass(IntEnum):
@@ -191,86 +114,6 @@ class Prompts:
             demonstrations=tuple(self.demonstrations[i] for i in index),
             texts=tuple(self.texts[i] for i in index),
         )
-
-
-def get_template(template: str | Template) -> Template:
-    """A built-in template by name, or the template itself.
-
-    Raises:
-        ValueError: no built-in template has that name.
-    """
-    if isinstance(template, Template):
-        return template
-    if template not in TEMPLATES:
-        raise ValueError(f"no template named {template!r}; expected one of {', '.join(TEMPLATES)}, or a Template.")
-    return TEMPLATES[template]
-
-
-def read_template(path: str | Path) -> Template:
-    """A template from a JSON file with an object of its texts: ``name, demonstration, query`` and perhaps ``prefix``.
-
-    Raises:
-        ValueError: the file cannot be read, is not JSON, or holds no template.
-    """
-    path = Path(path)
-    content = read_json(path, "template")
-    try:
-        return Template.from_json(content)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def template_or(*given: str | Template | None) -> Template:
-    """The first template that is given, by name or itself; ``qa`` if none is.
-
-    None and an empty name, such as that of a vector which does not know its prompts, stand for no template.
-
-    Raises:
-        ValueError: no built-in template has that name.
-    """
-    return get_template(next((one for one in given if one), "qa"))
-
-
-def known_template(template: str | Template | None) -> Template | None:
-    """The template itself, by name too; None for None and an empty name.
-
-    Raises:
-        ValueError: no built-in template has that name.
-    """
-    return get_template(template) if template else None
-
-
-def template_header(template: str | Template | None) -> dict[str, Any]:
-    """How a file holds a template: its name, and beside it the whole of it."""
-    known = known_template(template)
-    if known is None:
-        return {"template": "", "template_text": None}
-    return {"template": known.name, "template_text": known.to_json()}
-
-
-def template_from(header: Mapping[str, Any], given: str | Template | None = None) -> Template | None:
-    """The template that a file holds, or the one ``given`` in its place.
-
-    Files of fvlens 0.1 hold a name alone, which must be that of a built-in template.
-
-    Raises:
-        KeyError: no template in the header.
-        ValueError: a name alone, of no built-in template; or a damaged template.
-    """
-    name, text = as_text(header["template"], "template"), header.get("template_text")
-    if given:
-        return get_template(given)
-    if text is not None:
-        found = Template.from_json(text)
-        if found.name != name:
-            raise ValueError(f"the template is named {name!r}, but its text {found.name!r}.")
-        return found
-    if name and name not in TEMPLATES:
-        raise ValueError(
-            f"no template named {name!r}; expected one of {', '.join(TEMPLATES)}. fvlens 0.1 wrote the name alone of a "
-            "template of one's own: give the template itself, template=Template(...), and save again."
-        )
-    return known_template(name)
 
 
 def build_prompts(
