@@ -100,7 +100,10 @@ def kinds(clean=0.0, distractor=0.0, permuted=0.0):
 
 
 def read(tokenizer, batch):
-    """Every sequence as (slots, targets): the words of each slot by cutting the decoded text, and the target words."""
+    """Every sequence as (slots, targets): the words of each slot by cutting the decoded text, and the target words.
+
+    The last label is left out: it is shown for the sake of what follows it.
+    """
     found = []
     for row, targets in zip(batch.tokens, batch.targets, strict=True):
         text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
@@ -111,8 +114,9 @@ def read(tokenizer, batch):
         else:
             sign = " ->" if " ->" in text else ":"
             slots = [s.split(sign) for s in text.split("\n")]
-        assert slots[-1][1] == ""  # the last slot's answer is not shown
         words = [(x.removeprefix(" "), y.removeprefix(" ")) for x, y in slots]
+        assert any(words[-1][1] in relation.outputs for relation in RELATIONS)
+        words[-1] = (words[-1][0], "")
         found.append((words, [tokenizer.decode([t]).removeprefix(" ") for t in targets.tolist()]))
     return found
 
@@ -150,9 +154,12 @@ def test_answer_positions_point_at_the_token_before_the_answer(tokenizer, genera
     positions = batch.answer_positions
     assert len(positions) == 7
     assert torch.equal(batch.tokens[:, positions[:-1] + 1], batch.targets[:, :-1])
-    assert positions[-1] == batch.tokens.shape[1] - 1
+    assert positions[-1] == batch.tokens.shape[1] - 2  # the last label stands at the end
+    assert torch.equal(batch.tokens[:, -1], batch.targets[:, -1])
     last = {"qa": ":", "arrow": " ->", "colon": ":"}[template]
     assert {tokenizer.decode([t]) for t in batch.tokens[:, positions].flatten().tolist()} == {last}
+    assert set(batch.tokens[:, positions[:-1] + 2].flatten().tolist()) == {batch.separator}
+    assert tokenizer.decode([batch.separator]) == ("\n\n" if template == "qa" else "\n")
 
 
 @ONE_TEMPLATE
@@ -165,7 +172,7 @@ def test_sequences_have_the_tokens_of_real_prompts(tokenizer, generator, templat
         query = Pair(words[-1][0], targets[-1])
         shown = [[Pair(*pair) for pair in words[:-1]]]
         prompts = render_prompts(model, [query], shown, template=template, n_shots=6)
-        assert prompts.tokens[0].tolist() == row.tolist()
+        assert prompts.tokens[0].tolist() == row.tolist()[:-1]
         assert tokenizer.decode(prompts.answer_tokens[0].tolist()) == " " + targets[-1]
 
 
@@ -375,15 +382,17 @@ def test_the_losses_are_those_of_slots_and_labels_one_by_one(trainee, tokenizer,
     with torch.inference_mode():
         found = trainee.losses(batch)
         out = trainee.model(batch.tokens, output_hidden_states=True)
-    answers, right, checks, read_right = [], [], [], []
+    answers, right, checks, read_right, separators = [], [], [], [], []
     for i in range(len(batch.tokens)):
         for s, position in enumerate(batch.answer_positions.tolist()):
             if batch.counted[i, s]:
                 target = batch.targets[i, s]
                 answers.append(-out.logits[i, position].log_softmax(0)[target])
                 right.append(out.logits[i, position].argmax() == target)
+            if i < TINY.separator_share * TINY.batch_size:
+                separators.append(-out.logits[i, position + 1].log_softmax(0)[batch.separator])
             if s == len(batch.answer_positions) - 1:
-                continue  # the last label is not shown
+                continue  # the last label is not checked
             for layer, check in zip(TINY.check_layers, trainee.checks, strict=True):
                 x = out.hidden_states[layer + 1][i, position + 1]
                 x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
@@ -393,6 +402,8 @@ def test_the_losses_are_those_of_slots_and_labels_one_by_one(trainee, tokenizer,
                     read_right.append((chance > 0.5) == batch.true_pair[i, s])
     torch.testing.assert_close(found["answers"], torch.stack(answers).mean(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["checks"], torch.stack(checks).mean(), atol=1e-4, rtol=1e-4)
+    assert len(separators) == 2 * len(batch.answer_positions)
+    torch.testing.assert_close(found["separators"], torch.stack(separators).mean(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["answers right"], torch.stack(right).float().mean())
     torch.testing.assert_close(found["checks right"], torch.stack(read_right).float().mean())
 
@@ -402,7 +413,7 @@ def test_truth_probability_is_the_chance_of_the_true_last_answer_by_kind(trainee
     batch = SequenceSampler(recipe, RELATIONS, tokenizer).draw(generator)
     clean, permuted = trainee.truth_probability(batch)
     with torch.inference_mode():
-        logits = trainee.model(batch.tokens).logits[:, -1]
+        logits = trainee.model(batch.tokens[:, :-1]).logits[:, -1]
     chances = {"clean": [], "permuted": [], "distractor": []}
     for i, (words, _) in enumerate(read(tokenizer, batch)):
         kind = "clean" if batch.clean[i] else "permuted" if batch.permuted[i] else "distractor"

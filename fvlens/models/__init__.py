@@ -8,7 +8,8 @@ which hooks into the Hugging Face model. Both read the checkpoint the same way a
 
 from fvlens.models._checkpoints import EMBEDDED_MODELS, embedded_folder, is_known, official_names
 from fvlens.models._fingerprint import INFORMATIVE, Fingerprint, LoadReport, fingerprint, load_report
-from fvlens.models._load import Backend, default_device, load_model, model_device, quiet_deprecation
+from fvlens.models._hooked import quiet_deprecation
+from fvlens.models._load import Backend, default_device, load_model, model_device
 from fvlens.models._looks import is_kept, of_weights, refresh
 from fvlens.models._memory import free_memory
 from fvlens.models._packaged import PACKAGED_MODELS

@@ -25,6 +25,7 @@ from fvlens.models._checkpoints import (
 )
 from fvlens.models._fingerprint import ORIGIN, LoadReport, Origin, describe, weights_hash
 from fvlens.models._heads import head_writes
+from fvlens.models._hooked import hooked_transformer, lens
 from fvlens.models._looks import of_weights
 from fvlens.models._memory import check_memory, free_memory
 from fvlens.models._native import read_native
@@ -32,14 +33,6 @@ from fvlens.models._tokenizer import beyond_embedding, give_tokenizer
 from fvlens.types import HookedModel
 
 Backend = Literal["hooked", "bridge"]
-
-
-@contextlib.contextmanager
-def quiet_deprecation() -> Iterator[None]:
-    """Silence TransformerLens' notice that HookedTransformer will go in 4.0, at our own calls only."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
-        yield
 
 
 def load_model(
@@ -183,15 +176,10 @@ def default_device() -> torch.device:
 
 def _has_hooked_transformer() -> bool:
     try:
-        _lens("HookedTransformer")
+        lens("HookedTransformer")
     except ImportError:  # from TransformerLens 4 on
         return False
     return True
-
-
-def _lens(name: str) -> Any:
-    """A class of TransformerLens that not every release has."""
-    return getattr(importlib.import_module("transformer_lens"), name)
 
 
 def _choose_backend(backend: str | None) -> Backend:
@@ -254,7 +242,7 @@ def _hooked(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: tor
     try:
         if architecture in _hf_configs.ARCHITECTURES:
             settings = _hf_configs.hooked_settings(hf_model.config, architecture, dtype)
-            cfg = _lens("HookedTransformerConfig").from_dict(settings)
+            cfg = lens("HookedTransformerConfig").from_dict(settings)
         else:
             cfg = _transformer_lens_config(checkpoint, dtype)
         state = _hf_configs.hooked_state(hf_model, cfg)
@@ -264,17 +252,7 @@ def _hooked(checkpoint: Checkpoint, hf_model: Any, architecture: str, dtype: tor
             f"({_said(error)}); use backend='bridge'."
         ) from error
     cfg.tokenizer_name = None
-    with quiet_deprecation():
-        model = _lens("HookedTransformer")(cfg, move_to_device=False)
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    return model
+    return hooked_transformer(cfg, state)
 
 
 def _transformer_lens_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -408,8 +386,7 @@ def _load_native(
             "use backend='hooked' (TransformerLens 3)."
         )
     checkpoint = pinned(checkpoint)
-    with quiet_deprecation():
-        model, tokenizer = read_native(checkpoint, dtype=dtype, trust=trust)
+    model, tokenizer = read_native(checkpoint, dtype=dtype, trust=trust)
     notes = [] if tokenizer is None else beyond_embedding(tokenizer, model.cfg.d_vocab, checkpoint.path)
     model = _place(model, devices)
     give_tokenizer(model, tokenizer)

@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from fvlens.models._checkpoints import Checkpoint, explained
+from fvlens.models._hooked import hooked_transformer
 from fvlens.models._memory import free_memory
 
 TOKENIZERS = ("NeelNanda/gpt-neox-tokenizer-digits", "EleutherAI/gpt-neox-20b", "gpt2")
@@ -38,7 +39,6 @@ def read_native(checkpoint: Checkpoint, *, dtype: torch.dtype, trust: bool) -> t
     from transformers import AutoTokenizer
 
     loading = importlib.import_module("transformer_lens.loading_from_pretrained")
-    lens = importlib.import_module("transformer_lens")
     with explained(checkpoint):
         cfg = loading.get_pretrained_model_config(
             checkpoint.path,
@@ -65,16 +65,7 @@ def read_native(checkpoint: Checkpoint, *, dtype: torch.dtype, trust: bool) -> t
         with explained(Checkpoint(named, named, None, local=False)):
             tokenizer = AutoTokenizer.from_pretrained(named, padding_side="left", trust_remote_code=False)
     cfg.tokenizer_name = None
-    model = lens.HookedTransformer(cfg, move_to_device=False)
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    return model.eval(), tokenizer
+    return hooked_transformer(cfg, state).eval(), tokenizer
 
 
 def tensors_of(file: Path) -> dict[str, Shaped[Tensor, "*axes"]]:

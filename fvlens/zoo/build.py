@@ -78,7 +78,7 @@ class Trainee(nn.Module):
         self.recipe = recipe
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the counted answers, the pair checks and the separators (nats), and shares that are right."""
+        """Cross-entropy of counted answers, pair checks and separators (nats), and the shares that are right."""
         device = self.model.device
         out = self.model.transformer(batch.tokens.to(device), use_cache=False, output_hidden_states=True)
         positions, counted = batch.answer_positions.to(device), batch.counted.to(device)
