@@ -155,10 +155,10 @@ def test_an_adapter_without_peft_and_a_base_without_an_adapter(adapter, folders,
     "method, remedy",
     [
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            r"bitsandbytes, .*model\.dequantize\(\), and save that",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            r"bitsandbytes nf4, .*unpacked where .*fvlens\[bitsandbytes\]",
         ),
-        ({"load_in_8bit": True}, r"bitsandbytes, .*model\.dequantize\(\)"),
+        ({"load_in_8bit": True}, r"bitsandbytes int8, .*fvlens\[bitsandbytes\]"),
         ({"quant_method": "gptq", "bits": 4}, "gptq, .*the repository that it was made from.*gptqmodel"),
         ({"quant_method": "awq", "bits": 4}, "awq, .*the repository that it was made from"),
         ({"quant_method": "next-years"}, "next-years, .*take the model that it was made from, or take a GGUF file"),
@@ -168,6 +168,7 @@ def test_an_adapter_without_peft_and_a_base_without_an_adapter(adapter, folders,
 def test_quantised_weights_are_refused_before_anything_is_read(copy, monkeypatch, method, remedy, backend):
     folder = copy()
     rewrite(folder / "config.json", quantization_config=method)
+    monkeypatch.setattr(_quantized, "find_spec", lambda name: None)
     monkeypatch.setattr(_load, "read_model", lambda *arguments, **options: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=rf"the weights of .* are stored as {remedy}"):
         load_model(folder, backend=backend)
@@ -179,6 +180,45 @@ def test_the_kind_of_quantisation_is_read_from_objects_too():
 
     with pytest.raises(ValueError, match="stored as awq"):
         _quantized.refuse("x", Config())
+
+
+QUANTISED = {
+    "nf4": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes nf4"),
+    "fp4": ({"load_in_4bit": True}, "bitsandbytes fp4"),
+    "int8": ({"load_in_8bit": True}, "bitsandbytes int8"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@both
+def test_what_bitsandbytes_stored_is_unpacked_and_mediated(folders, tmp_path, kind, backend):
+    """Weights are those that transformers unpacks; heads of the model are mediated, and what is saved says nothing."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how, stored = QUANTISED[kind]
+    packed = AutoModelForCausalLM.from_pretrained(
+        folders("llama"), quantization_config=BitsAndBytesConfig(**how), device_map={"": "cpu"}, dtype=torch.float32
+    )
+    folder = shutil.copytree(folders("llama"), tmp_path / kind)
+    (folder / "model.safetensors").unlink()
+    packed.save_pretrained(folder)
+    model = load_model(folder, backend=backend, device="cpu")
+    assert fingerprint(model).quantization == load_report(model).quantization == stored
+    plain = packed.dequantize(torch.float32).eval()
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens), plain(tokens).logits, atol=1e-4, rtol=1e-4)
+    relation = fvlens.load_relation("antonym")
+    prompts = fvlens.build_prompts(
+        model, relation, labels="permuted", n_prompts=2, n_shots=3, generator=torch.Generator().manual_seed(0)
+    )
+    means = fvlens.mean_head_activations(model, prompts, progress=False)
+    ours, slow = (
+        fvlens.indirect_effects(model, prompts, means, path=path, progress=False).cie for path in (None, "naive")
+    )
+    assert torch.isfinite(ours).all() and ours.abs().max() > 0
+    torch.testing.assert_close(ours, slow, atol=1e-6, rtol=1e-4)
 
 
 # Tokenizers

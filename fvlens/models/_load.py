@@ -110,11 +110,15 @@ def _load(
         _refuse_differences(checkpoint, config, architecture)
     split = _split(devices) if backend == "bridge" else {}
     copies = 2 if backend == "hooked" else int(not split)  # HookedTransformer is made beside the Hugging Face model
-    copies += int(checkpoint.gguf is not None)  # blocks are unpacked beside it
+    stored = _quantized.stored_as(config)
+    copies += int(checkpoint.gguf is not None or bool(stored))  # blocks are unpacked beside it
     check_memory(checkpoint, config, dtype=dtype, devices=devices, copies=copies)
     tokenizer = read_tokenizer(checkpoint)
     notes = _notes(checkpoint, tokenizer, config.get_text_config().vocab_size)
-    hf_model = read_model(checkpoint, config, dtype=dtype, split=split)
+    spread = {"device_map": {"": "cpu"}} if stored and not split else split  # else it goes to a GPU by itself
+    hf_model = read_model(checkpoint, config, dtype=dtype, split=spread)
+    if stored:
+        hf_model = _quantized.unpacked(hf_model, dtype)
     if checkpoint.adapter is not None:
         hf_model = _adapters.merged(hf_model, checkpoint.adapter)
     weights = weights_hash(hf_model.named_parameters())
@@ -131,7 +135,8 @@ def _load(
     model.cfg.model_name = checkpoint.name
     give_tokenizer(model, tokenizer)
     own = weights_hash(model.named_parameters())
-    report = _reported(checkpoint, model, tokens, dtype, notes)
+    stored = stored or ("" if checkpoint.gguf is None else checkpoint.gguf.quantization)
+    report = _reported(checkpoint, model, tokens, dtype, notes, stored)
     commit = "local" if checkpoint.local else checkpoint.revision or "main"
     vars(model)[ORIGIN] = Origin(weights, own, commit, source, backend, report)
     of_weights(model, "fingerprint", lambda: describe(model, own))  # not hashed again
@@ -148,7 +153,12 @@ def _notes(checkpoint: Checkpoint, tokenizer: Any, d_vocab: int) -> list[str]:
 
 
 def _reported(
-    checkpoint: Checkpoint, model: Any, tokens: Int[Tensor, "batch pos"], dtype: torch.dtype, notes: list[str]
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    dtype: torch.dtype,
+    notes: list[str],
+    stored: str = "",
 ) -> LoadReport:
     """What was found while the model was loaded; what is not as it should be is a warning, too."""
     apart = head_writes(model, tokens)
@@ -160,8 +170,7 @@ def _reported(
         ]
     for note in notes:
         warnings.warn(f"{checkpoint.shown}: {note}.", UserWarning, stacklevel=3)
-    quantization = "" if checkpoint.gguf is None else checkpoint.gguf.quantization
-    return LoadReport(quantization, apart, tuple(notes))
+    return LoadReport(stored, apart, tuple(notes))
 
 
 def _most_apart(dtype: torch.dtype) -> float:
