@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -517,6 +518,11 @@ def test_pages_quote_what_was_measured():
 
 
 # --- the studies ---
+
+
+def test_every_study_goes_to_other_processes():
+    for name, study in STUDIES.items():
+        assert pickle.loads(pickle.dumps(study)).name == name  # as a spawned process gets it
 
 
 def test_studies_are_listed_under_their_names():

@@ -1,6 +1,7 @@
 """What pages quote of the study ``measure``: a text each, from its tables."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fvlens.find import RANKINGS
@@ -125,22 +126,18 @@ def _furthest(tables: "Mapping[str, pd.DataFrame]") -> list[str]:
     ]
 
 
-def _plain(form: str, lines: Sequence[tuple[str, str]]) -> "Callable[[Mapping[str, pd.DataFrame]], str]":
+def _plain(lines: Sequence[tuple[str, str]], tables: "Mapping[str, pd.DataFrame]") -> str:
     """A table of top-1 alone."""
-
-    def text(tables: "Mapping[str, pd.DataFrame]") -> str:
-        found = _Quantities(tables)
-        rows = [[label, found.text(key, f"+{form}" if label.endswith(_PAIRED) else form)] for label, key in lines]
-        return "\n\n".join([grid(("", "top-1 [95% interval over relations]"), rows), standing(found.frame)])
-
-    return text
+    found = _Quantities(tables)
+    rows = [[label, found.text(key, "+.3f" if label.endswith(_PAIRED) else ".3f")] for label, key in lines]
+    return "\n\n".join([grid(("", "top-1 [95% interval over relations]"), rows), standing(found.frame)])
 
 
 EXCERPTS: "dict[str, Callable[[Mapping[str, pd.DataFrame]], str]]" = {
     "card": card,
     "card of training": card_of_training,
-    "evidence": _plain(
-        ".3f",
+    "evidence": partial(
+        _plain,
         [
             ("10 clean demonstrations", "top1_10"),
             ("10 demonstrations, labels permuted", "top1_permuted"),
@@ -151,8 +148,8 @@ EXCERPTS: "dict[str, Callable[[Mapping[str, pd.DataFrame]], str]]" = {
             ("vector of another relation", "other_relation"),
         ],
     ),
-    "evaluation": _plain(
-        ".3f",
+    "evaluation": partial(
+        _plain,
         [
             ("10 clean demonstrations", "top1_10"),
             ("2 clean demonstrations", "top1_2"),
@@ -167,8 +164,8 @@ EXCERPTS: "dict[str, Callable[[Mapping[str, pd.DataFrame]], str]]" = {
             ("vector of another relation", "other_relation"),
         ],
     ),
-    "training": _plain(
-        ".3f",
+    "training": partial(
+        _plain,
         [
             ("bare query", "top1_0"),
             ("function vector", "fv_permuted"),
