@@ -31,10 +31,7 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def card():
-    tables = read_measured(project_root(), STUDY)
-    if not tables:
-        pytest.skip("not measured yet: fvlens study measure --write")
-    return tables
+    return read_measured(project_root(), STUDY)
 
 
 def means_of(tables):
