@@ -157,6 +157,21 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, mood, undisturbed):
     assert saved(run_study(FAKE, CELLS, tmp_path / "out"), tmp_path / "out") == undisturbed
 
 
+def test_an_interruption_counts_what_is_finished_on_models_that_were_not_loaded_yet(tmp_path, mood, undisturbed):
+    """Cells of the second model are finished, and the first model's are run again; a file that is no cell is no bar."""
+    study = dataclasses.replace(FAKE, loading=("step",))
+    run_study(study, CELLS, tmp_path)
+    for path in list((tmp_path / "cells").iterdir()):
+        if json.loads(path.read_text())["cell"]["varies"] == [["step", 1]]:
+            path.unlink()
+    (tmp_path / "cells" / "other.json").write_text("[]")
+    (mood / "plural").write_text("interrupt")
+    with pytest.warns(UserWarning, match="study fake was interrupted: 4 of 6 cells are finished"):
+        stopped = run_study(study, CELLS, tmp_path)
+    assert stopped.standing == "4 of 6 cells" and stopped.failed == ()
+    assert [kept.cell for kept in stopped.kept] == [CELLS[0], *CELLS[3:]]
+
+
 def test_a_run_that_was_killed_goes_on(tmp_path, mood, undisturbed):
     (mood / "runs").unlink()
     (mood / "plural").write_text("hang")

@@ -9,11 +9,12 @@ from fvlens.relations import held_out, load_relation
 from fvlens.studies import STUDIES, Settings, run_study
 from fvlens.studies import _analogies as study_analogies
 from fvlens.studies import _analogies_tables as analogies_tables
+from fvlens.studies._analogies import AnalogiesOptions
 
 STUDY = STUDIES["analogies"]
 NAMES = ("body-part", "tool-part", "vehicle-part", "animal-french", "tool-french", "plant-part")
-CELLS = STUDY.cells(Settings(relations=NAMES))[:4]
-"""Two seeds."""
+SMALL = AnalogiesOptions(n_seeds=2, n_test=6, n_fit=8, epochs=1)
+CELLS = STUDY.cells(Settings(relations=NAMES, options=SMALL))
 
 
 def test_the_levels_are_those_of_the_held_out_file():
@@ -42,6 +43,17 @@ def test_cells_are_a_seed_and_a_prompt():
     assert [cell.seed for cell in CELLS] == [0, 0, 1, 1]
 
 
+def test_a_cell_names_the_options_that_are_not_the_default():
+    """Cells of the defaults have the names that they had before there were options."""
+    assert CELLS[0].options == (("n_test", 6), ("n_fit", 8), ("epochs", 1))
+    assert CELLS[0].chosen(AnalogiesOptions) == AnalogiesOptions(n_test=6, n_fit=8, epochs=1)
+    assert {cell.options for cell in STUDY.cells(Settings(options=AnalogiesOptions(n_seeds=7)))} == {()}
+    for name, least in {"n_seeds": 1, "n_test": 2, "n_fit": 4, "epochs": 1}.items():
+        AnalogiesOptions(**{name: least})
+        with pytest.raises(ValueError, match=f"{name}: expected at least {least}, got {least - 1}"):
+            AnalogiesOptions(**{name: least - 1})
+
+
 def test_another_division_is_other_data(monkeypatch):
     before, other = STUDY.data_hash(CELLS[0]), held_out()
     other.domain_pairs.popitem()
@@ -56,8 +68,6 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (study_analogies, analogies_tables):
             patch.setattr(module, "MAPS", ("none", "diagonal"))
-        for name, value in {"N_TEST": 6, "N_FIT": 8, "EPOCHS": 1}.items():
-            patch.setattr(study_analogies, name, value)
         outcome = run_study(STUDY, CELLS, folder)
         assert outcome.failed == ()
         yield outcome, folder

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,23 +40,38 @@ from fvlens.find import finished
 from fvlens.relations import Analogy, Relation, held_out, load_relation, make_analogies
 from fvlens.studies._analogies_tables import EXCERPTS, TARGETS, WAYS, tables, whole
 from fvlens.studies._shelf import Shelf
-from fvlens.studies._study import Cell, Settings, Study, Value, library_data
+from fvlens.studies._study import Cell, Settings, Study, Value, at_least, library_data, plain
 from fvlens.training import VectorSet
 
-N_SEEDS = 3
-N_TEST = 400
-"""Test analogies of each level at most."""
-N_FIT = 2430
-"""Training analogies of a map."""
-EPOCHS = 20
-"""Passes over them."""
+
+@dataclass(frozen=True, slots=True)
+class AnalogiesOptions:
+    """Options of the study of composite vectors.
+
+    Attributes:
+        n_seeds: seeds, each with a basis, maps and a gate of its own.
+        n_test: test analogies of each level at most.
+        n_fit: training analogies of each map; the gate and the validation take a share of as many.
+        epochs: passes over them.
+    """
+
+    n_seeds: int = 3
+    n_test: int = 400
+    n_fit: int = 2430
+    epochs: int = 20
+
+    def __post_init__(self) -> None:
+        at_least(self, n_seeds=1, n_test=2, n_fit=4, epochs=1)
 
 
 def _cells(settings: Settings) -> list[Cell]:
+    options: AnalogiesOptions = settings.chosen(AnalogiesOptions)
+    # a cell names what is not the default, so that cells of the defaults are those from before there were options
+    own = tuple(item for item in plain(options, ("n_seeds",)) if item not in plain(AnalogiesOptions()))
     only: dict[str, Any] = {"basis": " ".join(settings.relations)} if settings.relations else {}
     return [
-        dataclasses.replace(settings, seed=seed).cell("", prompt=setting, **only)
-        for seed in range(settings.seed, settings.seed + N_SEEDS)
+        dataclasses.replace(settings, seed=seed).cell("", options=own, prompt=setting, **only)
+        for seed in range(settings.seed, settings.seed + options.n_seeds)
         for setting in ANALOGY_SETTINGS
     ]
 
@@ -92,32 +108,34 @@ def _basis(cell: Cell, model: Any, shelf: Shelf, names: list[str] | None) -> Com
         return {"basis": library_composite(model, names=names, generator=generator, progress=False)}
 
     varies = tuple(value for value in cell.varies if value[0] != "prompt")
-    whose = dataclasses.replace(cell, varies=(*varies, ("part", "basis")))
+    whose = dataclasses.replace(cell, varies=(*varies, ("part", "basis")), options=())
     return shelf.get(whose, ("basis",), functools.partial(CompositeMap.load, model=model), make)["basis"]
 
 
 def _run(cell: Cell, model: Any, shelf: Shelf) -> list[dict[str, Value]]:
     """Rows of validation (a map each), of ways (a level and family of targets each), and of target relations."""
+    options: AnalogiesOptions = cell.chosen(AnalogiesOptions)
     setting: Any = cell["prompt"]
     shot = setting == "one_shot"
     names = str(dict(cell.varies)["basis"]).split() if "basis" in dict(cell.varies) else None
-    plain = _basis(cell, model, shelf, names)
+    start = _basis(cell, model, shelf, names)
     generator = torch.Generator().manual_seed(cell.seed)
     drawn: dict[str, Any] = dict(generator=generator, names=names, n_foils=0)
-    for_gate = library_analogies("valid", n=max(4, N_FIT // 5), **drawn)
-    train = library_analogies("train", n=max(4, N_FIT), kind="far" if shot else None, **drawn)
-    valid = library_analogies("valid", n=max(4, N_FIT // 10), kind="far" if shot else "near", **drawn)
+    for_gate = library_analogies("valid", n=max(4, options.n_fit // 5), **drawn)
+    train = library_analogies("train", n=max(4, options.n_fit), kind="far" if shot else None, **drawn)
+    valid = library_analogies("valid", n=max(4, options.n_fit // 10), kind="far" if shot else "near", **drawn)
 
     def scores_of(analogies: Sequence[Analogy]) -> SourceScores:
-        return source_scores(model, plain.basis, [one.source_pair for one in analogies], template=plain.template)
+        return source_scores(model, start.basis, [one.source_pair for one in analogies], template=start.template)
 
     # the five maps share the scores of what they are trained on
     given = scores_of([*train, *valid])
     fitted: dict[str, CompositeMap] = {}
     for map in MAPS:
         fitted[map] = fit_composite(
-            model, plain.basis, train, valid=valid, map=map, setting=setting, learn_strength=map != "none",
-            epochs=EPOCHS, basis_pairs=sorted(plain.seen.pairs), sources=given, generator=generator, progress=False,
+            model, start.basis, train, valid=valid, map=map, setting=setting, learn_strength=map != "none",
+            epochs=options.epochs, basis_pairs=sorted(start.seen.pairs), sources=given, generator=generator,
+            progress=False,
         )  # fmt: skip
         finished(fitted[map])
     reached = {map: max(one.history.valid_top1) for map, one in fitted.items()}
@@ -129,8 +147,8 @@ def _run(cell: Cell, model: Any, shelf: Shelf) -> list[dict[str, Value]]:
     rows: list[dict[str, Value]] = [
         {"of": "map", "map": map, "valid_top1": value, "chosen": map == best} for map, value in reached.items()
     ]
-    nearest = nearest_vectors(plain.basis)
-    for level, analogies in drawn_tests(N_TEST, 0).items():
+    nearest = nearest_vectors(start.basis)
+    for level, analogies in drawn_tests(options.n_test, 0).items():
         shared: dict[str, Any] = dict(settings=[setting], generator=generator, progress=False)
         shared["sources"] = scores_of(analogies)
         found = evaluate_analogies(model, analogies, gated, **shared)
@@ -186,5 +204,6 @@ ANALOGIES = Study(
     markdown=whole,
     data_hash=_data,
     shares=True,
+    options=AnalogiesOptions,
     excerpts=EXCERPTS,
 )

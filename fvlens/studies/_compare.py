@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fvlens.find import finished
-from fvlens.report import at_least_one
 from fvlens.studies._lab import StartOptions
-from fvlens.studies._study import Cell, Row, Settings, Study, Value, every, plain
+from fvlens.studies._study import Cell, Row, Settings, Study, Value, at_least, every, plain
 from fvlens.studies._tables import means_grid, own_or_means, standing
 from fvlens.training import compare
 
@@ -37,7 +36,7 @@ class CompareOptions(StartOptions):
 
     def __post_init__(self) -> None:
         StartOptions.__post_init__(self)
-        at_least_one(self, "n_train", "n_unrelated")
+        at_least(self, n_train=1, n_unrelated=1)
 
 
 def _cells(settings: Settings) -> list[Cell]:

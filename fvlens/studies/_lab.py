@@ -20,9 +20,9 @@ from fvlens.find import find_vector, finished
 from fvlens.metrics import bootstrap_interval
 from fvlens.prompts import build_prompts
 from fvlens.relations import Pair, Split, load_relation
-from fvlens.report import RecipeOptions, at_least_one
+from fvlens.report import RecipeOptions
 from fvlens.scoring import score
-from fvlens.studies._study import Cell, Loaded, Row, Value, named
+from fvlens.studies._study import Cell, Loaded, Row, Value, at_least, named
 from fvlens.studies._tables import grid, in_brackets, own_or_means, standing
 from fvlens.training import FineTunedSet, finetune_many
 from fvlens.training import Settings as Training
@@ -53,7 +53,7 @@ class StartOptions(RecipeOptions):
 
     def __post_init__(self) -> None:
         RecipeOptions.__post_init__(self)
-        at_least_one(self, "epochs")
+        at_least(self, epochs=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class TrainedOptions(StartOptions):
 
     def __post_init__(self) -> None:
         StartOptions.__post_init__(self)
-        at_least_one(self, "n_seeds")
+        at_least(self, n_seeds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class FewPairsOptions(TrainedOptions):
 
     def __post_init__(self) -> None:
         TrainedOptions.__post_init__(self)
-        at_least_one(self, "n_train")
+        at_least(self, n_train=1)
 
 
 class Lab:

@@ -5,13 +5,14 @@ A run that was stopped at any time, in whatever way, goes on from these files wh
 always read back from them, so that a run in one go and one in pieces give the same numbers.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -317,8 +318,15 @@ def run_study(
                 say(f"{len(kept)} of {len(cells)} cells were finished before")
             yield from _each(bench, waiting, files, jobs)
 
+    def n_finished() -> int:
+        # an interruption can come before the last models were loaded; what is finished on these counts, too
+        there = _recorded(files)
+        for _ in unfinished([cell for cell in cells if cell not in keys and _content(asdict(cell)) in there]):
+            pass
+        return len(kept)
+
     first = True
-    with keeping(lambda: len(kept), len(cells), f"study {study.name}", "cells are finished", least=0):
+    with keeping(n_finished, len(cells), f"study {study.name}", "cells are finished", least=0):
         for cell, result in results():
             if isinstance(result, float):
                 try:
@@ -339,6 +347,20 @@ def run_study(
     in_order = tuple(kept[cell] for cell in cells if cell in kept)
     failures = tuple((cell, failed[cell]) for cell in cells if cell in failed)
     return Outcome(study, len(cells), in_order, failures, tuple(redone))
+
+
+def _recorded(folder: Path) -> set[str]:
+    """The cells that files say they are of, as far as can be known without their models."""
+    found = set()
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            found.add(_content(read_json(path, "file of a cell", most=_MOST_CELL)["cell"]))
+    return found
+
+
+def _content(cell: Mapping[str, Any]) -> str:
+    """What a cell is, but for where its model and its files lie."""
+    return json.dumps({name: value for name, value in cell.items() if name not in ("model", "files")}, sort_keys=True)
 
 
 def _groups(bench: _Bench, cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -16,8 +16,7 @@ import torch
 from fvlens.composition import BasisStudy, Change, CompositeMap, basis_study, library_analogies, library_composite
 from fvlens.metrics import Difference, Interval
 from fvlens.models import Fingerprint
-from fvlens.report import at_least_one
-from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value, library_data, named, plain
+from fvlens.studies._study import Cell, Loaded, Row, Settings, Study, Value, at_least, library_data, named, plain
 from fvlens.studies._tables import grid, in_brackets, standing
 from fvlens.universal import file_hash
 
@@ -61,10 +60,7 @@ class SensitivityOptions:
     setting: Literal["zero_shot", "one_shot"] = "zero_shot"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "n_repeats")
-        for name, least in (("n_test", 2), ("n_fit", 4)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}.")
+        at_least(self, n_repeats=1, n_test=2, n_fit=4)
 
 
 def _made_on(options: SensitivityOptions) -> Fingerprint | None:

@@ -73,6 +73,17 @@ class Settings:
         return Cell(self.model, relation, self.seed, self.threads, tuple(varies.items()), options, self.loading, paths)
 
 
+def at_least(options: Any, **least: int) -> None:
+    """Check that these options, by name, are not below what is given here.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise ValueError(f"{name}: expected at least {bound}, got {getattr(options, name)}.")
+
+
 def field_names(options: Any) -> list[str]:
     """The names of a study's options, given themselves or their class."""
     return [field.name for field in dataclasses.fields(options)]
