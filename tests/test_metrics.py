@@ -14,9 +14,9 @@ from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvlens import metrics
 from fvlens.metrics import (
     Interval,
+    _intervals,
     best_token,
     best_tokens,
     bootstrap_interval,
@@ -242,7 +242,7 @@ def test_bootstrap_is_the_same_for_the_same_seed_and_leaves_the_global_state_alo
 def test_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
     values = torch.randn(25, generator=seeded(3))
     whole = bootstrap_interval(values, n_resamples=500, generator=seeded(0))
-    monkeypatch.setattr(metrics, "_CHUNK", 25 * 64)
+    monkeypatch.setattr(_intervals, "_CHUNK", 25 * 64)
     cut = bootstrap_interval(values, n_resamples=500, generator=seeded(0))
     assert cut == whole
 

@@ -23,8 +23,8 @@ from fvlens.prompts import TokenClass
 from fvlens.studies import STUDIES, Settings, run_study
 from fvlens.studies import _precision as study_precision
 from fvlens.suffix import SteeredPrompts, open_reader, run_prefix, steered_resid, wide_logits
+from fvlens.suffix._estimate import Estimate
 from fvlens.suffix._layout import is_laid_out, laid_out
-from fvlens.suffix._memory import Estimate
 from fvlens.training import frozen, lora
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}

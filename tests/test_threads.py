@@ -19,7 +19,7 @@ from conftest import needs_hooked, random_model, seeded
 import fvlens
 from fvlens.interventions import ablate, hooked, inject, resid_hook, z_hook
 from fvlens.interventions._context import _Dispatcher
-from fvlens.screens import _quiet_norms
+from fvlens.screens._rules import quiet_norms
 from fvlens.suffix import choose_route, has_hooks, open_reader
 from fvlens.training import LoRA, frozen
 
@@ -599,7 +599,7 @@ def test_the_filter_of_a_notice_goes_when_the_last_block_ends():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         before = list(warnings.filters)
-        first, second = _quiet_norms(), _quiet_norms()
+        first, second = quiet_norms(), quiet_norms()
         first.__enter__()
         in_thread(second.__enter__)
         warnings.filterwarnings("ignore", message="a filter of the user")

@@ -23,9 +23,10 @@ callers fall back to ``naive``, whole forward passes with hooks, and say so.
 """
 
 from fvlens.suffix._edits import OPS, SITES, Edit, Op, Site, Variant, rows_of
+from fvlens.suffix._halving import halving, in_batches
 from fvlens.suffix._kept import Added, SteeredPrompts
 from fvlens.suffix._layout import laid_out, wide_logits
-from fvlens.suffix._memory import Slices, Weights, halving, in_batches, plan_batch, plan_slices, portions, power_above
+from fvlens.suffix._memory import Slices, Weights, plan_batch, plan_slices, portions, power_above
 from fvlens.suffix._prefix import run_prefix, watch_prompts
 from fvlens.suffix._reader import Reader, open_reader
 from fvlens.suffix._routes import (

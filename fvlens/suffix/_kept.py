@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fvlens.suffix._edits import SiteEdits, Variant
-from fvlens.suffix._memory import Estimate, Weights, plan_slices, portions, power_above, room_for_kept
+from fvlens.suffix._edits import Variant
+from fvlens.suffix._estimate import Estimate
+from fvlens.suffix._memory import Weights, plan_slices, portions, power_above, room_for_kept
 from fvlens.suffix._prefix import run_prefix
 from fvlens.suffix._routes import Route
 from fvlens.suffix._run import SuffixRun, joined_runs
@@ -192,7 +193,7 @@ class SteeredPrompts:
         parts = self._parts(rows)
         order = [(where, steps.run.n_suffix) for steps, _, where in parts]
         if isinstance(vectors, tuple):
-            ends = [_under_edits(steps.run.select(place), self.layer, vectors) for steps, place, _ in parts]
+            ends = [steps.run.select(place).under([vectors], behind=self.layer) for steps, place, _ in parts]
             return parts[0][0], torch.cat([end.flatten(0, 2) for end in ends]), order
         vectors = vectors.to(self.answers.device)
         given = [vectors if vectors.ndim == 1 else vectors[where.to(vectors.device)] for *_, where in parts]
@@ -244,14 +245,6 @@ class SteeredPrompts:
         if not first:
             return found, None
         return found, logits if len(order) == 1 and order[0][1] == 1 else logits[_firsts(order).to(device)]
-
-
-def _under_edits(run: SuffixRun, layer: int, edits: Variant) -> Float[Tensor, "prompt 1 suffix d_model"]:
-    """Final residual streams under edits of heads' z in the layers above one; differentiable."""
-    resid = run.resid_after(layer)[:, None]
-    for upper in range(layer + 1, run.model.cfg.n_layers):
-        resid = run._block(upper, resid, 0, SiteEdits.of([edits], upper, "z"))
-    return resid
 
 
 def _round(n: int) -> int:

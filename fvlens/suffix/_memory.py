@@ -1,25 +1,17 @@
-"""How much goes through a model at once: estimates in bytes, slices that fit them, and what to do when they do not.
+"""How much goes through a model at once: what memory there is, and the slices of prompts and variants that fit it."""
 
-One estimate serves everything that runs prompts. It counts what is alive at the worst moment: copies of weights that a
-pass makes, what is kept of a prompt, one block's activations (the larger of attention and MLP), the keys and values
-that patched copies need, and logits. Its factors are measured on the allocations of both classes of model.
-"""
-
-import gc
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from fvlens.models import free_memory
-from fvlens.suffix._layout import WEIGHT_SLICE, is_laid_out
+from fvlens.suffix._estimate import Estimate
+from fvlens.suffix._halving import slices_of
+from fvlens.suffix._layout import is_laid_out
 from fvlens.suffix._routes import Route
-from fvlens.types import is_bridge
-
-_T = TypeVar("_T")
 
 Weights = Literal["copied", "laid out at each call"]
 """How the engine holds a model's weights: in a second copy, or where that does not fit the memory, without one."""
@@ -31,160 +23,6 @@ _WIDEST = 32 * 1024 * 1024
 are taken from the system anew at each operation."""
 _MOST_LOGITS = 16 * 1024 * 1024
 """Numbers in one slice of logits at most."""
-
-
-# --- the estimate ---
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Bytes that a model's activations take.
-
-    Attributes:
-        size: bytes of a number.
-        n_layers, n_heads, n_kv_heads, d_head, d_model, d_mlp, d_vocab: the model's shape.
-        bridge: the model is a ``TransformerBridge``.
-        holds_patterns: every layer holds on to its attention pattern, as a bridge's joint attention does.
-        unembeds_all: a pass cannot be told to unembed its last positions only.
-        gated: the MLP has a gate.
-    """
-
-    size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_model: int
-    d_mlp: int
-    d_vocab: int
-    bridge: bool
-    holds_patterns: bool
-    unembeds_all: bool
-    gated: bool
-
-    @classmethod
-    def of(cls, model: Any) -> "Estimate":
-        """The estimate for a model."""
-        cfg, bridge = model.cfg, is_bridge(model)
-        unembeds_all = False
-        if bridge:
-            from fvlens.suffix._bridge import accepts_logits_to_keep
-
-            unembeds_all = not accepts_logits_to_keep(model)
-        attn_only = bool(getattr(cfg, "attn_only", False))
-        return cls(
-            size=cfg.dtype.itemsize,
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
-            n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-            d_head=cfg.d_head,
-            d_model=cfg.d_model,
-            d_mlp=0 if attn_only else cfg.d_mlp or 4 * cfg.d_model,
-            d_vocab=cfg.d_vocab,
-            bridge=bridge,
-            holds_patterns=bridge and hasattr(getattr(model.blocks[0], "attn", None), "_pattern"),
-            unembeds_all=unembeds_all,
-            gated=bool(getattr(cfg, "gated_mlp", False)),
-        )
-
-    @property
-    def weights(self) -> int:
-        """Copies of weights that a pass makes in a block: HookedTransformer spreads out grouped heads, a bridge splits
-        a joint projection of queries, keys and values.
-        """
-        copies = 3 if self.bridge else 4 if self.n_kv_heads < self.n_heads else 1
-        return copies * self.size * self.d_model * self.n_heads * self.d_head
-
-    @property
-    def one_weight(self) -> int:
-        """The largest weight that the engine lays out when it comes to it, where no copy is kept: queries, keys and
-        values together, or gate and input of a gated MLP. Others are multiplied with as they are.
-        """
-        together = self.d_head * (self.n_heads + 2 * self.n_kv_heads)
-        return self.size * self.d_model * max(together, 2 * self.d_mlp if self.gated else 0)
-
-    @property
-    def unembedding(self) -> int:
-        """What unembedding takes besides its logits: the slice in single precision of a model in half precision."""
-        return 0 if self.size >= 4 else 4 * min(WEIGHT_SLICE, self.d_model * self.d_vocab)
-
-    @property
-    def copy(self) -> int:
-        """A second copy of the weights, laid out for the engine; of a model in half precision without unembedding."""
-        attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv_heads)
-        block = attention + (3 if self.gated else 2) * self.d_model * self.d_mlp
-        unembedding = self.d_model * self.d_vocab if self.size >= 4 else 0
-        return self.size * (self.n_layers * block + unembedding)
-
-    def copied(self, compute: torch.dtype | None) -> int:
-        """The same with products in another precision."""
-        return self.copy if compute is None else self.copy * compute.itemsize // self.size
-
-    @property
-    def logits(self) -> int:
-        """One row of logits, in single precision too, and what its normalisation takes."""
-        return (self.size + 8) * self.d_vocab
-
-    def activations(self, n_tokens: int, n_keys: int, *, path: Route = "kv", held_blocks: int = 0) -> int:
-        """What is alive in one block for tokens that attend to so many keys each; with gradients, in all blocks held.
-
-        The engine over the weights still holds its heads while it runs the MLP.
-        """
-        scores = 17 * self.n_heads * n_keys  # four copies in single precision, one mask
-        attention = self.size * 8 * max(self.d_model, self.n_heads * self.d_head) + scores
-        if path == "weights":
-            width = max(self.d_model, self.n_heads * self.d_head)
-            mlp = self.size * ((4 if self.gated else 3) * self.d_mlp + 10 * width)
-        else:
-            mlp = self.size * (4 * self.d_mlp + 6 * self.d_model)
-        held = self.n_layers * self.size * self.n_heads * n_keys if self.holds_patterns else 0
-        block = held_blocks * (attention + mlp) if held_blocks else max(attention, mlp)
-        return n_tokens * (block + held)
-
-    def cache(self, n_tokens: int) -> int:
-        """Keys and values of all layers."""
-        return 2 * self.size * n_tokens * self.n_layers * self.n_kv_heads * self.d_head
-
-    def forward(self, n_pos: int, *, n_read: int, keep: bool) -> int:
-        """A prompt that runs once, ``n_read`` of its positions unembedded, its keys and values kept or not."""
-        kept = self.cache(n_pos) if keep else 0
-        return self.activations(n_pos, n_pos) + kept + self.logits * (n_pos if self.unembeds_all else n_read)
-
-    def kept(self, n_pos: int, n_suffix: int, *, from_layer: int = 0, keep_z: bool = True) -> int:
-        """What remains of a prompt's run: keys, values, residual streams and heads' outputs, from a layer on."""
-        width = self.d_model + (self.n_heads * self.d_head if keep_z else 0)
-        share = (self.n_layers - from_layer) / self.n_layers
-        return int(share * (self.cache(n_pos) + n_suffix * self.size * self.n_layers * width)) + 1
-
-    def steps(self, n_pos: int, n_suffix: int, from_layer: int) -> int:
-        """What remains of it for steps that start at one layer: keys and values from there on, two residual streams."""
-        return (
-            self.cache(n_pos) * (self.n_layers - from_layer) // self.n_layers + 2 * n_suffix * self.size * self.d_model
-        )
-
-    def prefix(self, n_pos: int, n_suffix: int, path: Route, *, from_layer: int = 0, keep_z: bool = True) -> int:
-        """A prompt's run, with what is kept of it; on the kv path that is copied out of the run's cache."""
-        kept = self.kept(n_pos, n_suffix, from_layer=from_layer, keep_z=keep_z)
-        if path == "weights":
-            return self.activations(n_pos, n_pos, path=path) + kept
-        running = self.forward(n_pos, n_read=1 if self.bridge else 0, keep=True)
-        return max(running + kept - self.cache(n_pos), self.cache(n_pos) + kept)
-
-    def variant(self, n_pos: int, n_suffix: int, path: Route, *, gradients: bool = False, from_layer: int = 0) -> int:
-        """A patched copy on its way through a block, and on the kv path its copies of the prefix; with gradients, what
-        stays of all blocks from a layer on.
-        """
-        above = max(1, self.n_layers - from_layer) if gradients else 0
-        needed = self.activations(n_suffix, n_pos, path=path, held_blocks=above) + (self.logits if gradients else 0)
-        if path == "kv":
-            width = (3 * self.n_heads + 2 * self.n_kv_heads) * max(1, above)
-            needed += self.size * n_pos * width * self.d_head
-        return needed
-
-    def result(self, n_suffix: int) -> int:
-        """A patched copy's residual stream after the last layer, twice while they are joined."""
-        return 2 * n_suffix * self.size * self.d_model
-
 
 _CEILING = {"cuda": 8 * 1024**3}
 _USUAL_CEILING = 1024**3
@@ -278,15 +116,11 @@ class Slices:
 
     def over_prompts(self, n: int) -> Iterator[slice]:
         """Slices that cover ``n`` prompts."""
-        return _slices(n, self.prompts)
+        return slices_of(n, self.prompts)
 
     def over_variants(self, n: int) -> Iterator[slice]:
         """Slices that cover ``n`` variants."""
-        return _slices(n, self.variants)
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(n, start + size)) for start in range(0, n, size))
+        return slices_of(n, self.variants)
 
 
 def plan_slices(
@@ -455,76 +289,3 @@ def plan_batch(
 
     (rows,) = _planned(model, max_memory, plan, warn=True)
     return rows
-
-
-# --- when memory runs out all the same ---
-
-_MESSAGES = (
-    "DefaultCPUAllocator: can't allocate memory",  # Linux, macOS
-    "DefaultCPUAllocator: not enough memory",  # Windows
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "MPS backend out of memory",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
-
-
-def halving(work: Callable[[slice, int], _T], slices: Iterable[slice], *, variants: int = 1, what: str) -> Iterator[_T]:
-    """Results of ``work`` for slices of prompts; smaller slices from where memory runs out.
-
-    First the number of prompts is halved, then the number of variants. What did not fit is done again from its start,
-    so ``work`` must leave nothing behind that counts unless it returns. On Linux the CPU's memory seldom runs out by an
-    error (the kernel ends the process instead): there, what helps is the plan.
-
-    Args:
-        work: called with a slice of prompts and the number of variants that may go through together.
-        slices: slices of prompts, one behind the other.
-        variants: patched copies of each prompt that go through together.
-        what: the function that the user called, for messages.
-
-    Raises:
-        MemoryError: a single prompt with a single variant is too much.
-    """
-    waiting = deque(slices)
-    most: int | None = None
-    while waiting:
-        rows = waiting.popleft()
-        n = rows.stop - rows.start
-        if most is not None and n > most:
-            waiting.appendleft(slice(rows.start + most, rows.stop))
-            rows, n = slice(rows.start, rows.start + most), most
-        try:
-            result = work(rows, variants)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if n == 1 and variants == 1:
-                raise MemoryError(
-                    f"{what}: out of memory with a single prompt; use shorter prompts (fewer demonstrations), a "
-                    "smaller dtype, or a device with more memory."
-                ) from error
-        else:
-            yield result
-            continue
-        # only here, behind the except clause, nothing holds what the failed attempt had made
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        waiting.appendleft(rows)
-        if n > 1:
-            most = n // 2
-            text = f"{n} prompts together; going on with {most}"
-        else:
-            text = f"{variants} edited copies of a prompt together; going on with {variants // 2}"
-            variants //= 2
-        warnings.warn(f"{what}: out of memory with {text}.", stacklevel=2)
-
-
-def in_batches(work: Callable[[slice], _T], n: int, size: int, *, what: str) -> Iterator[_T]:
-    """:func:`halving` over ``n`` prompts in batches of ``size``."""
-    return halving(lambda rows, _: work(rows), _slices(n, size), what=what)

@@ -100,17 +100,24 @@ class SuffixRun(abc.ABC):
 
     # -- suffixes -----------------------------------------------------------------------------------------------------
 
-    def under(self, variants: Sequence[Variant]) -> Float[Tensor, "prompt variant suffix d_model"]:
+    def under(
+        self, variants: Sequence[Variant], *, behind: int | None = None
+    ) -> Float[Tensor, "prompt variant suffix d_model"]:
         """Residual streams after the last layer, of every prompt under every variant; differentiable in the values.
 
         All variants go up together: each joins the batch at its first edited layer and gets its later edits on the way.
+
+        Args:
+            variants: the edits.
+            behind: all variants join behind this layer instead, so that no z need be kept; no edit may lie below.
 
         Raises:
             ValueError: an edit does not fit the model or the prompts.
         """
         check_variants(self.model, variants, self.n_prompts, self.n_suffix)
         n_layers = self.model.cfg.n_layers
-        places = [joining(variant, n_layers) for variant in variants]
+        places = [joining(variant, n_layers) if behind is None else (behind, 1) for variant in variants]
+        assert behind is None or all(joining(variant, n_layers) >= (behind, 1) for variant in variants)
         order = sorted(range(len(variants)), key=places.__getitem__)
         ordered = [variants[i] for i in order]
         places = [places[i] for i in order]
@@ -118,13 +125,13 @@ class SuffixRun(abc.ABC):
         n_active = 0
         scratch = Scratch(self.n_prompts * len(variants) * self.n_suffix)
         for layer in range(places[0][0] if places else n_layers, n_layers):
-            inside, behind = places.count((layer, 0)), places.count((layer, 1))
-            n_active += inside
+            n_inside, n_behind = places.count((layer, 0)), places.count((layer, 1))
+            n_active += n_inside
             if n_active:
-                active = self._block(layer, active, inside, SiteEdits.of(ordered[:n_active], layer, "z"), scratch)
-            if behind:
-                active = _joined(active, self.resid_after(layer), behind)
-                n_active += behind
+                active = self._block(layer, active, n_inside, SiteEdits.of(ordered[:n_active], layer, "z"), scratch)
+            if n_behind:
+                active = _joined(active, self.resid_after(layer), n_behind)
+                n_active += n_behind
             if active is not None:
                 active = SiteEdits.of(ordered[:n_active], layer, "resid_post").apply(active)
         final = _joined(active, self.resid_final, len(variants) - n_active)
