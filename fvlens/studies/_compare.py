@@ -53,24 +53,9 @@ def _run(cell: Cell, model: Any) -> list[dict[str, Value]]:
         "layer": found.layer, "scale": found.scale, "n_train": found.n_train, "n_valid": found.n_valid,
         "n_test": found.n_test, "caution": found.caution,
     }  # fmt: skip
-    return [
-        {
-            "method": row.name,
-            "n_trainable": row.n_trainable,
-            "seconds": row.seconds,
-            "top1": row.evaluation.top1,
-            "top1_low": row.evaluation.interval.low,
-            "top1_high": row.evaluation.interval.high,
-            "kl": row.collateral.mean,
-            "kl_low": row.collateral.interval.low,
-            "kl_high": row.collateral.interval.high,
-            "mean_rank": row.evaluation.mean_rank,
-            "probability": row.evaluation.probability,
-            "log_probability": row.evaluation.answer_log_probability,
-            **whole,
-        }
-        for row in found.rows
-    ]
+    frame = found.to_dataframe().drop(columns=["relation", "n", "exact"])
+    named = frame.rename(columns={"low": "top1_low", "high": "top1_high"})
+    return [row | whole for row in named.to_dict("records")]  # pyright: ignore
 
 
 def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":

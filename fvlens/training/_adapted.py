@@ -1,5 +1,6 @@
 """What every method gives: a model made to do a relation, what that cost, and how it acts on a forward pass."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -184,7 +185,7 @@ def trained_baseline(
     return Baseline(
         method=method,
         relation=task.name,
-        change=outcome.result,
+        change=dataclasses.replace(outcome.result, complete=trained.complete),
         n_trainable=outcome.values.numel(),
         seconds=trained.seconds,
         history=outcome.history,

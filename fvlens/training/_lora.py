@@ -8,6 +8,7 @@ three-dimensional weights for experts and cannot run them, and exchanges modules
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -27,8 +28,8 @@ from fvlens.training._change import filled
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
 from fvlens.training._settings import Settings, Task
-from fvlens.types import is_bridge
-from fvlens.vectors import check_model
+from fvlens.types import as_flag, is_bridge
+from fvlens.vectors import INTERRUPTED, check_model
 
 LORA_FORMAT = "fvlens-lora-1"
 _PARTS = ("a_q", "b_q", "a_v", "b_v")
@@ -48,6 +49,7 @@ class LoRA(Adaptation):
         a_q, b_q: ``A_Q`` and ``B_Q`` of each of these layers.
         a_v, b_v: ``A_V`` and ``B_V`` of each of these layers.
         fingerprint: the model that they were made on.
+        complete: False if the training was interrupted.
     """
 
     layers: tuple[int, ...]
@@ -56,6 +58,10 @@ class LoRA(Adaptation):
     a_v: Float[Tensor, "adapted d_model rank"]
     b_v: Float[Tensor, "adapted rank kv_head d_head"]
     fingerprint: Fingerprint
+    complete: bool = True
+
+    def __post_init__(self) -> None:
+        as_flag(self.complete, "LoRA: complete")
 
     @property
     def rank(self) -> int:
@@ -81,7 +87,8 @@ class LoRA(Adaptation):
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""
-        header = {"layers": list(self.layers), "fingerprint": dataclasses.asdict(self.fingerprint)}
+        mark = dataclasses.asdict(self.fingerprint)
+        header = {"layers": list(self.layers), "fingerprint": mark, "complete": self.complete}
         return write_tensors(FilePath(path), {name: getattr(self, name) for name in _PARTS}, header, LORA_FORMAT)
 
     @classmethod
@@ -102,11 +109,15 @@ class LoRA(Adaptation):
             parts = [tensors[name] for name in _PARTS]
             if [part.ndim for part in parts] != [3, 4, 3, 4] or {len(part) for part in parts} != {len(layers)}:
                 raise ValueError(f"{len(layers)} layers and {[list(part.shape) for part in parts]}")
-            loaded = cls(layers, *parts, fingerprint=Fingerprint.from_fields(header["fingerprint"]))
+            mark = Fingerprint.from_fields(header["fingerprint"])
+            complete = as_flag(header.get("complete", True), "complete")  # earlier files do not say
+            loaded = cls(layers, *parts, fingerprint=mark, complete=complete)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged low-rank update ({type(error).__name__}: {error}).") from error
         if model is not None:
             loaded.check(model)
+        if not loaded.complete:
+            warnings.warn(f"{path.name}: {INTERRUPTED}.", stacklevel=2)
         return loaded
 
 

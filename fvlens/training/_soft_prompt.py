@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -21,7 +22,8 @@ from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, trained_
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
 from fvlens.training._settings import Settings, Task
-from fvlens.vectors import check_model
+from fvlens.types import as_flag
+from fvlens.vectors import INTERRUPTED, check_model
 
 SOFT_PROMPT_FORMAT = "fvlens-soft-prompt-1"
 SOFT_PROMPT_LR = 0.1
@@ -39,11 +41,16 @@ class SoftPrompt(Adaptation):
         tokens: the tokens of the vocabulary that they started from.
         offsets: what is added to their embeddings.
         fingerprint: the model that they were made on.
+        complete: False if the training was interrupted.
     """
 
     tokens: Int[Tensor, " soft"]
     offsets: Float[Tensor, "soft d_model"]
     fingerprint: Fingerprint
+    complete: bool = True
+
+    def __post_init__(self) -> None:
+        as_flag(self.complete, "SoftPrompt: complete")
 
     @property
     def n_more(self) -> int:
@@ -83,7 +90,7 @@ class SoftPrompt(Adaptation):
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""
-        header = {"fingerprint": dataclasses.asdict(self.fingerprint)}
+        header = {"fingerprint": dataclasses.asdict(self.fingerprint), "complete": self.complete}
         return write_tensors(
             FilePath(path), {"tokens": self.tokens, "offsets": self.offsets}, header, SOFT_PROMPT_FORMAT
         )
@@ -106,11 +113,14 @@ class SoftPrompt(Adaptation):
             tokens, offsets = tensors["tokens"], tensors["offsets"]
             if tokens.ndim != 1 or offsets.shape != (len(tokens), mark.d_model):
                 raise ValueError(f"offsets {list(offsets.shape)} of tokens {list(tokens.shape)}")
-            loaded = cls(tokens, offsets, mark)
+            # earlier files do not say
+            loaded = cls(tokens, offsets, mark, complete=as_flag(header.get("complete", True), "complete"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged soft prompt ({type(error).__name__}: {error}).") from error
         if model is not None:
             loaded.check(model)
+        if not loaded.complete:
+            warnings.warn(f"{path.name}: {INTERRUPTED}.", stacklevel=2)
         return loaded
 
 
