@@ -1,16 +1,14 @@
-"""Memory that a process takes for exact effects under a bound: `python peak_memory.py hooked weights,kv 33554432`.
+"""Memory that a process takes under a bound: `python peak_memory.py`. Linux only: it sets the high-water mark back.
 
-Prints JSON: for each path and bound, bytes of resident memory beyond what the process held before the call, at its
-highest. Linux only: the high-water mark is set back before each call. `python peak_memory.py cache make,mean,save,load
-67108864` does the same for an activation cache larger than the bound, one step after the other, and `python
-peak_memory.py steered weights 67108864` for training over kept prompts.
+Prints JSON: by what was measured, pairs of a bound and the bytes of resident memory at their highest, beyond what the
+process held before. Everything is measured in one process, since starting one takes longer than a measurement. First
+glibc keeps of what is freed what it likes, then every larger block goes back to the system, as the bound counts.
 """
 
 import ctypes
 import functools
 import gc
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +20,10 @@ from transformers import AutoTokenizer
 import fvlens
 from fvlens.suffix import SteeredPrompts
 
+MIB = 2**20
 SHAPE = dict(n_layers=6, n_heads=8, d_model=256, d_head=32, d_mlp=1024, n_ctx=512)
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h: blocks above it are given back to the system when they are freed."""
 
 
 def bridged(n_layers=4, *, n_heads=8, d_model=256, **grouped):
@@ -59,84 +60,87 @@ def settled():
     return resident("VmRSS")
 
 
-def caches(steps, *bounds):
-    """Peaks of the steps of an activation cache that goes to the disk."""
-    model = random_model(**SHAPE)
-    g = torch.Generator().manual_seed(0)
-    prompts = fvlens.build_prompts(model, fvlens.load_relation("antonym"), n_prompts=64, n_shots=14, generator=g)
-    found = {step: [] for step in steps.split(",")}
-
-    def make(some, max_memory):
-        sites = ("z", "resid_post", "pattern")
-        return fvlens.activation_cache(model, some, sites=sites, max_memory=max_memory, progress=False)
-
-    make(prompts.select([0]), None).mean()  # whatever is made once
+def measured(run, prompts, bounds):
+    """Pairs of a bound and the peak of ``run(prompts, bound)``."""
+    run(prompts.select([0]), None)  # whatever is made once
+    found = []
     for bound in bounds:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "cache.safetensors"
-            before = settled()
-            cache = make(prompts, int(bound))
-            assert cache.n_bytes > 2 * int(bound), f"{cache.n_bytes} bytes are too few for the bound {bound}"
-            found["make"].append(resident("VmHWM") - before)
-            for step, call in (("mean", cache.mean), ("save", functools.partial(cache.save, file))):
-                before = settled()
-                call()
-                found[step].append(resident("VmHWM") - before)
-            before = settled()
-            fvlens.ActivationCache.load(file, max_memory=int(bound)).mean()
-            found["load"].append(resident("VmHWM") - before)
-    print(json.dumps(found))
+        before = settled()
+        run(prompts, bound)
+        found.append((bound, resident("VmHWM") - before))
+    return found
 
 
-def steered(paths, *bounds):
-    """Peaks of training over kept prompts that do not all fit the bound: every prompt once."""
-    model = random_model(**SHAPE)
-    model.requires_grad_(False)
+def drawn(model, n_prompts, **labels):
     g = torch.Generator().manual_seed(0)
-    prompts = fvlens.build_prompts(model, fvlens.load_relation("antonym"), n_prompts=100, n_shots=14, generator=g)
-    found = {}
+    pairs = fvlens.load_relation("antonym")
+    return fvlens.build_prompts(model, pairs, n_prompts=n_prompts, n_shots=14, generator=g, **labels)
 
-    def run(path, some, max_memory):
+
+def effects(model, path, *bounds):
+    """Exact effects of all heads."""
+    means = fvlens.mean_head_activations(model, drawn(model, 2), progress=False)
+
+    def run(some, bound):
+        fvlens.indirect_effects(model, some, means, path=path, max_memory=bound, progress=False)
+
+    return measured(run, drawn(model, 16, labels="permuted"), bounds)
+
+
+def steered(model):
+    """Training over kept prompts that do not all fit the bound: every prompt once."""
+    model.requires_grad_(False)
+
+    def run(some, bound):
         given = some.tokens, some.attention_mask, some.answer_tokens
-        kept = SteeredPrompts(model, *given, 0, path=path, max_memory=max_memory)
+        kept = SteeredPrompts(model, *given, 0, path="weights", max_memory=bound)
         vector = torch.zeros(model.cfg.d_model, requires_grad=True)
         for rows in torch.arange(len(some)).split(min(20, kept.tokens_at_once // int(kept.n_tokens.max()))):
             kept.read(rows, vector)[0].sum().backward()
 
-    for path in paths.split(","):
-        run(path, prompts.select([0]), None)  # whatever is made once
-        found[path] = []
-        for bound in bounds:
+    return measured(run, drawn(model, 60), (48 * MIB, 120 * MIB))
+
+
+def caches(model):
+    """An activation cache that goes to the disk, one step after the other."""
+    prompts = drawn(model, 16)
+    found = {step: [] for step in ("make", "mean", "save", "load")}
+
+    def make(some, bound):
+        sites = ("z", "resid_post", "pattern")
+        return fvlens.activation_cache(model, some, sites=sites, max_memory=bound, progress=False)
+
+    make(prompts.select([0]), None).mean()  # whatever is made once
+    for bound in (12 * MIB, 30 * MIB):
+
+        def step(name, call, bound=bound):
             before = settled()
-            run(path, prompts, int(bound))
-            found[path].append(resident("VmHWM") - before)
-    print(json.dumps(found))
+            made = call()
+            found[name].append((bound, resident("VmHWM") - before))
+            return made
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "cache.safetensors"
+            cache = step("make", lambda bound=bound: make(prompts, bound))
+            assert cache.n_bytes > 2 * bound, f"{cache.n_bytes} bytes are too few for the bound {bound}"
+            step("mean", cache.mean)
+            step("save", functools.partial(cache.save, file))
+            step("load", lambda file=file, bound=bound: fvlens.ActivationCache.load(file, max_memory=bound).mean())
+    return {f"cache, {name}": peaks for name, peaks in found.items()}
 
 
-def main(kind, paths, *bounds):
+def main():
     torch.set_num_threads(1)
-    if kind == "steered":
-        steered(paths, *bounds)
-        return
-    if kind == "cache":
-        caches(paths, *bounds)
-        return
-    model = bridged(6) if kind == "bridge" else random_model(**SHAPE)
-    g = torch.Generator().manual_seed(0)
-    pairs = fvlens.load_relation("antonym")
-    clean = fvlens.build_prompts(model, pairs, n_prompts=2, n_shots=2, generator=g)
-    prompts = fvlens.build_prompts(model, pairs, n_prompts=32, n_shots=14, labels="permuted", generator=g)
-    means = fvlens.mean_head_activations(model, clean, progress=False)
-    found = {}
-    for path in paths.split(","):
-        fvlens.indirect_effects(model, prompts.select([0]), means, path=path, progress=False)  # whatever is made once
-        found[path] = []
-        for bound in bounds:
-            before = settled()
-            fvlens.indirect_effects(model, prompts, means, path=path, max_memory=int(bound), progress=False)
-            found[path].append(resident("VmHWM") - before)
+    model = random_model(**SHAPE)
+    found = {"effects, weights, freed as glibc likes": effects(model, "weights", 24 * MIB, 80 * MIB)}
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536) == 1
+    found["effects, weights"] = effects(model, "weights", 24 * MIB, 80 * MIB)
+    found["effects, kv"] = effects(model, "kv", 32 * MIB, 96 * MIB)
+    found["effects, bridge"] = effects(bridged(6), "kv", 24 * MIB, 72 * MIB)
+    found |= caches(model)
+    found["training"] = steered(model)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

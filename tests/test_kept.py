@@ -8,7 +8,7 @@ from conftest import needs_hooked, random_model
 
 import fvlens
 from fvlens.suffix import SteeredPrompts, _kept
-from fvlens.suffix._memory import Estimate
+from fvlens.suffix._estimate import Estimate
 
 pytestmark = needs_hooked
 
@@ -20,10 +20,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts(model):
-    """3,000 bare queries with answers of one token and of several."""
+    """2,000 bare queries with answers of one token and of several."""
     pairs = [pair for name in fvlens.list_relations() for pair in fvlens.load_relation(name).pairs]
     generator = torch.Generator().manual_seed(0)
-    return fvlens.build_prompts(model, [], queries=pairs[:3000], n_shots=0, generator=generator)
+    return fvlens.build_prompts(model, [], queries=pairs[:2000], n_shots=0, generator=generator)
 
 
 def kept_prompts(model, prompts, path, max_memory=None):
@@ -61,7 +61,7 @@ def read_all(kept, rows, vectors, size):
 def test_thousands_of_queries_go_in_slices_inside_the_bound(model, prompts, path, monkeypatch):
     g = torch.Generator().manual_seed(1)
     vectors = torch.randn(len(prompts), model.cfg.d_model, generator=g, dtype=torch.float64)
-    rows = torch.randperm(len(prompts), generator=g)[:600]
+    rows = torch.randperm(len(prompts), generator=g)[:300]
     plain = kept_prompts(model, prompts, path)
     expected, everything = read_all(plain, rows, vectors, 200)
     assert plain._all_fit

@@ -3,14 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,8 +29,9 @@ from fvlens.suffix import (
     plan_slices,
     run_prefix,
 )
+from fvlens.suffix._estimate import Estimate
+from fvlens.suffix._halving import is_out_of_memory
 from fvlens.suffix._layout import is_laid_out, laid_out
-from fvlens.suffix._memory import Estimate, is_out_of_memory
 from fvlens.types import Head
 
 PAIRS = [("hot", "coldishness"), ("big", "smallx"), ("happy", "sad"), ("up", "zzqq"), ("wet", "dry"), ("in", "out")]
@@ -251,7 +247,7 @@ def test_filter_set(model):
         return fvlens.filter_correct(model, pairs, demonstrations=right, n_shots=2, generator=seeded(), **size)
 
     expected = run()
-    assert 3 < len(expected) < len(pairs) - 3
+    assert 2 < len(expected) < len(pairs) - 2
     with starving(model, 6):
         found, caught = quiet(run)
     assert [(kind, new) for kind, old, new in halvings(caught, "filter_correct")][:1] == [("prompts", 6)]
@@ -597,37 +593,3 @@ def test_less_is_kept_from_a_higher_layer(from_layer, keep_z):
     size = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     planned = 3 * Estimate.of(model).kept(40, 2, from_layer=from_layer, keep_z=keep_z)
     assert size <= planned <= 1.2 * size + 3
-
-
-# --- the memory of a process against the bound ---
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux sets the high-water mark back")
-@pytest.mark.parametrize(
-    "kind, paths, keeps",
-    [
-        ("hooked", "weights,kv", False),
-        ("bridge", "kv", False),
-        ("hooked", "weights", True),
-        ("steered", "weights", False),
-    ],
-)
-def test_a_process_stays_inside_the_bound(kind, paths, keeps):
-    """With every larger block given back to the system, as the bound counts, or as glibc does it by itself.
-
-    What glibc keeps differs between equal runs: in 24 of them 1.4 to 2.1 times the lower bound.
-    """
-    bounds = [(64 if kind == "steered" else 48) * 2**20, 192 * 2**20]
-    script = Path(__file__).with_name("peak_memory.py")
-    command = [sys.executable, str(script), kind, paths, *map(str, bounds)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment |= {} if keeps else {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == paths.split(",")
-    for path, peaks in found.items():
-        for bound, peak in zip(bounds, peaks, strict=True):
-            assert peak <= (2.5 if keeps else 1.1) * bound, (path, peaks, bounds)
-        assert peaks[1] >= 2 * peaks[0], (path, peaks)  # more memory is put to use
-        assert peaks[1] >= 0.5 * bounds[1], (path, peaks, bounds)
