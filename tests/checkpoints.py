@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from conftest import TOKENIZER
+from conftest import TOKENIZER, seeded
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
@@ -136,3 +136,18 @@ def hugging_face(folder: str | Path, *, dtype: torch.dtype = torch.float32):
             folder, local_files_only=True, dtype=dtype, attn_implementation="eager"
         )
     return loaded.eval()
+
+
+def random_tokens(n_vocab, shape=(3, 17)):
+    return torch.randint(1, n_vocab, shape, generator=seeded(1))
+
+
+def relative_difference(mine, reference, tokens, mask=None):
+    """Largest difference of the logits at real tokens over the largest logit; positions count real tokens only."""
+    mask = torch.ones_like(tokens) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        expected = reference(tokens, attention_mask=mask, position_ids=positions).logits
+        found = mine(tokens) if bool(mask.all()) else mine(tokens, attention_mask=mask)
+    assert expected.std() > 0.3  # not trivially alike
+    return float((found - expected)[mask.bool()].abs().max() / expected.abs().max())

@@ -12,6 +12,7 @@ import jaxtyping
 jaxtyping.install_import_hook("fvlens", "checked.check")
 
 import dataclasses
+import gc
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,12 @@ from fvlens.models import quiet_deprecation
 from fvlens.report import results_json, run_relation
 from fvlens.suffix import has_hooks
 from fvlens.universal import read_heads
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections, one before each smaller batch, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +58,10 @@ TOKENIZER = Path(__file__).parent / "tokenizer"
 
 HAS_HOOKED = version("transformer-lens").split(".")[0] == "3"
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="HookedTransformer is gone from TransformerLens 4 on")
+
+
+BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
+both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def random_model(**overrides):
@@ -106,6 +117,20 @@ def models():
     from architectures import built
 
     return built
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Name of an architecture -> its tiny checkpoint, made on first use."""
+    from checkpoints import save
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name):
+        folder = root / name
+        return folder if folder.is_dir() else save(name, folder)
+
+    return get
 
 
 def seeded(seed=0):

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, hugging_face, save
-from conftest import HAS_HOOKED, TOKENIZER, needs_hooked, seeded
+from checkpoints import VOCABULARY, hugging_face
+from conftest import HAS_HOOKED, TOKENIZER, both, needs_hooked, seeded
 from transformers import AutoTokenizer
 
 import fvlens
@@ -17,21 +17,7 @@ from fvlens.models import _adapters, _heads, _load, _native, _quantized, fingerp
 from fvlens.models._named_files import lies_inside
 from fvlens.types import is_bridge
 
-BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
-both = pytest.mark.parametrize("backend", BACKENDS)
 TOKENS = torch.randint(1, VOCABULARY, (2, 17), generator=seeded(1))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Name of an architecture -> its tiny checkpoint, made on first use."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def get(name):
-        folder = root / name
-        return folder if folder.is_dir() else save(name, folder)
-
-    return get
 
 
 @pytest.fixture
