@@ -15,7 +15,7 @@ def process(*args, **changes):
     """Run a command as a user does."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **changes}
     return subprocess.run(
-        [sys.executable, "-m", "fvlens.cli", *map(str, args)],
+        [sys.executable, "-m", "fvlens", *map(str, args)],
         capture_output=True,
         text=True,
         env=environment,

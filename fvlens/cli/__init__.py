@@ -1,8 +1,9 @@
 """Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
-``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``.
+``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``, ``explain``.
 
 One file holds a group of commands. Options are made from the dataclasses of settings that they fill (``_options.py``);
-whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Errors are one line with
+whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Words are explained in
+one place (``_glossary.py``), which help pages end with. Errors are one line with
 a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
 """
 
@@ -10,6 +11,8 @@ import typer
 
 from fvlens.cli._analogies import analogies, analogy, compose
 from fvlens.cli._app import app, err, main, out
+from fvlens.cli._explain import explain
+from fvlens.cli._glossary import help_note
 from fvlens.cli._heads import heads, universal
 from fvlens.cli._inject import inject
 from fvlens.cli._library import models
@@ -25,6 +28,7 @@ compare, sensitivity = (study_command(STUDIES[name]) for name in ("compare", "se
 
 COMMANDS = (
     run, rerun, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies, sensitivity,
+    explain,
 )  # fmt: skip
 """In the order in which the help lists them."""
 
@@ -32,4 +36,4 @@ for _command in COMMANDS:
     if isinstance(_command, typer.Typer):
         app.add_typer(_command)
     else:
-        app.command()(_command)
+        app.command(epilog=help_note(_command.__name__))(_command)

@@ -1,5 +1,7 @@
 """The command line itself: what it prints to, and how errors and interruptions end it."""
 
+import importlib.metadata
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,14 +11,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 _usual_format = warnings.formatwarning
 
+
+class Commands(TyperGroup):
+    """The commands; without one it says what to do first."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Of an empty line nothing is run."""
+        if not args and not ctx.resilient_parsing:  # a shell that completes a line parses it, too
+            say(_FIRST)
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     name="fvlens",
     help="Find, measure and combine function vectors in transformer language models.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -27,8 +41,40 @@ command_line: ContextVar[list[str] | None] = ContextVar("command line", default=
 """What :func:`main` was given, recorded with a run."""
 
 
+_FIRST = """\
+fvlens finds, measures and combines function vectors in language models. First:
+
+  fvlens run antonym
+      the whole chain on the embedded model, with a report
+  fvlens relations check pairs.csv --model smollm2-135m
+      what word pairs of your own are worth to a model
+  fvlens run pairs.csv --model smollm2-135m
+      the whole chain on them
+
+A model is a name, a folder or a GGUF file; `fvlens models` says which names.
+`fvlens --help` lists all commands, `fvlens explain` what their words mean."""
+"""What to do first."""
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        of = importlib.metadata.version
+        say(
+            f"fvlens {of('fvlens')} (Python {platform.python_version()}, torch {of('torch')}, TransformerLens "
+            f"{of('transformer-lens')}, transformers {of('transformers')})"
+        )
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is, and of what it stands on.", callback=_version, is_eager=True
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
     ] = False,
@@ -60,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"] or ["--help"]
+    args = [arg for arg in args if arg != "--debug"]
     command = typer_main.get_command(app)
     command_line.set(["fvlens", *args])
     warnings.formatwarning = _in_one_line

@@ -14,14 +14,26 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, official_names
 from fvlens.prompts import TEMPLATES, Template, read_template
-from fvlens.relations import plain_name
+from fvlens.relations import list_relations, plain_name
 
 RelationArgument = Annotated[
-    str, typer.Argument(help="Name of a library relation (see `fvlens relations`), or a file of your own word pairs.")
+    str,
+    typer.Argument(
+        help="Name of a library relation (see `fvlens relations`), or a file of your own word pairs.",
+        autocompletion=lambda: list_relations(),
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+COMPLETED: Mapping[str, Callable[[], list[str]]] = {
+    "model": lambda: [*EMBEDDED_MODELS, *PACKAGED_MODELS, *official_names()],
+    "template": lambda: list(TEMPLATES),
+}
+"""What a shell offers for the values of a field."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +74,11 @@ class Fields:
                 text += f" [default: {default}]"
             if get_origin(field.type) is tuple:  # given once for each of its values
                 type_ = list[get_args(field.type)[0]]
-            option = Annotated[type_ | None, typer.Option(option_name(field.name), help=text, show_default=False)]
+            offered = COMPLETED.get(field.name)
+            option = Annotated[
+                type_ | None,
+                typer.Option(option_name(field.name), help=text, show_default=False, autocompletion=offered),
+            ]
             made.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option))
         return made
 

@@ -8,6 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from fvlens.cli._app import out, say
+from fvlens.cli._glossary import help_note
 from fvlens.cli._options import Fields, SeedOption, spread, template
 from fvlens.relations import Reading, Relation, list_relations, load_relation, reading_of, readings_of
 from fvlens.report import Loading
@@ -72,7 +73,7 @@ def relations(
     return list_relations(category, family=family, domain=domain)
 
 
-@app.command()
+@app.command(epilog=help_note("check"))
 @spread
 def check(
     file: Annotated[str, typer.Argument(help="A file of word pairs, a folder of them, or a library relation.")],

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from fvlens.cli._app import say, wrote
+from fvlens.cli._glossary import help_note
 from fvlens.cli._loading import allowed_loading
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
 from fvlens.cli._relations import names_of
@@ -147,7 +148,7 @@ class Studies(TyperGroup):
         """Without a name: the list of all, a line each."""
         from fvlens.studies import STUDIES
 
-        if not args:
+        if not args and not ctx.resilient_parsing:  # a shell that completes a line parses it, too
             width = max(map(len, STUDIES))
             for name, one in STUDIES.items():
                 say(f"{name:<{width}}  {one.summary}")
@@ -171,7 +172,7 @@ class Studies(TyperGroup):
         if cmd_name not in STUDIES:
             raise ValueError(f"no study named {cmd_name!r}; expected one of {', '.join(STUDIES)}.")
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(cmd_name)(study_command(STUDIES[cmd_name]))
+        alone.command(cmd_name, epilog=help_note("study"))(study_command(STUDIES[cmd_name]))
         return get_command(alone)
 
 

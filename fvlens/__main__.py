@@ -1,0 +1,5 @@
+"""``python -m fvlens``: the commands."""
+
+from fvlens.cli import main
+
+main()
