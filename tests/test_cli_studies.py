@@ -87,7 +87,7 @@ def test_write_keeps_the_tables_with_the_project(call, tmp_path, monkeypatch):
     root = tmp_path / "project"
     root.mkdir()
     (root / "README.md").write_text("<!-- study fake -->\n<!-- end study fake -->\n")
-    monkeypatch.setattr(fvlens.studies, "project_root", lambda: root)
+    monkeypatch.setattr(fvlens.studies, "root_for", lambda study: root)
     code, out, _ = call("study", "fake", "--out", tmp_path / "out", "--write")
     assert code == 0 and "6 of 6 cells." in (root / "README.md").read_text()
     assert f"wrote {root / 'assets' / 'measured' / 'fake' / 'means.csv'}" in out

@@ -519,7 +519,7 @@ def test_pages_quote_what_was_measured():
     root, wrong = project_root(), []
     for study in STUDIES.values():
         tables = read_measured(root, study)
-        size = sum(file.stat().st_size for file in measured_folder(root, study).glob("*"))
+        size = sum(file.stat().st_size for file in measured_folder(root, study).rglob("*") if file.is_file())
         if size > measured_module.MOST_BYTES:
             wrong.append(f"{study.name}: {size} bytes")
         if tables and not pages(root, study):
@@ -542,13 +542,13 @@ def test_every_study_goes_to_other_processes():
 
 def test_studies_are_listed_under_their_names():
     assert list(STUDIES) == [
-        "universal", "screening", "precision", "start", "compute", "measure", "analogies", "compare", "training-size",
-        "layer", "scale", "l2", "init", "sensitivity",
+        "universal", "screening", "precision", "start", "compute", "measure", "claims", "claims-size", "analogies",
+        "compare", "training-size", "layer", "scale", "l2", "init", "sensitivity",
     ]  # fmt: skip
     for name, study in STUDIES.items():
         cells = study.cells(Settings(seed=3))
         assert study.name == name and "\n" not in study.summary
-        assert {cell.seed for cell in cells} == ({3, 4, 5} if name in ("measure", "analogies") else {3})
+        assert {cell.seed for cell in cells} == ({3, 4, 5} if name in ("measure", "claims", "analogies") else {3})
         assert len(cells) == len(set(cells)) > 5
 
 

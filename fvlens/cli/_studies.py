@@ -66,9 +66,9 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
     ) -> None:
         from fvlens.files import write_text
         from fvlens.pages import write_figure
-        from fvlens.studies import project_root, write_measured
+        from fvlens.studies import root_for, write_measured
 
-        root = project_root() if write else None  # before hours of work
+        root = root_for(study) if write else None  # before hours of work
         folder = result_folder(folder, f"study-{study.name}")
         chosen = (*(names or ()), *(relations or ()))
         settings = study_settings(study, loading, given, relations=chosen or None, seed=seed, threads=threads)

@@ -8,6 +8,7 @@ This room imports plotly, so the rest of the package imports it inside its ``.pl
 """
 
 from fvlens.plots._bars import bars, decoded
+from fvlens.plots._dots import dots
 from fvlens.plots._input import Number, Numbers
 from fvlens.plots._lines import curves, line_sweep
 from fvlens.plots._maps import heatmap, relation_map, similarity
@@ -29,6 +30,7 @@ __all__ = [
     "bars",
     "curves",
     "decoded",
+    "dots",
     "heatmap",
     "line_sweep",
     "relation_map",

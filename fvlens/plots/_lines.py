@@ -18,7 +18,6 @@ from fvlens.plots._input import (
 )
 from fvlens.plots._style import (
     ACCENT,
-    CHARACTER,
     GREY,
     LINES,
     PAPER,
@@ -27,6 +26,7 @@ from fvlens.plots._style import (
     WIDTH,
     label_margin,
     layout,
+    legend_above,
     on_two_lines,
     plain,
     reach,
@@ -114,7 +114,7 @@ def line_sweep(
     places = spread(levels, tallest / (height - 150))
     for i, (value, text, place) in enumerate(zip(compared.values(), texts, places, strict=True)):
         colour, dash = REFERENCES[i % len(REFERENCES)], REFERENCE_DASHES[i % len(REFERENCE_DASHES)]
-        _add_reference(figure, value, text, place, colour=colour, dash=dash)
+        add_reference(figure, value, text, place, colour=colour, dash=dash)
 
     # the marked point's value stands above it, at the figure's edge beside it
     if marked is not None:
@@ -218,14 +218,12 @@ def curves(
     right = label_margin(list(compared), 33) if compared else 24
     places = spread([(value - bottom) / (top - bottom) for value in compared.values()], 34 / (height - 180))
     for (name, value), place in zip(compared.items(), places, strict=True):
-        _add_reference(figure, value, f"{on_two_lines(name)}<br>{value:.3g}", place, colour=GREY, dash="dot")
+        add_reference(figure, value, f"{on_two_lines(name)}<br>{value:.3g}", place, colour=GREY, dash="dot")
 
-    # the legend above takes as many rows as its entries need; each has a sample of its line before the name
-    entry = round(CHARACTER * max(len(name) for name in lines)) + 8
-    n_rows = math.ceil(len(lines) / max(1, (WIDTH - 64 - right) // (entry + 46)))
+    # the legend above takes as many rows as its entries need
+    legend, n_rows = legend_above(list(lines), WIDTH - 64 - right)
     shared = layout(title, height=height + 20 * (n_rows - 1), note=note)
     shared["margin"] |= {"r": right, "t": shared["margin"]["t"] + 6 + 20 * n_rows}
-    legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "entrywidth": entry}
     figure.update_layout(**shared, showlegend=True, legend=legend)
 
     # plotly wants the ends of a logarithmic axis as exponents, its ticks as values
@@ -264,7 +262,7 @@ def _hover(
     return [f"{text}<br>interval: {low:.4g} to {high:.4g}" for text, low, high in zip(texts, lows, highs, strict=True)]
 
 
-def _add_reference(figure: go.Figure, value: Number, text: str, place: float, *, colour: str, dash: str) -> None:
+def add_reference(figure: go.Figure, value: Number, text: str, place: float, *, colour: str, dash: str) -> None:
     """A horizontal line at ``value``, its text at the right edge, at ``place`` of the height (0..1)."""
     figure.add_shape(
         type="line", xref="paper", x0=0, x1=1, y0=value, y1=value, layer="below",

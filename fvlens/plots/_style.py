@@ -1,6 +1,7 @@
 """The house style: colours, the shared layout, and how labels find room on a figure that is 700 pixels wide."""
 
 import html
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -116,6 +117,13 @@ def cut(label: str, most: int = 24) -> str:
 def label_margin(labels: Sequence[str], most: int) -> int:
     """Pixels for the longest label, which is wrapped or cut at ``most`` characters."""
     return round(26 + CHARACTER * min(most, max((len(label) for label in labels), default=0)))
+
+
+def legend_above(names: Sequence[str], inside: Number) -> tuple[dict, int]:
+    """A legend above the figure, ``inside`` pixels wide, and its rows; each name has a sample before it."""
+    entry = round(CHARACTER * max(map(len, names))) + 8
+    n_rows = math.ceil(len(names) / max(1, inside // (entry + 46)))
+    return {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "entrywidth": entry}, n_rows
 
 
 def font_size(cell: Number) -> int:

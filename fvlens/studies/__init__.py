@@ -6,10 +6,19 @@
 """
 
 from fvlens.studies._analogies import ANALOGIES
+from fvlens.studies._claims import CLAIMS
+from fvlens.studies._claims_size import CLAIMS_SIZE
 from fvlens.studies._compare import COMPARE
 from fvlens.studies._compute import COMPUTE
 from fvlens.studies._measure import MEASURE
-from fvlens.studies._measured import measured_folder, pages, project_root, read_measured, write_measured
+from fvlens.studies._measured import (
+    measured_folder,
+    pages,
+    project_root,
+    read_measured,
+    root_for,
+    write_measured,
+)
 from fvlens.studies._precision import PRECISION
 from fvlens.studies._runner import Kept, Outcome, read_cell, run_study
 from fvlens.studies._screening import SCREENING
@@ -40,12 +49,14 @@ __all__ = [
     "project_root",
     "read_cell",
     "read_measured",
+    "root_for",
     "run_study",
     "write_measured",
 ]
 
 _LISTED = (
-    UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, MEASURE, ANALOGIES, COMPARE, *TRAINED, SENSITIVITY,
+    UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, MEASURE, CLAIMS, CLAIMS_SIZE, ANALOGIES, COMPARE, *TRAINED,
+    SENSITIVITY,
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _LISTED}
 """All studies by name, in the order in which they are listed."""

@@ -28,7 +28,7 @@ from fvlens.scoring import Scores, score
 from fvlens.studies._measure_pages import EXCERPTS, whole
 from fvlens.studies._shelf import Shelf
 from fvlens.studies._study import Cell, Row, Settings, Study, Value, every
-from fvlens.studies._tables import mean_with_interval
+from fvlens.studies._tables import mean_with_interval, seed_means
 from fvlens.training import finetune, finetune_many
 from fvlens.vectors import FunctionVector, random_vector_like
 
@@ -240,7 +240,6 @@ def _known_answers() -> Mapping[str, set[str]]:
 # --- tables ---
 
 _AIE = re.compile(r"aie_(\w+)_L(\d+)H(\d+)")
-_NO_SCORES = ("relation", "seed", "stage", "others")
 
 
 def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":
@@ -265,17 +264,6 @@ def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":
         for name, row in by_relation.items()
     ]
     return {"quantities": pd.DataFrame(lines), "heads": pd.DataFrame(heads), "relations": pd.DataFrame(relations)}
-
-
-def seed_means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Of each relation every score's mean over the seeds that are there."""
-    collected: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        own = collected.setdefault(str(row["relation"]), {})
-        for key, value in row.items():
-            if key not in _NO_SCORES:
-                own.setdefault(key, []).append(float(value))
-    return {name: {key: _mean(found) for key, found in row.items()} for name, row in collected.items()}
 
 
 MEASURE = Study(

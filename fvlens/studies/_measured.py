@@ -1,11 +1,12 @@
 """Measured tables that are kept with the project, and the pages that quote them."""
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvlens.files import read_text, table_text, write_text
+from fvlens.files import read_text, replacing, table_text, write_text
 from fvlens.studies._runner import Outcome
 from fvlens.studies._study import Study
 
@@ -25,6 +26,21 @@ def project_root() -> Path:
     root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
         raise ValueError(f"--write: {root} is no checkout of fvlens; measured tables are kept only there.")
+    return root
+
+
+def root_for(study: Study) -> Path:
+    """:func:`project_root`, after it was asked whether the study's figures can be drawn: before hours of work.
+
+    Raises:
+        ValueError: this is an installed package; pages show figures of the study, and what draws them is missing.
+    """
+    root = project_root()
+    if study.pictures and importlib.util.find_spec("kaleido") is None:
+        raise ValueError(
+            f"--write: pages show a figure of the study {study.name}, and kaleido, which draws it, is not installed; "
+            "expected it, pip install kaleido, and a Chromium or Chrome."
+        )
     return root
 
 
@@ -64,7 +80,8 @@ def pages(root: Path, study: Study) -> list[Path]:
 
 
 def write_measured(outcome: Outcome, root: Path) -> list[Path]:
-    """Keep a study's tables under ``assets/measured`` and put them into the pages that quote it.
+    """Keep a study's tables under ``assets/measured``, the figures that pages show under ``assets``, and put the tables
+    into the pages that quote it.
 
     Raises:
         ValueError: cells are missing; the tables are too large.
@@ -79,6 +96,12 @@ def write_measured(outcome: Outcome, root: Path) -> list[Path]:
     folder = measured_folder(root, study)
     folder.mkdir(parents=True, exist_ok=True)
     written = [write_text(folder / f"{name}.csv", text) for name, text in texts.items()]
+    figures = outcome.figures() if study.pictures else {}
+    for name in figures.keys() & {*study.pictures}:
+        picture = root / "assets" / f"{name}.png"
+        with replacing(picture) as file:
+            file.write(figures[name].to_image(format="png", scale=2))
+        written.append(picture)
     # from the files, not from memory: that is what the test compares pages with
     tables = read_measured(root, study)
     quotes = {marker: text(tables) + "\n" for marker, text in quotable(study).items()}

@@ -233,6 +233,7 @@ class Study:
             None without such a file.
         shares: whether cells need what others make.
         excerpts: by name, what pages quote that have no room for all of ``markdown``, or another subject.
+        pictures: names of figures that pages show; they are kept as ``assets/NAME.png``.
     """
 
     name: str
@@ -251,3 +252,4 @@ class Study:
     made_on: Callable[[Any], Fingerprint | None] = no_file
     shares: bool = False
     excerpts: "Mapping[str, Callable[[Mapping[str, pd.DataFrame]], str]]" = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()

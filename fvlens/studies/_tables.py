@@ -11,6 +11,9 @@ from fvlens.studies._study import DEFAULTS, Row
 if TYPE_CHECKING:
     import pandas as pd
 
+_RESAMPLES = 2000
+"""Of a ratio."""
+
 Columns = Mapping[str, tuple[str, int]]
 """Key of a score -> its heading and digits."""
 
@@ -23,6 +26,29 @@ def mean_with_interval(values: Sequence[float], seed: int) -> dict[str, float]:
         return dict.fromkeys(("mean", "low", "high"), float("nan"))
     interval = bootstrap_interval(found, generator=torch.Generator().manual_seed(seed))
     return {"mean": float(found.mean()), "low": interval.low, "high": interval.high}
+
+
+def ratio_with_interval(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, float]:
+    """Ratio of the means of two paired scores, and its 95% bootstrap interval over pairs; NaN without any, or where the
+    mean below is 0."""
+    above, below = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
+    if not len(above) or float(below.sum()) == 0:
+        return dict.fromkeys(("mean", "low", "high"), float("nan"))
+    drawn = torch.randint(len(above), (_RESAMPLES, len(above)), generator=torch.Generator().manual_seed(seed))
+    ratios = above[drawn].sum(dim=1) / below[drawn].sum(dim=1)
+    low, high = ratios[ratios.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": float(above.sum() / below.sum()), "low": low, "high": high}
+
+
+def seed_means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Of each relation every number's mean over the seeds that are there; texts are no numbers."""
+    collected: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        own = collected.setdefault(str(row["relation"]), {})
+        for key, value in row.items():
+            if key != "seed" and not isinstance(value, str):
+                own.setdefault(key, []).append(float(value))
+    return {name: {key: sum(found) / len(found) for key, found in own.items()} for name, own in collected.items()}
 
 
 def means_over_relations(rows: Sequence[Row], by: Sequence[str], scores: Sequence[str]) -> "pd.DataFrame":

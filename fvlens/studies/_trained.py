@@ -43,16 +43,21 @@ class SizeOptions(TrainedOptions):
             raise ValueError(f"sizes: expected numbers of at least 1, got {_listed(self.sizes)}.")
 
 
-_SIZE_TRAIN = 0.7
+SIZE_TRAIN = 0.7
 """Share of training pairs, larger than usual, as their number is what is studied."""
 
 
-def _size_cells(settings: Settings) -> list[Cell]:
+def size_cells(settings: Settings) -> list[Cell]:
+    """A cell for each relation and number of training pairs.
+
+    Raises:
+        ValueError: a relation has none of these sizes.
+    """
     options: SizeOptions = settings.chosen(SizeOptions)
     cells = []
     for name in every(_EVERY, settings):
         generator = torch.Generator().manual_seed(settings.seed)
-        most = len(load_relation(name).split(generator, train=_SIZE_TRAIN).train)
+        most = len(load_relation(name).split(generator, train=SIZE_TRAIN).train)
         sizes = [size for size in sorted(set(options.sizes)) if size <= most]
         if not sizes:
             raise ValueError(
@@ -64,7 +69,7 @@ def _size_cells(settings: Settings) -> list[Cell]:
 
 
 def _size_rows(cell: Cell, place: Workplace) -> list[dict[str, Value]]:
-    lab = place.lab(cell, SizeOptions, train=_SIZE_TRAIN)
+    lab = place.lab(cell, SizeOptions, train=SIZE_TRAIN)
     return place.told(at_size(lab, int(cell["size"])))
 
 
@@ -276,14 +281,19 @@ def _study(
     )  # fmt: skip
 
 
+def size_study(name: str, summary: str, options: type[SizeOptions], cells: Callable[[Settings], list[Cell]]) -> Study:
+    """The study of training pairs, under this name and with these cells."""
+    axis = Axis(
+        name, "Number of training pairs", "Training pairs", log_x=True,
+        over="test words, each word's mean over seeds (training pairs: over seeds)",
+    )  # fmt: skip
+    return _study(axis, summary, options, cells, _size_rows)
+
+
 TRAINED = (
-    _study(
-        Axis(
-            "training-size", "Number of training pairs", "Training pairs", log_x=True,
-            over="test words, each word's mean over seeds (training pairs: over seeds)",
-        ),
-        "fine-tuned vectors by the number of training pairs: top-1 on these and on unseen words",
-        SizeOptions, _size_cells, _size_rows,
+    size_study(
+        "training-size", "fine-tuned vectors by the number of training pairs: top-1 on these and on unseen words",
+        SizeOptions, size_cells,
     ),
     _study(
         Axis("layer", "Layer of the vector", "Added after layer", references=("bare",)),
