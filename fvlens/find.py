@@ -13,15 +13,19 @@ for those who need one alone.
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 
 from fvlens.activations import HeadMeans, mean_head_activations
+from fvlens.arguments import check_arguments
 from fvlens.attribution import IndirectEffects, Method, indirect_effects
 from fvlens.evaluation import SCALES, Evaluation, LayerScaleSweep, copied, layer_scale_sweep
+from fvlens.models import Fingerprint
 from fvlens.prompts import LABELS, Labels, Template, build_prompts, template_or
 from fvlens.relations import Pair, Pairs, Split, as_relation
+from fvlens.results import Result
+from fvlens.showing import named
 from fvlens.suffix import Route
 from fvlens.types import Head, HeadLike, as_heads
 from fvlens.vectors import FunctionVector, function_vector
@@ -52,7 +56,7 @@ def finished(part: _Part) -> _Part:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Found:
+class Found(Result):
     """A function vector, and all that led to it.
 
     Attributes:
@@ -64,6 +68,8 @@ class Found:
         vector: the vector at the chosen layer, with the chosen scale in it.
         cautions: what must be said of the choice; empty if nothing.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-found-1"
 
     split: Split
     means: HeadMeans
@@ -108,13 +114,19 @@ class Found:
             return None
         return self.unscaled.at_layer(self.sweep.at_scale(1).best_layer)
 
-    def __repr__(self) -> str:
-        name, one = self.vector.relation or "custom pairs", self.at_scale_one
+    def _made_on(self) -> Fingerprint | None:
+        return self.vector.fingerprint
+
+    def _line(self) -> str:
+        one = self.at_scale_one
         beside = "" if one is None else f"; at scale 1 {one.top1:.3f}"
         return (
-            f"Found({name}: {len(self.heads)} heads, layer {self.layer}, scale {self.scale:g}, top1 on "
-            f"{self.valid.n} validation queries {self.valid.top1:.3f}{beside})"
+            f"{named(self.vector.relation)}: {len(self.heads)} heads, layer {self.layer}, scale {self.scale:g}, top1 "
+            f"on {self.valid.n} validation queries {self.valid.top1:.3f}{beside}"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self.sweep._cells()
 
     def to_dataframe(self) -> "pd.DataFrame":
         """The sweep's: one row a layer and scale."""
@@ -200,6 +212,7 @@ def find_vector(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3.
     """
+    check_arguments(find_vector, locals(), runs=True)
     total = model.cfg.n_layers * model.cfg.n_heads
     chosen = None if heads is None else as_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
     if chosen is not None and (method != "exact" or recheck):
@@ -212,6 +225,10 @@ def find_vector(
     if labels == "true" or labels not in LABELS:
         corruptions = ", ".join(name for name in LABELS if name != "true")
         raise ValueError(f"find_vector: labels={labels!r}; expected a corruption, one of {corruptions}.")
+    if n_corrupted < 1 or n_shots < 1:
+        raise ValueError(
+            f"find_vector: expected n_corrupted and n_shots of at least 1, got {n_corrupted} and {n_shots}."
+        )
     split, name = _split_of(pairs, relation, generator)
     written = template_or(template, None if means is None else means.template)
     shared: dict[str, Any] = {"path": path, "max_memory": max_memory, "progress": progress}
@@ -254,7 +271,7 @@ def _split_of(
 ) -> tuple[Split, str]:
     """The split of whatever was given, and the task's name."""
     if isinstance(pairs, Split):
-        split, name = pairs, ""
+        split, name = pairs, pairs.name
     else:
         whole = as_relation(pairs, what="find_vector")
         split, name = whole.split(generator), whole.name

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,6 +37,8 @@ from fvlens.interventions import checked_additions, hooked, inject, resid_hook, 
 from fvlens.metrics import best_token, is_best, log_probability, rank
 from fvlens.models import model_device
 from fvlens.prompts import Prompts, with_answers
+from fvlens.results import Result
+from fvlens.showing import number
 from fvlens.suffix import (
     Edit,
     Reader,
@@ -60,8 +62,8 @@ Change = Steering | Variant | None
 """What is done to the model: a steering, such as a ``FunctionVector``; edits of the prompt's last token; or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+@dataclass(frozen=True, slots=True, repr=False)
+class Scores(Result):
     """What the model says to every prompt under every change.
 
     Attributes:
@@ -79,6 +81,8 @@ class Scores:
         complete: False if interrupted; ``prompts`` are those that were finished under every change.
     """
 
+    FORMAT: ClassVar[str] = "fvlens-scores-1"
+
     ranks: Int[Tensor, "change prompt"]
     first: Float[Tensor, "change prompt"]
     rest: Float[Tensor, "change prompt"]
@@ -94,6 +98,11 @@ class Scores:
     def whole(self) -> Float[Tensor, "change prompt"]:
         """Log-probability of the whole answer, in nats."""
         return self.first + self.rest
+
+    def _line(self) -> str:
+        right = ", ".join(number(share) for share in (self.ranks == 0).double().mean(dim=1).tolist()[:5])
+        more = ", ..." if len(self.ranks) > 5 else ""
+        return f"{self.ranks.shape[0]} changes of {self.ranks.shape[1]} prompts, top1: {right}{more}, path {self.path}"
 
 
 def score(

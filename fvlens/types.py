@@ -148,8 +148,8 @@ def as_texts(values: Any, what: str) -> tuple[str, ...]:
     return tuple(as_text(value, what) for value in as_list(values, what))
 
 
-def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Head]:
-    """Turn ``Head``s or ``(layer, head)`` pairs into checked ``Head``s.
+def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int, what: str = "heads") -> list[Head]:
+    """Turn ``Head``s or ``(layer, head)`` pairs into checked ``Head``s; ``what`` they are, for messages.
 
     Raises:
         ValueError: an entry is not a pair of integers, lies outside the model, or occurs twice.
@@ -157,14 +157,14 @@ def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int) -> list[Hea
     result: list[Head] = []
     for entry in heads:
         if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(map(_is_index, entry)):
-            raise ValueError(f"heads: expected (layer, head) pairs of integers, got {entry!r}.")
+            raise ValueError(f"{what}: expected (layer, head) pairs of integers, got {entry!r}.")
         head = Head(int(entry[0]), int(entry[1]))
         if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
             raise ValueError(
-                f"heads: {head} does not exist: the model has layers 0..{n_layers - 1} and heads 0..{n_heads - 1}."
+                f"{what}: {head} does not exist: the model has layers 0..{n_layers - 1} and heads 0..{n_heads - 1}."
             )
         if head in result:
-            raise ValueError(f"heads: {head} is listed twice; give each head once.")
+            raise ValueError(f"{what}: {head} is listed twice; give each head once.")
         result.append(head)
     return result
 

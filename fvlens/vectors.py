@@ -18,25 +18,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fvlens.activations import HeadMeans
+from fvlens.arguments import check_arguments, check_kinds
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.metrics import best_tokens
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, check_model
 from fvlens.prompts import Template, known_template, template_from, template_header
+from fvlens.showing import Shown, named
 from fvlens.suffix import wide_logits
 from fvlens.types import Head, HeadLike, as_flag, as_heads, as_list, as_text, as_whole
 
 FORMAT = "fvlens-vector-1"
 DISTRIBUTED_FORMAT = "fvlens-distributed-vector-1"
-
-
-def check_model(made_on: Fingerprint, model: Any, what: str) -> None:
-    differences = made_on.differences(fingerprint(model))
-    if differences:
-        raise ValueError(
-            f"{what} was made on model {made_on.name!r}, not on this one (vector / model: {'; '.join(differences)}); "
-            "pass check=False to use it all the same."
-        )
 
 
 def as_float32(values: Shaped[Tensor, "*axes"], what: str) -> Float[Tensor, "*axes"]:
@@ -54,8 +47,8 @@ def as_float32(values: Shaped[Tensor, "*axes"], what: str) -> Float[Tensor, "*ax
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class FunctionVector:
+@dataclass(frozen=True, slots=True, repr=False)
+class FunctionVector(Shown):
     """A vector of the residual stream that stands for a task.
 
     Attributes:
@@ -82,6 +75,8 @@ class FunctionVector:
     complete: bool = True
 
     def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("vector", "heads", "fingerprint")}
+        check_kinds("FunctionVector", FunctionVector, given)
         mark = self.fingerprint
         if self.vector.shape != (mark.d_model,):
             raise ValueError(
@@ -102,6 +97,13 @@ class FunctionVector:
         object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
         object.__setattr__(self, "template", known_template(self.template))
 
+    def _line(self) -> str:
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{named(self.relation)}, {self.kind}: {len(self.vector)} numbers after layer {self.layer}, "
+            f"{len(self.heads)} heads, norm {self.norm():.3f}, model {self.fingerprint.name!r}{part}"
+        )
+
     # -- steering -----------------------------------------------------------------------------------------------------
 
     def additions(self) -> Mapping[str, Float[Tensor, " d_model"]]:
@@ -110,7 +112,8 @@ class FunctionVector:
 
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vector was made on another model."""
-        check_model(self.fingerprint, model, f"the vector of {self.relation or self.kind!r}")
+        again = f"`fvlens run {self.relation}`" if self.relation else "`fvlens run`"
+        check_model(self.fingerprint, model, f"the vector of {self.relation or self.kind!r}", again=again)
 
     # -- arithmetic ---------------------------------------------------------------------------------------------------
 
@@ -315,6 +318,7 @@ def function_vector(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3, equation 6.
     """
+    check_arguments(function_vector, locals())
     chosen, means_z = _chosen(model, means, heads)
     vector = torch.zeros(model.cfg.d_model)
     for head in chosen:
@@ -342,8 +346,8 @@ def _chosen(model: Any, means: HeadMeans, heads: Iterable[HeadLike]) -> tuple[li
     return chosen, means.z
 
 
-@dataclass(frozen=True, slots=True)
-class DistributedVector:
+@dataclass(frozen=True, slots=True, repr=False)
+class DistributedVector(Shown):
     """A task injected where it arises: each chosen head's mean output is added to that head's own z.
 
     Attributes:
@@ -364,6 +368,8 @@ class DistributedVector:
     complete: bool = True
 
     def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("values", "heads", "fingerprint")}
+        check_kinds("DistributedVector", DistributedVector, given)
         mark = self.fingerprint
         expected = (mark.n_layers, mark.n_heads, mark.d_head)
         if self.values.shape != expected:
@@ -374,6 +380,16 @@ class DistributedVector:
         object.__setattr__(self, "values", as_float32(self.values, "DistributedVector: values"))
         object.__setattr__(self, "heads", tuple(as_heads(self.heads, mark.n_layers, mark.n_heads)))
         object.__setattr__(self, "template", known_template(self.template))
+
+    def _line(self) -> str:
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{named(self.relation)}, {self.kind}: {len(self.heads)} heads, norm {float(self.values.norm()):.3f}, "
+            f"model {self.fingerprint.name!r}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("head", "norm"), *((str(head), f"{float(self.values[head].norm()):.3f}") for head in self.heads)]
 
     def additions(self) -> Mapping[str, Float[Tensor, "head d_head"]]:
         """What :func:`fvlens.inject` adds: hook name of each layer's z -> values of its heads."""
@@ -458,6 +474,7 @@ def distributed_vector(
     References:
         arXiv:2606.05079 (from its code).
     """
+    check_arguments(distributed_vector, locals())
     chosen, means_z = _chosen(model, means, heads)
     values = torch.zeros_like(means_z)
     for head in chosen:
@@ -478,6 +495,7 @@ def random_vector_like(vector: FunctionVector, generator: torch.Generator) -> Fu
         vector: the vector to imitate.
         generator: source of randomness.
     """
+    check_arguments(random_vector_like, locals())
     direction = torch.randn(vector.vector.shape, generator=generator)
     return dataclasses.replace(
         vector,

@@ -31,7 +31,10 @@ def small_run(model) -> RunResult:
 TINY = RunOptions(n_shots=2, n_prompts=4, n_corrupted=3, n_heads=3, n_random=2, n_others=0, epochs=2)
 
 
-FILES = ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html")
+FILES = (
+    "vector.safetensors", "vector-finetuned.safetensors", "heads.csv", "effects.csv", "answers.csv", "results.json",
+    "report.html",
+)  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import cells, process
 from conftest import HAS_HOOKED
-from runs import small_run
+from runs import FILES, small_run
 
 import fvlens
 from fvlens import FunctionVector, cli
@@ -34,7 +34,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert {file.name for file in tmp_path.iterdir()} == {
-        "keep.txt", "results.json", "report.html", "vector.safetensors", "vector-finetuned.safetensors"
+        "keep.txt", *FILES
     }  # fmt: skip
     assert (tmp_path / "keep.txt").read_text() == "mine"
     read = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def test_run_writes_its_files_into_a_folder_that_holds_others(call, tmp_path):
         (row,) = [values for name, values in shown.items() if name.startswith(start)]
         low, high = read["intervals"][key]
         assert row == [f"{read[key]:.2f}", f"{low:.2f} to {high:.2f}"]
-    for name in ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html"):
+    for name in FILES:
         assert f"wrote {tmp_path / name}\n" in out
 
 
@@ -114,9 +114,7 @@ def test_results_go_to_a_folder_named_after_the_relation(call, model, monkeypatc
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("run", "antonym", "--quiet")
     assert code == 0
-    assert {file.name for file in (tmp_path / "fvlens-antonym").iterdir()} == {
-        "vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html"
-    }  # fmt: skip
+    assert {file.name for file in (tmp_path / "fvlens-antonym").iterdir()} == set(FILES)
     assert "wrote fvlens-antonym/report.html" in out
 
 
@@ -195,9 +193,9 @@ def test_rerun_gives_the_same_run(call, run_folder, tmp_path):
     again = run_folder.with_name("[1] run-rerun")
     assert lines.pop(0) == f"{run_folder / 'results.json'} names the model rel-small"
     assert lines[0] == "changed since the first run: nothing that the numbers depend on"
-    names = ("vector.safetensors", "vector-finetuned.safetensors", "results.json", "report.html")
-    assert lines[1:5] == [f"wrote {again / name}" for name in names]
-    assert re.fullmatch(r"the same run: \d+ numbers compared, all equal", lines[5])
+    n = 1 + len(FILES)
+    assert lines[1:n] == [f"wrote {again / name}" for name in FILES]
+    assert re.fullmatch(r"the same run: \d+ numbers compared, all equal", lines[n])
     read = json.loads((again / "results.json").read_text())
     assert read["command"] == ["fvlens", "rerun", str(run_folder), "--quiet"]
 

@@ -104,9 +104,9 @@ def test_the_table_can_be_read_and_saved(table, tmp_path):
     assert frame["method"].tolist() == NAMES
     assert frame["top1"].tolist() == [row.evaluation.top1 for row in table.rows]
     assert frame["kl"].tolist() == [row.collateral.divergences.double().mean().item() for row in table.rows]
-    text, values = table.save(tmp_path / "new")
-    assert (text.name, values.name) == ("compare.md", "compare.csv")
-    assert sorted(path.name for path in text.parent.iterdir()) == ["compare.csv", "compare.md"]
+    text, values, whole = table.save(tmp_path / "new")
+    assert (text.name, values.name, whole.name) == ("compare.md", "compare.csv", "compare.safetensors")
+    assert sorted(path.name for path in text.parent.iterdir()) == [values.name, text.name, whole.name]
     read = pd.read_csv(values)
     assert read["method"].tolist() == NAMES
     assert read["top1"].tolist() == pytest.approx(frame["top1"].tolist())

@@ -183,7 +183,7 @@ def test_the_dozen_lines_run(first, capsys):
     assert len(lines.splitlines()) <= 12
     made = {}
     exec(compile(lines, "README.md", "exec"), made)
-    assert capsys.readouterr().out.startswith("Evaluation(custom pairs, zero_shot, fine-tuned vector x 1, ")
+    assert capsys.readouterr().out.startswith("Evaluation(antonym, zero_shot, fine-tuned vector x 1, ")
     evaluate = made["fvlens"].evaluate
     bare, tuned = (evaluate(made["model"], made["split"].test, vector=vector, generator=made["g"]) for vector in (
         None, made["tuned"].vector

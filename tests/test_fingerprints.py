@@ -116,13 +116,13 @@ def test_a_training_step_changes_the_fingerprint(copy):
 
 def test_weights_are_hashed_once_until_they_change(copy, monkeypatch):
     calls = []
-    original = _fingerprint.weights_hash
+    original = _fingerprint.weights_marks
 
-    def counted(parameters):
+    def counted(parameters, d_vocab):
         calls.append(1)
-        return original(parameters)
+        return original(parameters, d_vocab)
 
-    monkeypatch.setattr(_fingerprint, "weights_hash", counted)
+    monkeypatch.setattr(_fingerprint, "weights_marks", counted)
     first = fingerprint(copy)
     with torch.inference_mode():
         copy(torch.tensor([[0, 1, 2]]))

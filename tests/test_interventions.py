@@ -366,7 +366,7 @@ def test_inject_refuses_a_batch_of_another_size(tiny):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_inject_refuses_a_scale_that_is_not_finite(tiny, scale):
-    with pytest.raises(ValueError, match=f"inject: expected a finite scale, got {scale}"):
+    with pytest.raises(ValueError, match=f"inject: scale: expected a finite number, got {scale}"):
         opened(inject(tiny, Fixed({resid_hook(0): torch.ones(32)}), scale=scale))
 
 

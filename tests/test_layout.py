@@ -288,7 +288,7 @@ def test_refresh_is_for_either_class_and_documented():
     ids=["short", "dense", "permuted", "transposed", "cut", "cut 3", "expanded", "scalar", "empty"],
 )
 def test_what_is_looked_at_is_what_the_storage_holds(numbers):
-    seen = _looks._spread(numbers)
+    seen = _looks.spread(numbers)
     assert seen.ndim == 1
     assert len(seen) <= _looks.N_SEEN
     assert (len(seen) > 0) == (numbers.numel() > 0)

@@ -401,7 +401,7 @@ def test_the_relation_is_recorded(model, generator):
     relation = load_relation("plural")
     split = relation.split(seeded())
     assert build_prompts(model, relation, n_prompts=1, generator=generator).relation == "plural"
-    assert build_prompts(model, split.train, n_prompts=1, generator=generator).relation == ""
+    assert build_prompts(model, tuple(split.train), n_prompts=1, generator=generator).relation == ""
     assert build_prompts(model, split.train, queries=relation, n_prompts=1, generator=generator).relation == "plural"
     assert build_prompts(model, split.train, n_prompts=1, relation="own", generator=generator).relation == "own"
 

@@ -104,6 +104,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "cautions": [],
         "exact": {name.removesuffix("_top1"): float(value.mean()) for name, value in scores.items()},  # of one token
         "n_first_tokens": len({pair.output for pair in result.split.test}),
+        "tables": {"heads": "heads.csv", "effects": "effects.csv", "answers": "answers.csv"},
         "pairs": None,
         "decoded": [[model.tokenizer.decode([t]), v] for t, v in zip(tokens.tolist(), logits.tolist(), strict=True)],
         "ffv_decoded": [list(pair) for pair in result.tuned.vector.decode(model)],

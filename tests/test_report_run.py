@@ -370,7 +370,9 @@ def test_without_training_all_other_numbers_are_the_same(model, result, numbers,
 
     write_run(result, tmp_path)
     files = write_run(plain, tmp_path)
-    assert [file.name for file in files] == ["vector.safetensors", "results.json", "report.html"]
+    assert [file.name for file in files] == [
+        "vector.safetensors", "heads.csv", "effects.csv", "answers.csv", "results.json", "report.html"
+    ]  # fmt: skip
     assert not (tmp_path / "vector-finetuned.safetensors").exists()  # it was of another run
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Fine-tuned vector" not in page.texts["h2"]

@@ -15,8 +15,9 @@ from fvlens.activations._means import HeadMeans
 from fvlens.activations._positions import Positions, position_mask
 from fvlens.activations._sites import SITES, as_layers, as_sites
 from fvlens.activations._store import Store
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, fingerprint, told_apart
 from fvlens.prompts import Prompts
+from fvlens.showing import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class ActivationCache:
+class ActivationCache(Shown):
     """Activations of prompts, with their coordinates and where they come from.
 
     ``cache["z"]`` is ``[layer prompt pos head d_head]``, ``cache["z", 5]`` that of layer 5 without the first axis, and
@@ -71,14 +72,14 @@ class ActivationCache:
     def __contains__(self, site: object) -> bool:
         return site in self.sites
 
-    def __repr__(self) -> str:
+    def _line(self) -> str:
         shapes = ", ".join(f"{site} {list(self.shape(site))}" for site in self.sites)
         place = f"in {len(self.store.files)} files" if self.store.files else "in memory"
         whole = "" if self.part is None else f", from prompt {self.part[0]} on of {self.part[1]} that ran"
-        return (
-            f"ActivationCache({shapes}, {self.dtype}, {self.n_bytes} bytes {place}, model {self.fingerprint.name!r}"
-            f"{whole})"
-        )
+        return f"{shapes}, {self.dtype}, {self.n_bytes} bytes {place}, model {self.fingerprint.name!r}{whole}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("site", "axes", "shape"), *((s, " ".join(self.axes(s)), str(list(self.shape(s)))) for s in self.sites)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -372,7 +373,7 @@ class ActivationCache:
 
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the cache was made on another model."""
-        differences = self.fingerprint.differences(fingerprint(model))
+        differences = told_apart(self.fingerprint, fingerprint(model), "the cache of activations")
         if differences:
             raise ValueError(
                 f"the activations were cached on model {self.fingerprint.name!r}, not on this one (cache / model: "

@@ -17,6 +17,7 @@ from fvlens.activations._positions import Positions, find_places
 from fvlens.activations._run import See, batches_within, watch
 from fvlens.activations._sites import SITES, as_layers, as_sites, axis_sizes, check_sites, hook_of
 from fvlens.activations._store import Store, memory_bound
+from fvlens.arguments import check_arguments
 from fvlens.files import TensorFile
 from fvlens.models import fingerprint
 from fvlens.prompts import Prompts
@@ -82,6 +83,7 @@ def activation_cache(
         >>> cache["pattern", 2].shape == (4, model.cfg.n_heads, *2 * prompts.tokens.shape[1:])
         True
     """
+    check_arguments(activation_cache, locals(), runs=True)
     names = as_sites(sites)
     chosen = as_layers(layers, range(model.cfg.n_layers))
     check_sites(model, names, chosen)

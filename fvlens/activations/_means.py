@@ -2,22 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fvlens.activations._positions import Positions, position_mask
+from fvlens.activations._positions import Positions, position_mask, position_names
 from fvlens.activations._run import See, batches_within, watch
+from fvlens.arguments import check_arguments
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, Template, get_template
+from fvlens.results import Result
+from fvlens.showing import named
 from fvlens.suffix import plan_batch
+from fvlens.types import as_whole
 
 
-@dataclass(frozen=True, slots=True)
-class HeadMeans:
+@dataclass(frozen=True, slots=True, repr=False)
+class HeadMeans(Result):
     """Mean head outputs over prompts, with where they come from.
 
     Attributes:
@@ -28,6 +32,8 @@ class HeadMeans:
         relation, template, n_shots, labels, data_hash: the prompts. A template's name gives the built-in one.
         batch_size: prompts that ran together at most; None where that is not known.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-head-means-1"
 
     z: Float[Tensor, "layer head d_head"]
     positions: Positions
@@ -41,7 +47,25 @@ class HeadMeans:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        mark = self.fingerprint
+        expected = (mark.n_layers, mark.n_heads, mark.d_head)
+        if self.z.shape != expected:
+            raise ValueError(f"HeadMeans: expected z of shape {expected}, the model's, got {tuple(self.z.shape)}.")
+        if self.positions not in position_names():
+            raise ValueError(f"positions={self.positions!r}; expected one of {', '.join(position_names())}.")
+        as_whole(self.n_prompts, "HeadMeans: n_prompts", 1)
         object.__setattr__(self, "template", get_template(self.template))
+
+    def _line(self) -> str:
+        return (
+            f"{named(self.relation)}: {self.z.shape[0]} layers x {self.z.shape[1]} heads x {self.z.shape[2]}, mean "
+            f"over {self.n_prompts} prompts at {self.positions}, model {self.fingerprint.name!r}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        norms = self.z.norm(dim=-1)
+        rows = [(f"{layer}", f"{row.mean():.3f}", f"{row.max():.3f}") for layer, row in enumerate(norms)]
+        return [("layer", "mean norm of heads", "largest"), *rows]
 
 
 def mean_head_activations(
@@ -84,6 +108,7 @@ def mean_head_activations(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3, equation 3.
     """
+    check_arguments(mean_head_activations, locals(), runs=True)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"mean_head_activations: expected batch_size >= 1, got {batch_size}.")
     cfg = model.cfg

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,14 @@ from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval, spearman, top_k_overlap
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template, get_template
+from fvlens.results import Result
 from fvlens.screens import SCREENS
+from fvlens.showing import MOST_CELLS, MOST_ROWS, Shown, map_html, named, number, table_html
 from fvlens.suffix import (
     Route,
     Weights,
 )
-from fvlens.types import Head
+from fvlens.types import Head, as_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +39,8 @@ def _names(method: Method) -> tuple[str, str]:
     return SCREENS[method].title, SCREENS[method].short
 
 
-@dataclass(frozen=True, slots=True)
-class Recheck:
+@dataclass(frozen=True, slots=True, repr=False)
+class Recheck(Shown):
     """Exact effects of the best heads of a screen.
 
     Attributes:
@@ -61,9 +63,14 @@ class Recheck:
         """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
         return _standard_error(self.cie)
 
+    def _line(self) -> str:
+        return (
+            f"{len(self.heads)} heads, {self.cie.shape[0]} prompts, largest exact AIE {number(float(self.aie.max()))}"
+        )
 
-@dataclass(frozen=True, slots=True)
-class ScreenQuality:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ScreenQuality(Shown):
     """How well a screen's scores agree with exact effects.
 
     Attributes:
@@ -82,9 +89,12 @@ class ScreenQuality:
     interval: Interval | None = None
     overlap_rechecked: float | None = None
 
+    def _line(self) -> str:
+        return f"{self.n_heads} heads, Spearman {number(self.spearman)}, top-{self.k} overlap {number(self.overlap)}"
 
-@dataclass(frozen=True, slots=True)
-class IndirectEffects:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class IndirectEffects(Result):
     """Causal indirect effects of every head on every prompt, or a screen's scores in their place.
 
     Attributes:
@@ -109,6 +119,8 @@ class IndirectEffects:
         compute: precision of the products, where it is not the model's own.
     """
 
+    FORMAT: ClassVar[str] = "fvlens-effects-1"
+
     cie: Float[Tensor, "prompt layer head"]
     baseline: Float[Tensor, " prompt"]
     path: Route
@@ -131,6 +143,23 @@ class IndirectEffects:
     compute: str | None = None
 
     def __post_init__(self) -> None:
+        mark = self.fingerprint
+        if self.cie.shape[1:] != (mark.n_layers, mark.n_heads) or not len(self.cie):
+            raise ValueError(
+                f"IndirectEffects: expected cie of {mark.n_layers} layers x {mark.n_heads} heads and at least one "
+                f"prompt, got {tuple(self.cie.shape)}."
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"IndirectEffects: method={self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.answer not in ("first", "whole"):
+            raise ValueError(f"IndirectEffects: answer={self.answer!r}; expected first or whole.")
+        if self.recheck is not None:
+            as_heads(self.recheck.heads, mark.n_layers, mark.n_heads)
+            if self.recheck.cie.shape != (len(self.cie), len(self.recheck.heads)):
+                raise ValueError(
+                    f"IndirectEffects: expected a recheck of {len(self.cie)} prompts and {len(self.recheck.heads)} "
+                    f"heads, got {tuple(self.recheck.cie.shape)}."
+                )
         object.__setattr__(self, "template", get_template(self.template))
 
     @property
@@ -336,6 +365,27 @@ class IndirectEffects:
             interval=None if generator is None else _interval(self.cie, exact.cie, level, n_resamples, generator),
             overlap_rechecked=None if self.recheck is None else len(found & best) / k,
         )
+
+    def _line(self) -> str:
+        n_prompts, n_layers, n_heads = self.cie.shape
+        best = self.ranking[0]
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{named(self.relation)}, {self.labels} labels, {self.method}: {n_prompts} prompts, {n_layers} layers x "
+            f"{n_heads} heads, model {self.fingerprint.name!r}, best {best} with {self.score} "
+            f"{float(self.aie[best]):.3f}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        stderr = self.stderr
+        rows = [(str(h), f"{float(self.aie[h]):+.4f}", number(float(stderr[h]), 4)) for h in self.ranking[:MOST_ROWS]]
+        return [("head", self.score, "standard error"), *rows]
+
+    def _repr_html_(self) -> str:
+        """A small map of the effects; of a model with many heads, a table of the best."""
+        if self.aie.numel() > MOST_CELLS:
+            return table_html(repr(self), self._cells())
+        return map_html(repr(self), self.aie.tolist(), row="layer", column="head")
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a prompt and head: ``prompt, layer, head, cie, baseline``.

@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.activations import HeadMeans, Positions, position_mask
+from fvlens.arguments import check_arguments
 from fvlens.attribution._effects import METHODS, IndirectEffects, Method, Recheck
 from fvlens.interruption import keeping
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
-from fvlens.models import fingerprint, model_device
+from fvlens.models import fingerprint, model_device, told_apart
 from fvlens.prompts import Prompts, TokenClass, with_answers
 from fvlens.screens import SCREENS, Request, Screening
 from fvlens.suffix import (
@@ -137,6 +138,7 @@ def indirect_effects(
         Kramar et al. 2024, arXiv:2403.00745. Integrated gradients: Sundararajan et al. 2017, arXiv:1703.01365, section
         3. AttnLRP: Achtibat et al. 2024, arXiv:2402.05602, section 3; relevance of heads: arXiv:2606.05079.
     """
+    check_arguments(indirect_effects, locals(), runs=True)
     if method not in METHODS:
         raise ValueError(f"indirect_effects: method={method!r}; expected one of {', '.join(METHODS)}.")
     if answer not in ("first", "whole"):
@@ -149,7 +151,7 @@ def indirect_effects(
         )
     n_cells = model.cfg.n_layers * model.cfg.n_heads
     _check_screen(method, recheck, n_steps, n_cells, positions, answer, path)
-    differences = fingerprint(model).differences(means.fingerprint)
+    differences = told_apart(means.fingerprint, fingerprint(model), "the means of the heads")
     if differences:
         raise ValueError(f"indirect_effects: the means come from another model ({'; '.join(differences)}).")
     screen = SCREENS.get(method)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fvlens.cli._app import say
 from fvlens.cli._options import Fields, made, option_name
-from fvlens.models import Fingerprint, fingerprint, is_known
+from fvlens.models import Fingerprint, fingerprint, is_known, refuse_retrained
 from fvlens.report import Loading
 
 _OF_FILES = ("model", "dtype", "revision", "backend")
@@ -65,6 +65,7 @@ def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tu
             f"{file.name} was made on model {mark.name!r}, which cannot be loaded as {loading.model!r} ({error}) "
             "Say with --model where it is."
         ) from error
+    refuse_retrained(mark, fingerprint(network), file.name, again="the command that wrote it")
     differences = mark.differences(fingerprint(network))
     if differences:
         asked = [option_name(name) for name in _OF_FILES if name in given]

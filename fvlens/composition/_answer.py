@@ -12,11 +12,12 @@ from fvlens.composition._map import CompositeMap, Explanation
 from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting, Queries, shown_pairs, source_scores
 from fvlens.metrics import best_tokens
 from fvlens.relations import Analogy, Pair, words_of
+from fvlens.showing import Shown
 from fvlens.training import frozen
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+@dataclass(frozen=True, slots=True, repr=False)
+class Answered(Shown):
     """Answers to a : b :: c : ? in several ways, the likeliest first.
 
     Attributes:
@@ -29,6 +30,14 @@ class Answered:
     answers: dict[str, list[tuple[str, float]]]
     explanation: Explanation
     gates: dict[AnalogySetting, float]
+
+    def _line(self) -> str:
+        shown = ", ".join(f"{way}: {words[0][0]} {words[0][1]:.3f}" for way, words in self.answers.items() if words)
+        return shown
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [(way, ", ".join(f"{word} {p:.3f}" for word, p in words[:5])) for way, words in self.answers.items()]
+        return [("way", "answers"), *rows]
 
     @property
     def answer(self) -> str:

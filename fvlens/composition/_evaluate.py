@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fvlens.arguments import check_arguments
 from fvlens.composition._fit_gate import gate_signals
 from fvlens.composition._map import CompositeMap, Seen
 from fvlens.composition._queries import (
@@ -22,8 +23,11 @@ from fvlens.composition._queries import (
 )
 from fvlens.composition._rules import RULES
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
+from fvlens.models import Fingerprint
 from fvlens.prompts import Template
 from fvlens.relations import Analogy, Pair, Pairs, as_analogies, as_pairs
+from fvlens.results import Result, check_counts
+from fvlens.showing import Shown, number, span
 from fvlens.suffix import Route
 from fvlens.training import frozen
 
@@ -35,8 +39,8 @@ Unseen = Literal["pairs", "relations"]
 CONTROLS = ("uniform", "best single", "random", "own vector")
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+@dataclass(frozen=True, slots=True, repr=False)
+class Scored(Shown):
     """One way of solving all analogies.
 
     Attributes:
@@ -53,9 +57,12 @@ class Scored:
     log_probs: Float[Tensor, " analogy"]
     chosen: tuple[bool | None, ...]
 
+    def _line(self) -> str:
+        return f"{self.name}: {len(self.ranks)} analogies, top1={number(float(self.right.double().mean()))}"
 
-@dataclass(frozen=True, slots=True)
-class PairedComparison:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PairedComparison(Shown):
     """Two ways on the same analogies.
 
     Attributes:
@@ -68,6 +75,10 @@ class PairedComparison:
     p_value: float
     only_first: int
     only_second: int
+
+    def _line(self) -> str:
+        low, high, _ = self.difference.interval
+        return f"difference {self.difference.mean:+.3f} {span(low, high)}, p={self.p_value:.3g}"
 
 
 def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> tuple[float, int, int]:
@@ -89,8 +100,8 @@ def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> tuple[floa
     return (float(binomtest(one, one + two).pvalue) if one + two else 1.0), one, two
 
 
-@dataclass(frozen=True, slots=True)
-class AnalogyEvaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class AnalogyEvaluation(Result):
     """Analogies and every way of solving them.
 
     Attributes:
@@ -99,13 +110,17 @@ class AnalogyEvaluation:
         seed: of the bootstrap.
         basis: names of the composite's basis, none without a composite.
         weights: of each basis relation in each analogy's mixture.
+        fingerprint: the composite's model; None without a composite.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-analogy-evaluation-1"
 
     analogies: tuple[Analogy, ...]
     scored: dict[str, Scored]
     seed: int = 0
     basis: tuple[str, ...] = ()
     weights: Float[Tensor, "analogy relation"] = field(default_factory=lambda: torch.zeros(0, 0))
+    fingerprint: Fingerprint | None = None
 
     def _which(self, kind: str | None) -> Tensor:
         keep = torch.tensor([kind is None or one.kind == kind for one in self.analogies])
@@ -145,6 +160,21 @@ class AnalogyEvaluation:
         p_value, one, two = mcnemar(a, b)
         generator = torch.Generator().manual_seed(self.seed)
         return PairedComparison(paired_difference(a, b, generator=generator), p_value, one, two)
+
+    def _check_loaded(self) -> None:
+        n = len(self.analogies)
+        for name, way in self.scored.items():
+            if way.name != name or len(way.ranks) != n:
+                raise ValueError(f"{name}: expected scores of {n} analogies.")
+            check_counts(way, n)
+
+    def _line(self) -> str:
+        shown = ", ".join(f"{name} {self.top1(name):.3f}" for name in self.scored)
+        return f"{len(self.analogies)} analogies, basis of {len(self.basis)}, top1: {shown}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [(name, number(self.top1(name)), number(self.choice(name))) for name in self.scored]
+        return [("way", "top-1", "choice"), *rows]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row an analogy and way: words, kind, relations, ``way, rank, right, log_prob, chosen``."""
@@ -313,6 +343,9 @@ def evaluate_analogies(
         >>> found.top1("unsteered, one-shot"), found.choice("unsteered, one-shot")
         (1.0, 1.0)
     """
+    check_arguments(evaluate_analogies, locals(), runs=True)
+    if n_shots < 0:
+        raise ValueError(f"evaluate_analogies: expected n_shots of at least 0, got {n_shots}.")
     analogies = as_analogies(analogies, "evaluate_analogies")
     if not analogies:
         raise ValueError("evaluate_analogies: expected at least one analogy, got none.")
@@ -369,7 +402,7 @@ def evaluate_analogies(
     if composite is None or sources is None:
         return AnalogyEvaluation(analogies, scored, seed)
     weights = composite.weights_of(sources.log_probs)
-    return AnalogyEvaluation(analogies, scored, seed, composite.basis.names, weights)
+    return AnalogyEvaluation(analogies, scored, seed, composite.basis.names, weights, composite.basis.fingerprint)
 
 
 def _shots(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fvlens.arguments import check_arguments
 from fvlens.composition._affine import Affine, Transfer, distinct, recognition
 from fvlens.composition._map import (
     MAPS,
@@ -188,6 +189,7 @@ def fit_composite(
     References:
         Kang, Wu and Lu 2026, arXiv:2601.08169 [digest].
     """
+    check_arguments(fit_composite, locals(), trains=True)
     for name, value, known in (("map", map, MAPS), ("scores", scores, SCORES), ("rule", rule, tuple(RULES)),
                                ("setting", setting, ANALOGY_SETTINGS)):  # fmt: skip
         check_choice(name, value, known)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fvlens.composition._queries import ANALOGY_SETTINGS, AnalogySetting
 from fvlens.files import read_tensors, write_tensors
+from fvlens.showing import Shown
 from fvlens.types import as_list, as_number
 
 GATE_FORMAT = "fvlens-gate-1"
@@ -28,8 +29,8 @@ SIGNALS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
+@dataclass(frozen=True, slots=True, repr=False)
+class Gate(Shown):
     """A factor between 0 and 1 on the composite vector of an analogy, from its signals.
 
     Attributes:
@@ -43,6 +44,12 @@ class Gate:
     slopes: tuple[float, ...]
     offset: float
     setting: AnalogySetting
+
+    def _line(self) -> str:
+        return f"{self.kind}, {self.setting}, offset {self.offset:.3f}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("signal", "slope"), *((n, f"{slope:+.3f}") for n, slope in zip(SIGNALS, self.slopes, strict=True))]
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:

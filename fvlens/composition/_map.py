@@ -21,6 +21,7 @@ from fvlens.composition._rules import RULES, weights_by
 from fvlens.files import read_tensors, write_tensors
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
 from fvlens.relations import Analogy, Pair, Pairs, named_pairs, words_of
+from fvlens.showing import MOST_ROWS, Shown, number, shortened
 from fvlens.training import TrainingState, VectorSet
 from fvlens.types import as_flag, as_list, as_number, as_texts
 from fvlens.vectors import INTERRUPTED, FunctionVector, as_float32
@@ -36,8 +37,8 @@ SCORES: tuple[ScoreKind, ...] = ("log_probability", "probability")
 MAP_FORMAT = "fvlens-composite-map-1"
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+@dataclass(frozen=True, slots=True, repr=False)
+class Seen(Shown):
     """What took part in making a composite; evaluations refuse to score on it.
 
     Attributes:
@@ -48,6 +49,9 @@ class Seen:
     relations: frozenset[str] = frozenset()
     pairs: frozenset[tuple[str, str]] = frozenset()
 
+    def _line(self) -> str:
+        return f"{len(self.relations)} relations, {len(self.pairs)} pairs"
+
     def with_analogies(self, analogies: Sequence[Analogy]) -> "Seen":
         """The same and these analogies."""
         names = {name for one in analogies for name in (one.source_relation, one.target_relation) if name}
@@ -55,8 +59,8 @@ class Seen:
         return Seen(self.relations | names, self.pairs | pairs)
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(Shown):
     """Why an analogy is solved as it is: the weight of every basis relation.
 
     Attributes:
@@ -72,6 +76,14 @@ class Explanation:
     scores: Float[Tensor, " relation"]
     pairs: tuple[Pair, ...]
     recognised: Float[Tensor, " relation"]
+
+    def _line(self) -> str:
+        shown = ", ".join(f"{pair.input} : {pair.output}" for pair in self.pairs)
+        heaviest = ", ".join(f"{name} {weight:.3f}" for name, weight in self.top(3))
+        return f"{shortened(shown)}: {heaviest}, of {len(self.names)} relations"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("relation", "weight"), *((name, f"{weight:+.3f}") for name, weight in self.top(MOST_ROWS))]
 
     def top(self, n: int = 10) -> list[tuple[str, float]]:
         """The heaviest basis relations with their weights, whatever their sign."""
@@ -103,13 +115,22 @@ class Explanation:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FitHistory:
+@dataclass(frozen=True, slots=True, repr=False)
+class FitHistory(Shown):
     """Loss (nats an answer) and top-1 after each epoch; entry 0 is before any step. NaN without validation."""
 
     train_loss: tuple[float, ...]
     valid_loss: tuple[float, ...]
     valid_top1: tuple[float, ...]
+
+    def _line(self) -> str:
+        n = len(self.train_loss)
+        return f"{max(0, n - 1)} epochs" + (f", train loss {number(self.train_loss[-1])}" if n else "")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = zip(self.train_loss, self.valid_loss, self.valid_top1, strict=True)
+        heading = ("epoch", "train loss", "valid loss", "valid top-1")
+        return [heading, *((str(i), *map(number, row)) for i, row in enumerate(rows))]
 
     def __post_init__(self) -> None:
         for name in ("train_loss", "valid_loss", "valid_top1"):
@@ -123,8 +144,8 @@ class FitHistory:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class CompositeMap:
+@dataclass(frozen=True, slots=True, repr=False)
+class CompositeMap(Shown):
     """From a source pair to a composite vector: ``v = strength * sum_i w_i v_i``, ``w = rule(M s + c)``.
 
     ``s`` are the scores of the source pair under the basis vectors (:func:`source_scores`). A transfer map has
@@ -162,6 +183,17 @@ class CompositeMap:
     transfer: Float[Tensor, "relation relation"] | None = None
     complete: bool = True
     state: TrainingState | None = None
+
+    def _line(self) -> str:
+        gates = f", gates: {', '.join(gate.setting for gate in self.gates)}" if self.gates else ""
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{self.map} map over {len(self.basis)} relations, rule {self.rule}, {self.setting}, strength "
+            f"{self.strength:.3f}{gates}, model {self.basis.fingerprint.name!r}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self.history._cells()
 
     def __post_init__(self) -> None:
         n = len(self.basis)

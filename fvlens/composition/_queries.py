@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from fvlens.metrics import is_best
 from fvlens.prompts import Template, render_prompts, template_or
 from fvlens.relations import Pair, Pairs, named_pairs
+from fvlens.showing import Shown, number
 from fvlens.suffix import Route
 from fvlens.training import SteerablePrompts, VectorSet, frozen
 
@@ -61,8 +62,8 @@ class Queries(SteerablePrompts):
         return is_best(first_logits, self.targets_of(rows)[:, 0].to(first_logits.device)).cpu()
 
 
-@dataclass(frozen=True, slots=True)
-class SourceScores:
+@dataclass(frozen=True, slots=True, repr=False)
+class SourceScores(Shown):
     """How likely each basis vector makes the source's answer.
 
     Attributes:
@@ -72,6 +73,10 @@ class SourceScores:
 
     log_probs: Float[Tensor, "pair relation"]
     unsteered: Float[Tensor, " pair"]
+
+    def _line(self) -> str:
+        best = float(self.log_probs.max()) if self.log_probs.numel() else None
+        return f"{self.log_probs.shape[0]} pairs, {self.log_probs.shape[1]} relations, best {number(best)} nats"
 
 
 def source_scores(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,10 @@ from fvlens.composition._map import CompositeMap
 from fvlens.composition._queries import AnalogySetting
 from fvlens.find import finished
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
+from fvlens.models import Fingerprint
 from fvlens.relations import Analogy, list_relations, load_relation
+from fvlens.results import Result
+from fvlens.showing import Shown, number, span
 from fvlens.suffix import Route
 from fvlens.training import VectorSet
 from fvlens.vectors import random_vector_like
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+@dataclass(frozen=True, slots=True, repr=False)
+class Change(Shown):
     """One change of the basis.
 
     Attributes:
@@ -48,9 +51,12 @@ class Change:
     difference: Difference
     stability: float
 
+    def _line(self) -> str:
+        return f"{self.name}: {self.n_basis:g} vectors, top1={self.top1:.3f} {span(*self.interval[:2])}"
 
-@dataclass(frozen=True, slots=True)
-class BasisStudy:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BasisStudy(Result):
     """Analogies solved with the full basis and with changed ones.
 
     Attributes:
@@ -58,12 +64,16 @@ class BasisStudy:
         references: top-1 without steering, and with the target's own vector where the basis has all of them.
         n_analogies: how many.
         setting: the prompts steered.
+        fingerprint: the model; None where it is not known.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-basis-study-1"
 
     changes: tuple[Change, ...]
     references: dict[str, float]
     n_analogies: int
     setting: AnalogySetting
+    fingerprint: Fingerprint | None = None
 
     def __getitem__(self, name: str) -> Change:
         """A change by its name.
@@ -75,6 +85,17 @@ class BasisStudy:
             if change.name == name:
                 return change
         raise ValueError(f"no change {name!r}; there are {', '.join(change.name for change in self.changes)}.")
+
+    def _line(self) -> str:
+        shown = ", ".join(f"{one.name} {one.top1:.3f}" for one in self.changes)
+        return f"{self.n_analogies} analogies, {self.setting}, top1: {shown}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [
+            (one.name, f"{one.n_basis:g}", number(one.top1), span(*one.interval[:2]), number(one.stability))
+            for one in self.changes
+        ]
+        return [("change", "vectors", "top-1", "interval", "stability"), *rows]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a change: ``change, n_basis, n_repeats, stability``, top-1 and difference with their intervals."""
@@ -232,7 +253,7 @@ def basis_study(
             changed = change(f"own {what} removed", sizes, [right], [overlap])
             changes.append(dataclasses.replace(changed, n_repeats=1))
             bar.update()
-    return BasisStudy(tuple(changes), references, len(analogies), setting)
+    return BasisStudy(tuple(changes), references, len(analogies), setting, composite.basis.fingerprint)
 
 
 def _overlap(before: Float[Tensor, "row relation"], after: Float[Tensor, "row relation"]) -> Float[Tensor, " row"]:

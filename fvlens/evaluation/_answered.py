@@ -7,14 +7,15 @@ from fvlens.evaluation._prompting import setting_of
 from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pair
+from fvlens.results import Result, check_counts
 from fvlens.types import Steering
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Answered(Result):
     """Queries that a model was asked; results over them add what it answered.
 
     Attributes:
@@ -55,6 +56,9 @@ class Answered:
     def name(self) -> str:
         """The relation, for titles."""
         return self.relation or "custom pairs"
+
+    def _check_loaded(self) -> None:
+        check_counts(self, self.n)
 
     def _table(self, **answers: Any) -> "pd.DataFrame":
         """One row a query: what was asked, then these columns."""

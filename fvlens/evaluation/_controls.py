@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.activations import HeadMeans
+from fvlens.arguments import check_arguments
 from fvlens.evaluation._evaluate import Evaluation, evaluations
 from fvlens.evaluation._prompting import Options, Pairs, asked_prompts, copied, read_once, running
 from fvlens.interruption import keeping, marked, titled
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
+from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts
+from fvlens.results import Result
 from fvlens.scoring import score
+from fvlens.showing import Shown, number, span
 from fvlens.types import Head, Steering
 from fvlens.vectors import FunctionVector, function_vector, random_vector_like
 
@@ -26,8 +30,8 @@ ControlKind = Literal["no_vector", "vector", "random_vector", "random_heads", "o
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
+@dataclass(frozen=True, slots=True, repr=False)
+class Control(Shown):
     """One row of :class:`Controls`: one vector, or the mean over several of one kind.
 
     Attributes:
@@ -68,9 +72,12 @@ class Control:
         """Mean rank of the answer's first token."""
         return sum(one.mean_rank for one in self.evaluations) / len(self.evaluations)
 
+    def _line(self) -> str:
+        return f"{self.name}: {len(self.evaluations)} vectors, top1={self.top1:.3f} {span(*self.interval[:2])}"
 
-@dataclass(frozen=True, slots=True)
-class Controls:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Controls(Result):
     """A vector against its controls, all on the same queries.
 
     Attributes:
@@ -78,6 +85,8 @@ class Controls:
         pooled: one row a kind. It differs from ``rows`` only in ``"other_relation"``, the mean over those vectors.
         complete: False if interrupted; what was finished is there.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-controls-1"
 
     rows: tuple[Control, ...]
     pooled: tuple[Control, ...]
@@ -95,6 +104,18 @@ class Controls:
         raise ValueError(
             f"summary: no row of kind {kind!r}; this table has {', '.join(row.kind for row in self.pooled)}."
         )
+
+    def _made_on(self) -> Fingerprint | None:
+        return next((one.fingerprint for row in self.rows for one in row.evaluations if one.fingerprint), None)
+
+    def _line(self) -> str:
+        one = self.rows[0].evaluations[0]
+        shown = ", ".join(f"{row.kind} {row.top1:.3f}" for row in self.pooled)
+        return f"{one.name}, n={one.n}, top1: {shown}{'' if self.complete else ', interrupted'}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [(row.name, str(len(row.evaluations)), number(row.top1), span(*row.interval[:2])) for row in self.rows]
+        return [("control", "vectors", "top-1", "interval"), *rows]
 
     def to_dataframe(self, *, single: bool = False) -> "pd.DataFrame":
         """One row a control: name, kind, number of vectors, top-1 and difference to the vector with their intervals,
@@ -219,6 +240,7 @@ def controls(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (vectors of random heads as a baseline). The other rows are ours.
     """
+    check_arguments(controls, locals(), runs=True)
     if n_random < 1:
         raise ValueError(f"controls: expected n_random of at least 1, got {n_random}; 10 is usual.")
     pairs, given = read_once("controls", pairs, options)

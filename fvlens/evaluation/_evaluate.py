@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.evaluation._answered import Answered, asked
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts, copied, running
 from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
 from fvlens.prompts import AnswerTokens, Prompts
+from fvlens.results import check_counts
 from fvlens.scoring import Scores, score
+from fvlens.showing import number, span
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.types import Steering
 
@@ -45,6 +48,8 @@ class Evaluation(Answered):
 
     What was asked is in the fields of :class:`Answered`.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-evaluation-1"
 
     predictions: tuple[str, ...]
     ranks: Int[Tensor, " prompt"]
@@ -108,16 +113,29 @@ class Evaluation(Answered):
         """Mean log-probability of the whole answer, in nats."""
         return self.log_probabilities.double().mean().item()
 
-    def __repr__(self) -> str:
-        low, high = self.interval.low, self.interval.high
-        vector = "no vector" if self.vector_kind is None else f"{self.vector_kind} vector x {self.scale:g}"
-        return (
-            f"Evaluation({self.name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} "
-            f"[{low:.3f}, {high:.3f}], {self._exact()}probability={self.probability:.3f})"
-        )
-
     def _exact(self) -> str:
         return "" if self.exact == self.top1 else f"exact={self.exact:.3f}, "
+
+    def _check_loaded(self) -> None:
+        check_counts(self, self.n)
+        if bool((self.ranks < 0).any()):
+            raise ValueError(f"ranks: expected numbers of at least 0, got {int(self.ranks.min())}.")
+        if bool((self.probabilities < 0).any() or (self.probabilities > 1.001).any()):
+            raise ValueError("probabilities: expected shares between 0 and 1.")
+
+    def _line(self) -> str:
+        vector = "no vector" if self.vector_kind is None else f"{self.vector_kind} vector x {self.scale:g}"
+        return (
+            f"{self.name}, {self.setting}, {vector}, n={self.n}, top1={self.top1:.3f} {span(*self.interval[:2])}, "
+            f"{self._exact()}probability={self.probability:.3f}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        columns = zip(self.queries, self.predictions, self.ranks.tolist(), self.probabilities.tolist(), strict=True)
+        return [
+            ("query", "answer", "prediction", "rank", "probability"),
+            *((pair.input, pair.output, said, str(rank), number(p)) for pair, said, rank, p in columns),
+        ]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a query: its words, ``prediction, correct, rank, probability, log_probability, exact``, and the
@@ -200,6 +218,7 @@ def evaluate(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (zero-shot and shuffled-label evaluation).
     """
+    check_arguments(evaluate, locals(), runs=True)
     prompts = asked_prompts("evaluate", model, pairs, options, generator, vector)
     scores = score(model, prompts, [vector], scales=scale, what="evaluate", **running(options))
     (found,) = evaluations(model, prompts, [vector], [scale], scores, generator, options.get("compute"))

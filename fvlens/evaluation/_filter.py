@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fvlens.arguments import check_arguments
 from fvlens.prompts import Template, build_prompts
 from fvlens.relations import Pair, Pairs, as_pairs
 from fvlens.scoring import score
@@ -40,10 +41,12 @@ def filter_correct(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3 (queries answered correctly in the 10-shot setting).
     """
+    check_arguments(filter_correct, locals(), runs=True)
     wanted = as_pairs(pairs, what="filter_correct: pairs")
+    shown = wanted if demonstrations is None else as_pairs(demonstrations, what="filter_correct: demonstrations")
     prompts = build_prompts(
         model,
-        wanted if demonstrations is None else demonstrations,
+        shown,
         queries=wanted,
         n_shots=n_shots,
         template=template,

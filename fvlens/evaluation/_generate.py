@@ -2,17 +2,19 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.evaluation._answered import Answered, asked
 from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied
 from fvlens.metrics import Interval, best_token, bootstrap_interval, exact_match, token_f1
 from fvlens.prompts import Prompts, Template
 from fvlens.scoring import Batch, changed, context_batches
+from fvlens.showing import span
 from fvlens.suffix import halving
 from fvlens.types import Steering
 
@@ -37,6 +39,8 @@ class GeneratedAnswers(Answered):
     What was asked is in the fields of :class:`Answered`.
     """
 
+    FORMAT: ClassVar[str] = "fvlens-generated-answers-1"
+
     texts: tuple[str, ...]
     raw_texts: tuple[str, ...]
     matches: Bool[Tensor, " prompt"]
@@ -55,12 +59,18 @@ class GeneratedAnswers(Answered):
         """Mean F1 of the words of generated and expected answer."""
         return self.f1_scores.double().mean().item()
 
-    def __repr__(self) -> str:
-        low, high = self.interval.low, self.interval.high
+    def _line(self) -> str:
         return (
-            f"GeneratedAnswers({self.name}, {self.setting}, n={self.n}, exact_match={self.exact_match:.3f} "
-            f"[{low:.3f}, {high:.3f}], f1={self.f1:.3f})"
+            f"{self.name}, {self.setting}, n={self.n}, exact_match={self.exact_match:.3f} {span(*self.interval[:2])}, "
+            f"f1={self.f1:.3f}"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        columns = zip(self.queries, self.texts, self.matches.tolist(), strict=True)
+        return [
+            ("query", "answer", "text", "right"),
+            *((pair.input, pair.output, text, "yes" if right else "no") for pair, text, right in columns),
+        ]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a query: ``query, answer, text, exact_match, f1`` and the setting."""
@@ -127,6 +137,7 @@ def generate_answers(
     References:
         arXiv:1606.05250, section 6.1 (exact match and F1).
     """
+    check_arguments(generate_answers, locals(), runs=True)
     if max_new_tokens < 1:
         raise ValueError(f"generate_answers: expected max_new_tokens of at least 1, got {max_new_tokens}.")
     prompts = asked_prompts(

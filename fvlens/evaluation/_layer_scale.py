@@ -3,17 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts
 from fvlens.evaluation._sweeps import LayerSweep, run_sweep, steering_by_layer, sweep_dataframe
 from fvlens.interruption import titled
 from fvlens.metrics import Interval
+from fvlens.models import Fingerprint
+from fvlens.results import Result
+from fvlens.showing import number
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
@@ -25,8 +29,8 @@ SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 """Factors on the vector that :func:`layer_scale_sweep` visits by default."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerScaleSweep:
+@dataclass(frozen=True, slots=True, repr=False)
+class LayerScaleSweep(Result):
     """Scores with a vector added after each of several layers, times each of several factors, on the same prompts.
 
     Attributes:
@@ -36,6 +40,8 @@ class LayerScaleSweep:
         baseline: the scores without a vector on the same prompts.
         complete: False if the sweep was interrupted; the evaluations are then of the queries that were finished.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-layer-scale-sweep-1"
 
     layers: tuple[int, ...]
     scales: tuple[float, ...]
@@ -119,6 +125,29 @@ class LayerScaleSweep:
         """
         found = tuple(self.at(layer, scale) for layer in self.layers)
         return LayerSweep(layers=self.layers, evaluations=found, baseline=self.baseline, complete=self.complete)
+
+    def _made_on(self) -> Fingerprint | None:
+        return self.evaluations[0][0].fingerprint
+
+    def _check_loaded(self) -> None:
+        if [len(row) for row in self.evaluations] != [len(self.scales)] * len(self.layers) or not self.evaluations:
+            raise ValueError(f"expected {len(self.layers)} x {len(self.scales)} evaluations.")
+
+    def _line(self) -> str:
+        layer, scale = self.best_place
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{self.baseline.name}, {self.baseline.setting}, n={self.baseline.n}, {len(self.layers)} layers x "
+            f"{len(self.scales)} scales, best layer {layer} and scale {scale:g} with top1={self.best.top1:.3f}, "
+            f"without {self.baseline.top1:.3f}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = zip(self.layers, self.evaluations, strict=True)
+        return [
+            ("layer", *(f"{scale:g} v" for scale in self.scales)),
+            *((str(layer), *(number(one.top1) for one in row)) for layer, row in rows),
+        ]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a layer and scale: ``layer, scale``, then the columns of :meth:`LayerSweep.to_dataframe`."""
@@ -204,6 +233,7 @@ def layer_scale_sweep(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (accuracy by layer of injection); the scales are our choice.
     """
+    check_arguments(layer_scale_sweep, locals(), runs=True)
     factors = sorted({float(scale) for scale in scales})
     if not factors or not all(map(math.isfinite, factors)):
         raise ValueError(f"layer_scale_sweep: expected at least one scale, all finite, got {list(scales)}.")

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 
 from fvlens.prompts import LABELS, AnswerTokens, Labels, Prompts, Template, build_prompts, template_or
-from fvlens.relations import Pairs, named_pairs
+from fvlens.relations import Pairs, Part, named_pairs
 from fvlens.suffix import Route
 
 Setting = Literal["zero_shot", "icl", "shuffled"]
@@ -121,10 +121,13 @@ def read_once(function: str, asked: Pairs, options: Options | Prompting) -> tupl
     """Pairs, and all options, with demonstrations and the relation's name: iterators are gone through once."""
     found: dict[str, Any] = dict(options)
     own, name = named_pairs(asked, what=f"{function}: pairs", stacklevel=6)
+    names = [(own, name)]
     if options.get("demonstrations") is not None:
         what = f"{function}: demonstrations"
         found["demonstrations"], of_shown = named_pairs(options.get("demonstrations"), what=what, stacklevel=6)
-        name = name or of_shown
+        names.append((found["demonstrations"], of_shown))
+    # parts of a split keep their name themselves
+    name = next((name for pairs, name in names if name and not isinstance(pairs, Part)), "")
     if found.get("relation") is None and name:
         found["relation"] = name
     return own, found

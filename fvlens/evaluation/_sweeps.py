@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.activations import HeadMeans
+from fvlens.arguments import check_arguments
 from fvlens.evaluation._evaluate import SHARE_AXIS, Evaluation, evaluations
 from fvlens.evaluation._prompting import Asked, Options, asked_prompts, running
 from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval
+from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts
+from fvlens.results import Result
 from fvlens.scoring import score
+from fvlens.showing import number, span
 from fvlens.types import Head, HeadLike, Steering, as_heads
 from fvlens.vectors import FunctionVector, function_vector
 
@@ -75,7 +79,7 @@ def sweep_dataframe(
     return marked(pd.DataFrame(rows), complete)
 
 
-class _Sweep:
+class _Sweep(Result):
     """What sweeps over one coordinate share: scores at each of its values, in increasing order."""
 
     __slots__ = ()
@@ -98,6 +102,29 @@ class _Sweep:
         """95% bootstrap interval of :attr:`top1` at each value."""
         return tuple(one.interval for one in self.evaluations)
 
+    def _made_on(self) -> Fingerprint | None:
+        return self.evaluations[0].fingerprint
+
+    def _check_loaded(self) -> None:
+        if not self.evaluations or len(self._coordinates()) != len(self.evaluations):
+            raise ValueError(
+                f"expected {len(self._coordinates())} evaluations, at least one; got {len(self.evaluations)}."
+            )
+
+    def _coordinates(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _swept(self, best: int, name: str) -> str:
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{self.baseline.name}, {self.baseline.setting}, n={self.baseline.n}, {len(self.evaluations)} {name}, best "
+            f"{best} with top1={max(one.top1 for one in self.evaluations):.3f}, without {self.baseline.top1:.3f}{part}"
+        )
+
+    def _scores(self, name: str) -> list[tuple[str, ...]]:
+        pairs = [("no vector", self.baseline), *zip(self._coordinates(), self.evaluations, strict=True)]
+        return [(name, "top-1", "interval"), *((str(x), number(e.top1), span(*e.interval[:2])) for x, e in pairs)]
+
     def _plot(self, coordinates: Sequence[int], marked: int, x_title: str, what: str) -> "go.Figure":
         """Top-1 over the values with its interval, one of them marked, and top-1 without a vector for comparison."""
         from fvlens import plots
@@ -118,7 +145,7 @@ class _Sweep:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LayerSweep(_Sweep):
     """Scores with a vector added after each of several layers, all on the same prompts.
 
@@ -129,6 +156,8 @@ class LayerSweep(_Sweep):
         complete: False if the sweep was interrupted; the evaluations are then of the queries that were finished.
     """
 
+    FORMAT: ClassVar[str] = "fvlens-layer-sweep-1"
+
     layers: tuple[int, ...]
     evaluations: tuple[Evaluation, ...]
     baseline: Evaluation
@@ -138,6 +167,15 @@ class LayerSweep(_Sweep):
     def best_layer(self) -> int:
         """Layer of the largest top-1; ties go to the larger mean probability of the answer, then to the lower layer."""
         return self.layers[best_of(self.evaluations)]
+
+    def _coordinates(self) -> tuple[int, ...]:
+        return self.layers
+
+    def _line(self) -> str:
+        return self._swept(self.best_layer, "layers")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self._scores("layer")
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a layer: ``layer, top1, low, high, top5, mean_rank, probability, log_probability, n,
@@ -197,6 +235,7 @@ def layer_sweep(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 3 (accuracy by layer of injection).
     """
+    check_arguments(layer_sweep, locals(), runs=True)
     by_layer = steering_by_layer("layer_sweep", model, vector, layers)
     vectors = list(by_layer.values())
     prompts = asked_prompts("layer_sweep", model, pairs, options, generator, vectors[0])
@@ -231,7 +270,7 @@ def steering_by_layer(
     return {layer: every[layer] for layer in chosen}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class HeadCountSweep(_Sweep):
     """Scores with the vector of the first n heads of a ranking, for several n, all on the same prompts.
 
@@ -244,6 +283,8 @@ class HeadCountSweep(_Sweep):
         complete: False if the sweep was interrupted; the evaluations are then of the queries that were finished.
     """
 
+    FORMAT: ClassVar[str] = "fvlens-head-count-sweep-1"
+
     counts: tuple[int, ...]
     evaluations: tuple[Evaluation, ...]
     baseline: Evaluation
@@ -255,6 +296,15 @@ class HeadCountSweep(_Sweep):
     def best_count(self) -> int:
         """Number of heads with the largest top-1; ties go to the larger mean probability, then to fewer heads."""
         return self.counts[best_of(self.evaluations)]
+
+    def _coordinates(self) -> tuple[int, ...]:
+        return self.counts
+
+    def _line(self) -> str:
+        return self._swept(self.best_count, "counts of heads")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self._scores("heads")
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a count: ``n_heads, top1, low, high, top5, mean_rank, probability, log_probability, n,
@@ -316,7 +366,8 @@ def head_count_sweep(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3 (the number of heads in the set A).
     """
-    heads = as_heads(ranking, model.cfg.n_layers, model.cfg.n_heads)
+    check_arguments(head_count_sweep, locals(), runs=True)
+    heads = as_heads(ranking, model.cfg.n_layers, model.cfg.n_heads, "head_count_sweep: ranking")
     if not heads:
         raise ValueError("head_count_sweep: expected a ranking of at least one head, got none.")
     chosen = sorted({count for count in COUNTS if count <= len(heads)} if counts is None else set(counts))

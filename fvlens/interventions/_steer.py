@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.interventions._context import acting, points_of
 from fvlens.interventions._generation import Positions, touched, watching
 from fvlens.interventions._names import resid_hook, z_hook
@@ -71,6 +72,7 @@ def inject(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2 (function vector); arXiv:2606.05079 (distributed injection).
     """
+    check_arguments(inject, locals())
     edits: dict[str, Replacement] = {}
     for name, value in checked_additions(model, steering, scale=scale, check=check).items():
         batched = value.ndim > len(_steerable_shape(model, name))
@@ -158,6 +160,7 @@ def ablate(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2 (patching a head's output at the last token).
     """
+    check_arguments(ablate, locals())
     cfg = model.cfg
     chosen = as_heads(heads, cfg.n_layers, cfg.n_heads)
     if not chosen:

@@ -11,6 +11,7 @@ from fvlens.models._fingerprint import INFORMATIVE, Fingerprint, LoadReport, fin
 from fvlens.models._hooked import quiet_deprecation
 from fvlens.models._load import Backend, default_device, load_model, model_device
 from fvlens.models._looks import is_kept, of_weights, refresh
+from fvlens.models._made_on import check_model, refuse_retrained, told_apart
 from fvlens.models._memory import free_memory
 from fvlens.models._packaged import PACKAGED_MODELS
 from fvlens.models._tokenizer import bos_token_id
@@ -23,6 +24,7 @@ __all__ = [
     "Fingerprint",
     "LoadReport",
     "bos_token_id",
+    "check_model",
     "default_device",
     "embedded_folder",
     "fingerprint",
@@ -36,4 +38,6 @@ __all__ = [
     "official_names",
     "quiet_deprecation",
     "refresh",
+    "refuse_retrained",
+    "told_apart",
 ]

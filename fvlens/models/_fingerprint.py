@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.files import parse_json
-from fvlens.models._looks import of_weights
+from fvlens.models._looks import of_weights, spread
 from fvlens.models._tokenizer import bos_token_id
 from fvlens.types import as_text, as_whole
 
-INFORMATIVE = ("name", "revision", "source", "backend", "quantization")
+INFORMATIVE = ("name", "revision", "source", "backend", "quantization", "forms")
 """Fields that say where a model came from, not which one it is."""
 
 
@@ -42,6 +43,8 @@ class Fingerprint:
         quantization: how the weights were stored before they were unpacked into floats, such as ``"GGUF Q4_1 210, F32
             61"``; empty for weights stored as floats, and in files of earlier versions (informative: the hash of the
             weights is that of the floats).
+        forms: hashes by which the same weights are known in another precision, saved again or with a resized
+            vocabulary, see :func:`weights_marks`; empty in files of earlier versions (not compared here).
     """
 
     name: str
@@ -58,6 +61,7 @@ class Fingerprint:
     source: str = dataclasses.field(default="", compare=False)
     backend: str = dataclasses.field(default="", compare=False)
     quantization: str = dataclasses.field(default="", compare=False)
+    forms: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("name", "revision", "weights", "dtype", "normalization", "bos", *INFORMATIVE[2:]):
@@ -66,6 +70,8 @@ class Fingerprint:
             as_whole(getattr(self, name), f"fingerprint: {name}", 1, 2**31 - 1)
         if not re.fullmatch("[0-9a-f]{16}", self.weights):
             raise ValueError(f"fingerprint: weights: expected 16 hex digits, got {self.weights!r}.")
+        if not re.fullmatch("([0-9a-f]{16}( [0-9a-f]{16}){2})?", self.forms):
+            raise ValueError(f"fingerprint: forms: expected three hashes of 16 hex digits, got {self.forms[:80]!r}.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"fingerprint: dtype: expected the name of a precision of torch, got {self.dtype!r}.")
         if self.bos not in ("one", "none"):
@@ -136,6 +142,7 @@ class Origin:
         source: what :func:`load_model` was given.
         backend: the class that holds the model.
         report: what was found while it was loaded.
+        forms: of the Hugging Face model's parameters.
     """
 
     weights: str
@@ -144,6 +151,7 @@ class Origin:
     source: str
     backend: str
     report: "LoadReport"
+    forms: str = ""
 
 
 ORIGIN = "_fvlens_origin"
@@ -177,14 +185,15 @@ def fingerprint(model: Any) -> Fingerprint:
         >>> fingerprint(fvlens.load_model("rel-small")).bos
         'one'
     """
+    check_arguments(fingerprint, locals())
     made: Fingerprint = of_weights(
-        model, "fingerprint", lambda: describe(model, weights_hash(model.named_parameters()))
+        model, "fingerprint", lambda: describe(model, *weights_marks(model.named_parameters(), model.cfg.d_vocab))
     )
     return made
 
 
-def describe(model: Any, own: str) -> Fingerprint:
-    """The fingerprint of a model whose own parameters hash to ``own``."""
+def describe(model: Any, own: str, forms: str = "") -> Fingerprint:
+    """The fingerprint of a model whose own parameters hash to ``own``, and in other forms to ``forms``."""
     cfg = model.cfg
     origin: Origin | None = vars(model).get(ORIGIN)
     normalization = str(cfg.normalization_type)
@@ -205,16 +214,52 @@ def describe(model: Any, own: str) -> Fingerprint:
         source="" if origin is None else origin.source,
         backend="" if origin is None else origin.backend,
         quantization="" if origin is None else origin.report.quantization,
+        forms=origin.forms if origin is not None and own == origin.parameters else forms,
     )
+
+
+_FIRST = 64
+"""Rows of the vocabulary that are looked at, since it may be resized."""
+
+
+def weights_marks(parameters: Iterable[tuple[str, Shaped[Tensor, "*axes"]]], d_vocab: int) -> tuple[str, str]:
+    """:func:`weights_hash` of named tensors, and three hashes by which the same weights are known in another form.
+
+    The first of the three is of all tensors, whatever their names and however often one of them stands there: it stays
+    when weights are saved again under other names, or with tied ones apart. The other two are of 64 entries of each
+    tensor, evenly spread, rounded to bfloat16 and to float16: they stay in another precision and, as only the first
+    rows of the vocabulary's matrices are looked at, with a resized vocabulary.
+    """
+    named = sorted(parameters, key=lambda item: item[0])
+    digests = _hashes([tensor for _, tensor in named])
+    rounded = {dtype: hashlib.sha256() for dtype in (torch.bfloat16, torch.float16)}
+    for _, tensor in named:
+        for axis, size in enumerate(tensor.shape):
+            if size == d_vocab:
+                tensor = tensor.narrow(axis, 0, min(size, _FIRST))
+        entries = spread(tensor.detach()).cpu()
+        for dtype, digest in rounded.items():
+            digest.update(entries.to(dtype).contiguous().view(torch.uint8).numpy().data)
+    whole = hashlib.sha256("\n".join(sorted(set(digests))).encode())
+    forms = " ".join(digest.hexdigest()[:16] for digest in (whole, *rounded.values()))
+    return _joined(named, digests), forms
 
 
 def weights_hash(parameters: Iterable[tuple[str, Shaped[Tensor, "*axes"]]]) -> str:
     """Hash of named tensors, whatever their order; the tensors are hashed side by side."""
     named = sorted(parameters, key=lambda item: item[0])
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_tensor_hash, [tensor for _, tensor in named])
-        lines = [f"{name} {tuple(tensor.shape)} {found}" for (name, tensor), found in zip(named, digests, strict=True)]
+    return _joined(named, _hashes([tensor for _, tensor in named]))
+
+
+def _joined(named: Sequence[tuple[str, Shaped[Tensor, "..."]]], digests: Sequence[str]) -> str:
+    lines = [f"{name} {tuple(tensor.shape)} {found}" for (name, tensor), found in zip(named, digests, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _hashes(tensors: Sequence[Shaped[Tensor, "..."]]) -> list[str]:
+    """Hash of each tensor; they are hashed side by side."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_tensor_hash, tensors))
 
 
 def _tensor_hash(tensor: Shaped[Tensor, "*axes"]) -> str:

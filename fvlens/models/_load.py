@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.models import _adapters, _gguf, _hf_configs, _quantized
 from fvlens.models._checkpoints import (
     NATIVE_FORMAT,
@@ -23,7 +24,7 @@ from fvlens.models._checkpoints import (
     read_model,
     read_tokenizer,
 )
-from fvlens.models._fingerprint import ORIGIN, LoadReport, Origin, describe, weights_hash
+from fvlens.models._fingerprint import ORIGIN, LoadReport, Origin, describe, weights_hash, weights_marks
 from fvlens.models._heads import head_writes
 from fvlens.models._hooked import hooked_transformer, lens
 from fvlens.models._looks import of_weights
@@ -89,6 +90,7 @@ def load_model(
         >>> model.cfg.n_layers >= 2
         True
     """
+    check_arguments(load_model, locals())
     backend = _choose_backend(backend)
     devices = _choose_devices(device, n_devices)
     checkpoint = find_checkpoint(name_or_path, revision, base=base, trust=trust)
@@ -121,7 +123,7 @@ def _load(
         hf_model = _quantized.unpacked(hf_model, dtype)
     if checkpoint.adapter is not None:
         hf_model = _adapters.merged(hf_model, checkpoint.adapter)
-    weights = weights_hash(hf_model.named_parameters())
+    weights, forms = weights_marks(hf_model.named_parameters(), config.get_text_config().vocab_size)
     if backend == "bridge" and not split:
         hf_model.to(devices[0])
     tokens = torch.arange(1, 9)[None] % config.get_text_config().vocab_size
@@ -138,7 +140,7 @@ def _load(
     stored = stored or ("" if checkpoint.gguf is None else checkpoint.gguf.quantization)
     report = _reported(checkpoint, model, tokens, dtype, notes, stored)
     commit = "local" if checkpoint.local else checkpoint.revision or "main"
-    vars(model)[ORIGIN] = Origin(weights, own, commit, source, backend, report)
+    vars(model)[ORIGIN] = Origin(weights, own, commit, source, backend, report, forms)
     of_weights(model, "fingerprint", lambda: describe(model, own))  # not hashed again
     return model
 
@@ -205,6 +207,12 @@ def _choose_backend(backend: str | None) -> Backend:
 
 
 def _choose_devices(device: str | torch.device | None, n_devices: int) -> list[torch.device]:
+    try:
+        device = None if device is None else torch.device(device)
+    except RuntimeError as error:  # torch lists all kinds that it has a name for
+        raise ValueError(
+            f"load_model: device={device!r}: expected the name of a device, such as 'cpu' or 'cuda'."
+        ) from error
     if n_devices == 1:
         return [torch.device(device) if device is not None else default_device()]
     if n_devices < 1:
@@ -400,8 +408,8 @@ def _load_native(
     model = _place(model, devices)
     give_tokenizer(model, tokenizer)
     report = _reported(checkpoint, model, torch.arange(1, 9)[None] % model.cfg.d_vocab, dtype, notes)
-    own = weights_hash(model.named_parameters())
-    vars(model)[ORIGIN] = Origin(own, own, checkpoint.revision or "main", source, backend, report)
+    own, forms = weights_marks(model.named_parameters(), model.cfg.d_vocab)
+    vars(model)[ORIGIN] = Origin(own, own, checkpoint.revision or "main", source, backend, report, forms)
     return model
 
 

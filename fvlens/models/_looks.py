@@ -28,7 +28,7 @@ class Looks:
     def __init__(self, model: Any, *, hold: bool) -> None:
         tensors = _tensors(model)
         self.places = [_place(tensor) for tensor in tensors]
-        views = [_spread(tensor.detach()) for tensor in tensors]
+        views = [spread(tensor.detach()) for tensor in tensors]
         self.entries = _read(views)
         self.views = views if hold else None
 
@@ -37,7 +37,7 @@ class Looks:
         tensors = _tensors(model)
         if [_place(tensor) for tensor in tensors] != self.places:
             return False
-        views = [_spread(tensor.detach()) for tensor in tensors] if self.views is None else self.views
+        views = [spread(tensor.detach()) for tensor in tensors] if self.views is None else self.views
         return all(torch.equal(now, then) for now, then in zip(_read(views), self.entries, strict=True))
 
 
@@ -58,7 +58,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _spread(numbers: Tensor) -> Tensor:
+def spread(numbers: Tensor) -> Tensor:
     """At most 64 of a tensor's entries, evenly spread, as a view."""
     if not numbers.is_contiguous():  # transposed, for the most part: put its axes in the order they lie in
         numbers = numbers.permute(sorted(range(numbers.ndim), key=numbers.stride, reverse=True))

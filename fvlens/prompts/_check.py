@@ -9,6 +9,7 @@ import torch
 from fvlens.prompts._prompts import Prompts, render_prompts
 from fvlens.prompts._templates import Template, get_template
 from fvlens.relations import Dropped, Pairs, Reading, Relation, Split, reading_of
+from fvlens.showing import Shown, named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +58,7 @@ class AnswerTokens:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class PairsCheck:
+class PairsCheck(Shown):
     """What pairs are worth, before anything is run on them.
 
     Attributes:
@@ -134,16 +135,19 @@ class PairsCheck:
             (f"{_TRAINED} pairs to train on", "yes" if self.trainable else "no"),
         ]
 
+    def _line(self) -> str:
+        n, left = len(self.relation), len(self.dropped)
+        shared = "" if self.answers is None else f", {self.answers.n_first_tokens} different first tokens"
+        return f"{named(self.relation.name)}: {n} pairs kept, {left} dropped{shared}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("what", "number"), *self.rows()]
+
     def to_dataframe(self) -> "pd.DataFrame":
         """The table of :meth:`rows`: ``what, number``."""
         import pandas as pd
 
         return pd.DataFrame(self.rows(), columns=["what", "number"])
-
-    def __repr__(self) -> str:
-        n, left = len(self.relation), len(self.dropped)
-        shared = "" if self.answers is None else f", {self.answers.n_first_tokens} different first tokens"
-        return f"PairsCheck({self.relation.name or 'custom pairs'}: {n} pairs kept, {left} dropped{shared})"
 
 
 def check_pairs(

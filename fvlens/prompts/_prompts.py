@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fvlens.arguments import check_arguments
 from fvlens.models import bos_token_id
 from fvlens.prompts._templates import Template, get_template
-from fvlens.relations import Pair, Pairs, list_relations, load_relation, named_pairs, words_of
+from fvlens.relations import Pair, Pairs, Part, list_relations, load_relation, named_pairs, words_of
+from fvlens.showing import Shown, named
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
@@ -39,8 +41,8 @@ class TokenClass(IntEnum):
     """The last token of the prompt, whose next-token distribution is read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompts:
+@dataclass(frozen=True, slots=True, repr=False)
+class Prompts(Shown):
     """A set of tokenised prompts, left-padded: the last token of each is at index -1.
 
     Attributes:
@@ -72,6 +74,16 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def _line(self) -> str:
+        return (
+            f"{named(self.relation)}: {len(self)} prompts of up to {self.tokens.shape[1]} tokens, {self.n_shots} "
+            f"shots, {self.labels} labels, template {self.template}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = zip(self.texts, self.queries, strict=True)
+        return [("prompt", "answer"), *((f"...{text[-60:]}", pair.output) for text, pair in rows)]
 
     @property
     def first_answer_token(self) -> Int[Tensor, " prompt"]:
@@ -168,6 +180,7 @@ def build_prompts(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.
     """
+    check_arguments(build_prompts, locals())
     template = get_template(template)
     if labels not in LABELS:
         raise ValueError(f"build_prompts: labels={labels!r}; expected one of {', '.join(LABELS)}.")
@@ -178,11 +191,14 @@ def build_prompts(
     if queries is not None:
         query_pairs, of_queries = named_pairs(queries, what="build_prompts: queries", repeats=True)
         name = name or of_queries
+    # the pool was drawn from the whole library where parts of a split were given, and stays so: the same seed, the same
+    # prompts
+    kept_apart = relation
     if relation is None:
-        relation = name
+        relation, kept_apart = name, "" if isinstance(demo_pairs, Part) or isinstance(query_pairs, Part) else name
     if labels == "random" and n_shots:
         own_pool = None if pool is None else words_of(pool, "build_prompts: pool")
-        pool = _default_pool(relation, [*demo_pairs, *query_pairs]) if own_pool is None else own_pool
+        pool = _default_pool(kept_apart, [*demo_pairs, *query_pairs]) if own_pool is None else own_pool
         if not pool:
             raise ValueError("build_prompts: labels='random' needs a pool of answers, got an empty one.")
 
@@ -203,7 +219,7 @@ def build_prompts(
     )
 
 
-def _default_pool(relation: str, pairs: Sequence[Pair]) -> list[str]:
+def _default_pool(relation: str | None, pairs: Sequence[Pair]) -> list[str]:
     """Answers of the library's other relations, without the answers of these pairs."""
     own = {pair.output for pair in pairs}
     names = [name for name in list_relations() if name != relation]

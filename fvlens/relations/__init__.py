@@ -35,7 +35,7 @@ from fvlens.relations._given import (
 from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurring_families
 from fvlens.relations._library import disjoint_relations, library_relation, library_words, list_relations, read_relation
 from fvlens.relations._pairs import FORMATS, Reading, from_recorded, read_folder, read_pairs
-from fvlens.relations._relation import CATEGORIES, Pair, Relation, Split, as_pair
+from fvlens.relations._relation import CATEGORIES, Pair, Part, Relation, Split, as_pair
 from fvlens.relations._words import Dropped, plain_name, words_of
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "HeldOut",
     "Pair",
     "Pairs",
+    "Part",
     "Reading",
     "Relation",
     "Split",

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fvlens.arguments import check_kinds
 from fvlens.relations._library import library_relation, list_relations
 from fvlens.relations._pairs import Reading, check_names, is_file_of_pairs, read_file, read_folder, warn
-from fvlens.relations._relation import Pair, Relation, Split
+from fvlens.relations._relation import Pair, Part, Relation, Split
 from fvlens.relations._shapes import source_of
 from fvlens.relations._words import Entry, gathered, shortened
 
@@ -86,7 +87,13 @@ def named_pairs(
     source = source_of(pairs, what)
     found = gathered(source.entries, source.where, what, may_be_empty=may_be_empty, repeats=repeats)
     warn(what, (*source.notes, *found.notes), stacklevel=stacklevel)
-    return tuple(Pair(*pair) for pair in found.pairs), ""
+    own, name = tuple(Pair(*pair) for pair in found.pairs), _name_of(pairs)
+    return (Part(own, name) if name else own), name
+
+
+def _name_of(pairs: Any) -> str:
+    """The name that pairs bring with them: those of a split do."""
+    return pairs.relation if isinstance(pairs, Part) else ""
 
 
 def reading_of(pairs: Any, *, what: str = "pairs", name: str | None = None) -> Reading:
@@ -107,7 +114,7 @@ def reading_of(pairs: Any, *, what: str = "pairs", name: str | None = None) -> R
         raise ValueError(f"{what}: expected word pairs, got a Split; give one of its parts, such as .train.")
     source = source_of(pairs, what)
     found = gathered(source.entries, source.where, what)
-    relation = Relation(name or "", tuple(Pair(*pair) for pair in found.pairs))
+    relation = Relation(_name_of(pairs) if name is None else name, tuple(Pair(*pair) for pair in found.pairs))
     return Reading(relation, found.dropped, (*source.notes, *found.notes))
 
 
@@ -126,6 +133,7 @@ def load_relation(name: str | Path) -> Relation:
         >>> dict(fvlens.load_relation("country-capital").pairs)["France"]
         'Paris'
     """
+    check_kinds("load_relation", load_relation, {"name": name})
     return _named(name, "").warn(str(name), stacklevel=3)
 
 

@@ -16,6 +16,7 @@ import torch
 from fvlens.files import read_json
 from fvlens.relations._library import library_relation, list_relations
 from fvlens.relations._relation import Relation, Split, as_pair
+from fvlens.showing import Shown
 from fvlens.types import as_text, as_texts, as_whole
 
 MIN_DOMAINS = 4
@@ -23,8 +24,8 @@ MIN_DOMAINS = 4
 _MIN_FAMILIES, _MIN_RELATIONS, _SHARE_OF_PAIRS = 4, 20, 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
+@dataclass(frozen=True, slots=True, repr=False)
+class HeldOut(Shown):
     """The library's division for analogies.
 
     Attributes:
@@ -37,6 +38,10 @@ class HeldOut:
     seed: int
     families: tuple[str, ...]
     domain_pairs: dict[str, tuple[tuple[str, str], ...]]
+
+    def _line(self) -> str:
+        n = sum(map(len, self.domain_pairs.values()))
+        return f"seed {self.seed}: {len(self.families)} families, {n} pairs of domains"
 
     def __post_init__(self) -> None:
         as_whole(self.seed, "HeldOut: seed")

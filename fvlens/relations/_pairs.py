@@ -16,6 +16,7 @@ from fvlens.relations._shapes import Source
 from fvlens.relations._sheets import read_sheet
 from fvlens.relations._tables import read_table
 from fvlens.relations._words import Dropped, Entry, gathered, shortened
+from fvlens.showing import Shown, named
 
 _WHAT = "file of word pairs"
 _HEADER_FIELDS = ("name", "category", "family", "domain", "direction")
@@ -29,8 +30,8 @@ _MARKS = (
 """Byte-order marks and the encodings that they announce; longer ones first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+@dataclass(frozen=True, slots=True, repr=False)
+class Reading(Shown):
     """A relation, and what reading it left out or changed.
 
     Attributes:
@@ -42,6 +43,12 @@ class Reading:
     relation: Relation
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def _line(self) -> str:
+        return f"{named(self.relation.name)}: {len(self.relation)} pairs, {len(self.dropped)} dropped"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("dropped", "where", "why"), *((" -> ".join(one.pair), one.place, one.why) for one in self.dropped)]
 
     def warn(self, what: str, stacklevel: int = 3) -> Relation:
         """The relation; a warning says what must be said."""

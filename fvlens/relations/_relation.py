@@ -3,12 +3,15 @@
 import hashlib
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from fvlens.arguments import check_kinds
 from fvlens.relations._words import Unusable, word_of
+from fvlens.showing import Shown, named, shortened
 from fvlens.types import as_text
 
 CATEGORIES = ("morphology", "meaning", "encyclopedic", "translation", "spelling")
@@ -49,24 +52,60 @@ def _checked(given: Any, what: str) -> tuple[tuple[Pair, ...], int]:
     return tuple(pairs), n_trimmed
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Part(tuple[Pair, ...]):
+    """Some pairs of a relation: a tuple that keeps the relation's name, in slices too.
+
+    Attributes:
+        relation: the name.
+    """
+
+    relation: str
+
+    def __new__(cls, pairs: Iterable[Pair], relation: str = "") -> "Part":
+        made = super().__new__(cls, pairs)
+        made.relation = relation
+        return made
+
+    def __getitem__(self, key: Any) -> Any:
+        """A pair, or of a slice a part."""
+        found = super().__getitem__(key)
+        return Part(found, self.relation) if isinstance(key, slice) else found
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Split(Shown):
     """Train, validation and test pairs of one relation.
 
     Attributes:
-        train, valid, test: the pairs, in shuffled order.
+        train, valid, test: the pairs, in shuffled order. They keep the relation's name, and so do slices of them.
         disjoint: ``"both"`` if no word (input or output) of one part occurs in another part; ``"input"`` if only the
             inputs are kept apart, because the relation's outputs recur too often (continents, kinds, first letters).
+        name: of the relation; empty where it has none.
     """
 
     train: tuple[Pair, ...]
     valid: tuple[Pair, ...]
     test: tuple[Pair, ...]
     disjoint: Literal["both", "input"]
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for part in ("train", "valid", "test") if self.name else ():
+            object.__setattr__(self, part, Part(getattr(self, part), self.name))
+
+    def _line(self) -> str:
+        apart = "inputs and outputs" if self.disjoint == "both" else "inputs"
+        sizes = f"{len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test pairs"
+        return f"{named(self.name)}: {sizes}, {apart} kept apart"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        parts = (("train", self.train), ("valid", self.valid), ("test", self.test))
+        rows = [(name, str(len(pairs)), ", ".join(" -> ".join(p) for p in pairs[:3])) for name, pairs in parts]
+        return [("part", "pairs", "the first"), *rows]
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Relation(Shown):
     """A named set of word pairs.
 
     Attributes:
@@ -96,7 +135,15 @@ class Relation:
     path: str = field(default="", compare=False)
     _hash: str | None = field(default=None, init=False, repr=False, compare=False)
 
+    def _line(self) -> str:
+        first = shortened(", ".join(" -> ".join(pair) for pair in self.pairs[:2]))
+        return f"{named(self.name)}: {len(self.pairs)} pairs, {first}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("input", "output"), *self.pairs]
+
     def __post_init__(self) -> None:
+        check_kinds("Relation", Relation, {"pairs": self.pairs})
         for name in ("name", "category", "source", "family", "domain", "direction"):
             as_text(getattr(self, name), f"relation {self.name!r}: {name}")
         pairs, n_trimmed = _checked(self.pairs, f"relation {self.name!r}")
@@ -185,7 +232,7 @@ class Relation:
                 f"split: {self.name!r} falls into {len(groups)} groups that share words, too few for three parts; "
                 "use more pairs or a smaller train fraction."
             )
-        return Split(*(tuple(part) for part in parts), disjoint=disjoint)
+        return Split(*(tuple(part) for part in parts), disjoint=disjoint, name=self.name)
 
     def _groups(self) -> tuple[list[list[Pair]], Literal["both", "input"]]:
         """Groups of pairs that must stay together, and what that keeps apart."""

@@ -1,8 +1,9 @@
 """The whole chain on one relation, its files, a report page that works offline, and the same run again.
 
 :func:`run_relation` goes from word pairs to a controlled function vector, :func:`write_run` writes
-``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json`` and ``report.html``. ``results.json`` names
-everything that the numbers depend on, so that :func:`rerun` can repeat the run from it and say what differs.
+``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json``, ``report.html`` and, as tables, every head,
+every effect and every answer. ``results.json`` names everything that the numbers depend on, so that :func:`rerun` can
+repeat the run from it and say what differs.
 """
 
 from fvlens.report._differences import RunDifference
@@ -14,9 +15,13 @@ from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._rerun import Rerun, rerun
 from fvlens.report._result import RunResult, Source, Tuned
 from fvlens.report._run import other_relations, run_relation
+from fvlens.report._run_tables import ANSWERS_FILE, EFFECTS_FILE, HEADS_FILE, run_tables
 from fvlens.report._settings import Loading, Precision, RecipeOptions, RunOptions, at_least_one
 
 __all__ = [
+    "ANSWERS_FILE",
+    "EFFECTS_FILE",
+    "HEADS_FILE",
     "PACKAGES",
     "RESULTS_FILE",
     "SCHEMA",
@@ -39,6 +44,7 @@ __all__ = [
     "rerun",
     "results_json",
     "run_relation",
+    "run_tables",
     "write_report",
     "write_run",
 ]

@@ -21,8 +21,8 @@ ABSENT = "(absent)"
 """Stands for the value of a field that one of two files does not have."""
 
 _SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note", "pairs")
-_NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions", "loaded")
-"""Times, what follows from the numbers (files of fvlens 0.1 have no ``cautions``), and what loading found."""
+_NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions", "loaded", "tables")
+"""Times, what follows from the numbers (files of fvlens 0.1 have no ``cautions``), what loading found, other files."""
 _LATER = ("exact", "n_first_tokens")
 """Results that earlier files of this schema do not have; compared where both have them."""
 _KINDS = PROVENANCE | {"path": "setting", "ffv_path": "setting"}

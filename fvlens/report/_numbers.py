@@ -9,6 +9,7 @@ from fvlens.metrics import Interval
 from fvlens.prompts import TEMPLATES, get_template
 from fvlens.relations import Relation, library_relation, list_relations
 from fvlens.report._result import RunResult, Source
+from fvlens.report._run_tables import table_files
 from fvlens.universal import file_hash
 
 SCHEMA = 4
@@ -23,7 +24,8 @@ def results_json(result: RunResult) -> dict[str, Any]:
     layer and scale chosen, and of scale 1 at its best layer; ``fv_scale_one_top1`` is top-1 there on the test pairs,
     null if a scale was given. A head is ``[layer, head, AIE, standard error]``, the last two null for heads from a
     file. ``exact`` has the shares of whole answers that are right, ``n_first_tokens`` the different first tokens of the
-    test answers. ``pairs`` is null for a relation of the library; else it has the pairs, and file
+    test answers. ``tables`` names the files beside it that hold every head, every effect and every answer
+    (:func:`fvlens.report.run_tables`). ``pairs`` is null for a relation of the library; else it has the pairs, and file
     and hash if they came from one. What begins with ``ffv`` belongs to the fine-tuned vector and
     is null where none was trained; ``ffv_cosine`` is that to the function vector.
     """
@@ -108,6 +110,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "cautions": list(result.cautions),
         "exact": _exact(result),
         "n_first_tokens": result.zero_shot.n_first_tokens,
+        "tables": table_files(result),
         "decoded": [list(pair) for pair in result.decoded],
         "ffv_decoded": None if tuned is None else [list(pair) for pair in tuned.decoded],
         # what all of it depends on

@@ -9,6 +9,7 @@ from pathlib import Path
 from fvlens.pages import FigureBlock, write_page
 from fvlens.report._numbers import is_of_library, options_json
 from fvlens.report._result import Row, RunResult, Tuned
+from fvlens.report._run_tables import table_files
 
 
 def write_report(path: str | Path, result: RunResult) -> Path:
@@ -36,6 +37,7 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         tuned_exact=None if tuned is None else _differing(_tuned_rows(result, tuned)),
         decoded=list(decoded),
         samples=_samples(result),
+        tables=_tables(result),
         provenance=_provenance(result, Path(path).parent),
     )
 
@@ -132,6 +134,18 @@ def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
         _Sample(pair.input, pair.output, tuple((column[i][0].strip(), column[i][1]) for column in columns))
         for i, pair in enumerate(result.split.test[:n])
     ]
+
+
+_HELD = {
+    "heads": "every head: its effect, standard error, 95% interval and place",
+    "effects": "every head on every corrupted prompt",
+    "answers": "every test query under every vector and control: the answer, what was predicted, rank and probability",
+}
+
+
+def _tables(result: RunResult) -> list[tuple[str, str]]:
+    """The files of tables beside the page, and what they hold."""
+    return [(file, _HELD[name]) for name, file in table_files(result).items() if file is not None]
 
 
 def _origin(result: RunResult) -> str:

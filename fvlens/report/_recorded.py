@@ -18,6 +18,7 @@ from fvlens.report._files import RESULTS_FILE
 from fvlens.report._numbers import SCHEMA
 from fvlens.report._provenance import Provenance
 from fvlens.report._settings import Loading, RunOptions
+from fvlens.showing import Shown, named
 from fvlens.types import as_heads
 from fvlens.universal import GivenHeads, file_hash
 
@@ -25,8 +26,8 @@ UNSEEN = "(outside the run's folder: not looked at without trust)"
 """Stands for the hash of a file that only ``results.json`` names."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedRun:
+@dataclass(frozen=True, slots=True, repr=False)
+class RecordedRun(Shown):
     """A run as ``results.json`` tells it, checked.
 
     Attributes:
@@ -41,6 +42,9 @@ class RecordedRun:
     loading: Loading | None
     heads: GivenHeads | None
     content: dict[str, Any]
+
+    def _line(self) -> str:
+        return f"{named(self.relation.name)} in {self.folder}, {len(self.content)} entries"
 
     def changes(self, model: Any, *, trust: bool = False) -> list[RunDifference]:
         """What the numbers depend on and is not as it was: model, data, versions, platform.
@@ -68,6 +72,8 @@ class RecordedRun:
         }
         old = {name: self.content[name] for name in new}
         old["fingerprint"] = asdict(Fingerprint.from_fields(old["fingerprint"]))  # with what earlier versions left out
+        if not old["fingerprint"]["forms"]:  # of an earlier version
+            new["fingerprint"]["forms"] = ""
         return differences(old, new)
 
     def _heads_file_now(self, trust: bool) -> str | None:

@@ -16,14 +16,15 @@ from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._result import RunResult
 from fvlens.report._run import run_relation
 from fvlens.report._settings import Loading
+from fvlens.showing import Shown
 from fvlens.vectors import FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True)
-class Rerun:
+@dataclass(frozen=True, slots=True, repr=False)
+class Rerun(Shown):
     """A run repeated from its files, and what differs.
 
     Attributes:
@@ -54,6 +55,13 @@ class Rerun:
     def agrees(self) -> bool:
         """Whether every result is the same, numbers within the tolerance."""
         return self.largest <= self.tolerance and not any(row.kind == "result" for row in self.differences)
+
+    def _line(self) -> str:
+        verdict = "the same" if self.agrees else "not the same"
+        return f"{self.n_numbers} numbers, {verdict}: {len(self.differences)} differences, largest {self.largest:.3g}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("what", "name", "old", "new"), *(tuple(map(str, row[:4])) for row in self.differences)]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a difference: ``kind, name, old, new, size``."""

@@ -12,6 +12,7 @@ from fvlens.models import Fingerprint, LoadReport
 from fvlens.relations import Relation, Split
 from fvlens.report._provenance import Provenance
 from fvlens.report._settings import Loading, RunOptions
+from fvlens.showing import Shown, number, span
 from fvlens.training import FineTuned
 from fvlens.universal import GivenHeads
 from fvlens.vectors import FunctionVector
@@ -20,8 +21,8 @@ Source = Literal["permuted", "random", "file"]
 """Where a vector's heads come from: a ranking, or a file of heads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tuned:
+@dataclass(frozen=True, slots=True, repr=False)
+class Tuned(Shown):
     """The fine-tuned vector of a run, and what it does on the test pairs.
 
     Attributes:
@@ -39,6 +40,9 @@ class Tuned:
     others: tuple[Evaluation, ...]
     other: tuple[float, Interval] | None
     decoded: tuple[tuple[str, float], ...]
+
+    def _line(self) -> str:
+        return f"{self.epochs} epochs, layer {self.vector.layer}, test top1={self.evaluation.top1:.3f}"
 
     @property
     def other_exact(self) -> float:
@@ -64,8 +68,8 @@ class Row(NamedTuple):
         return cls(name, score.top1, score.interval, score.exact)
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class RunResult(Shown):
     """Everything a run found.
 
     ``vectors``, ``steered`` and ``sweeps`` are keyed by where the heads come from: the ranking asked for, after it the
@@ -103,6 +107,21 @@ class RunResult:
     cautions: tuple[str, ...] = ()
     loaded: LoadReport | None = None
     data: Relation | None = None
+
+    def _line(self) -> str:
+        tuned = "" if self.tuned is None else f", fine-tuned {self.tuned.evaluation.top1:.3f}"
+        return (
+            f"{self.relation} on {self.model_name}: {self.n_test} test queries, top1: bare {self.zero_shot.top1:.3f}, "
+            f"function vector {self.steered[self.source].top1:.3f}{tuned}, {self.options.n_shots} demonstrations "
+            f"{self.icl.top1:.3f}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [
+            (row.name, number(row.top1), "" if row.interval is None else span(*row.interval[:2]))
+            for row in self._rows()
+        ]
+        return [("what", "top-1", "interval"), *rows]
 
     @property
     def path(self) -> str | None:

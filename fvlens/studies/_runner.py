@@ -22,6 +22,7 @@ import torch
 
 from fvlens.files import read_json, write_json, write_table
 from fvlens.interruption import keeping
+from fvlens.showing import Shown, shortened
 from fvlens.studies._shelf import Shelf
 from fvlens.studies._study import DEFAULTS, Cell, Loaded, Study, Value, field_names, plain
 
@@ -33,8 +34,8 @@ _MOST_CELL = 50_000_000
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+@dataclass(frozen=True, slots=True, repr=False)
+class Kept(Shown):
     """A finished cell, as its file has it.
 
     Attributes:
@@ -51,6 +52,9 @@ class Kept:
     fvlens: str
     rows: tuple[dict[str, Value], ...]
 
+    def _line(self) -> str:
+        return f"{shortened(str(self.cell), 80)}: {len(self.rows)} rows"
+
     def labelled(self) -> list[dict[str, Value]]:
         """The rows, each with the values of the cell."""
         whose = {"relation": self.cell.relation} if self.cell.relation else {}
@@ -58,8 +62,8 @@ class Kept:
         return [where | row for row in self.rows]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+@dataclass(frozen=True, slots=True, repr=False)
+class Outcome(Shown):
     """What a study gave, as far as it is finished.
 
     Attributes:
@@ -75,6 +79,9 @@ class Outcome:
     kept: tuple[Kept, ...]
     failed: tuple[tuple[Cell, str], ...]
     redone: tuple[str, ...]
+
+    def _line(self) -> str:
+        return f"{self.study.name}: {self.standing}, {len(self.failed)} failed"
 
     @property
     def complete(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fvlens.interventions import hooked
 from fvlens.prompts import Prompts, build_prompts, render_prompts, with_answers
 from fvlens.relations import Pair
+from fvlens.showing import Shown
 from fvlens.suffix import in_batches, open_reader, plan_batch
 from fvlens.training._change import Change
 from fvlens.types import Steering
@@ -58,16 +59,19 @@ class Adaptation(abc.ABC):
         """Raise ``ValueError`` if this was made on another model."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unchanged(Adaptation):
+@dataclass(frozen=True, slots=True, repr=False)
+class Unchanged(Adaptation, Shown):
     """The model as it is."""
 
     def check(self, model: Any) -> None:
         """Nothing to refuse: it fits every model."""
 
+    def _line(self) -> str:
+        return "the model as it is"
 
-@dataclass(frozen=True, slots=True)
-class Demonstrations(Adaptation):
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Demonstrations(Adaptation, Shown):
     """Demonstrations in front of whatever a prompt shows itself.
 
     Attributes:
@@ -104,9 +108,12 @@ class Demonstrations(Adaptation):
     def check(self, model: Any) -> None:
         """Nothing to refuse: words fit every model."""
 
+    def _line(self) -> str:
+        return f"{self.n_shots} of {len(self.pairs)} pairs in front, seed {self.seed}"
 
-@dataclass(frozen=True, slots=True)
-class Steered(Adaptation):
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Steered(Adaptation, Shown):
     """A steering's tensors, added at the prompt's last token.
 
     Attributes:
@@ -134,6 +141,9 @@ class Steered(Adaptation):
 
     def check(self, model: Any) -> None:
         self.steering.check(model)
+
+    def _line(self) -> str:
+        return repr(self.steering)
 
 
 class AdaptationChange(Change):

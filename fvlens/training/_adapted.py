@@ -2,19 +2,23 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from fvlens.models import Fingerprint
 from fvlens.relations import Pair, Pairs, as_pairs, named_pairs
+from fvlens.results import Result
+from fvlens.showing import named
 from fvlens.suffix import check_compute
-from fvlens.training._adaptations import Adaptation, Steered, Unchanged
+from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged
 from fvlens.training._change import Change
 from fvlens.training._loop import Training, train
 from fvlens.training._options import Execution
 from fvlens.training._settings import History, Settings, Task
 from fvlens.training._state import TrainingState
 from fvlens.types import Steering
+from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +53,16 @@ class Adapted(Protocol):
     def history(self) -> History | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+def kinds_of_changes() -> tuple[type, ...]:
+    """What files may hold as a change: those that come with fvlens, and the vectors that they add."""
+    from fvlens.training._lora import LoRA  # both are made of this module's parts
+    from fvlens.training._soft_prompt import SoftPrompt
+
+    return Unchanged, Demonstrations, Steered, SoftPrompt, LoRA, FunctionVector, DistributedVector
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Baseline(Result):
     """A model made to do a relation by another method than a fine-tuned vector.
 
     Attributes:
@@ -69,6 +81,8 @@ class Baseline:
         complete: False if the training was interrupted.
         state: to go on from, ``resume=state``; None if nothing was trained.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-baseline-1"
 
     method: str
     relation: str
@@ -94,6 +108,26 @@ class Baseline:
         if not isinstance(self.change, Steered):
             raise ValueError(f"vector: {self.method} adds no vector; use .change.")
         return self.change.steering
+
+    @classmethod
+    def _kinds(cls) -> tuple[type, ...]:
+        return kinds_of_changes()
+
+    def _made_on(self) -> Fingerprint | None:
+        steering = getattr(self.change, "steering", self.change)
+        return getattr(steering, "fingerprint", None)
+
+    def _check_loaded(self) -> None:
+        if self.state is not None:
+            self.state.check_parts()
+
+    def _line(self) -> str:
+        how = "nothing trained" if self.best_epoch is None else f"best epoch {self.best_epoch}"
+        part = "" if self.complete else ", interrupted"
+        return f"{self.method}, {named(self.relation)}: {self.n_trainable} numbers, {how}{part}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [] if self.history is None else self.history._cells()
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row an epoch: ``method, relation, epoch, train_loss, valid_loss, valid_top1, norm, cosine``.
@@ -153,7 +187,7 @@ def as_adaptation(given: Adapted | Steering | Adaptation | None) -> Adaptation:
 def given_pairs(function: str, pairs: Pairs, relation: str | None) -> tuple[tuple[Pair, ...], str]:
     """The pairs, and the relation's name."""
     own, name = named_pairs(pairs, what=f"{function}: pairs")
-    return own, name if relation is None else relation
+    return tuple(own), name if relation is None else relation
 
 
 def valid_pairs(function: str, valid: Pairs | None) -> tuple[Pair, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from dataclasses import replace as replaced
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,9 @@ from fvlens.evaluation import Evaluation, evaluations
 from fvlens.metrics import Interval, best_token, bootstrap_interval, is_best, kl_divergence, log_probability, rank
 from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
 from fvlens.relations import Pairs, Relation, list_relations, load_relation
+from fvlens.results import Result
 from fvlens.scoring import Scores, score
+from fvlens.showing import span
 from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.training._adapted import Adapted, as_adaptation
 from fvlens.types import Steering
@@ -117,14 +119,16 @@ def _read_scores(model: Any, change: Adaptation, prompts: Prompts, batch_size: i
 # --- what it disturbs ---
 
 
-@dataclass(frozen=True, slots=True)
-class Collateral:
+@dataclass(frozen=True, slots=True, repr=False)
+class Collateral(Result):
     """How far a method changes predictions that it should leave alone.
 
     Attributes:
         divergences: ``KL(P_plain || P_adapted)`` of the next token after each prompt, in nats.
         interval: 95% bootstrap interval of their mean.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-collateral-1"
 
     divergences: Float[Tensor, " prompt"]
     interval: Interval
@@ -133,6 +137,9 @@ class Collateral:
     def mean(self) -> float:
         """Mean divergence in nats; 0 where nothing changes."""
         return self.divergences.double().mean().item()
+
+    def _line(self) -> str:
+        return f"{len(self.divergences)} prompts, KL {self.mean:.4f} nats {span(*self.interval[:2])}"
 
 
 def unrelated_prompts(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 from tqdm.auto import tqdm
@@ -16,9 +16,12 @@ from fvlens.find import Ranking, find_vector
 from fvlens.interruption import keeping, marked, titled
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.relations import Pairs, as_relation
+from fvlens.results import Result, read_result
+from fvlens.showing import Shown
 from fvlens.training._adaptations import Steered
-from fvlens.training._adapted import Adapted, Baseline
+from fvlens.training._adapted import Adapted, Baseline, kinds_of_changes
 from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
+from fvlens.training._finetune import FineTuned
 from fvlens.training._methods import METHODS, Budget, Planned
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._settings import Settings
@@ -28,8 +31,12 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+COMPARISON_FILE = "compare.safetensors"
+"""A comparison's own file in the folder that it is saved to."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Row(Shown):
     """One method in the table.
 
     Attributes:
@@ -48,9 +55,13 @@ class Row:
     collateral: Collateral
     adapted: Adapted | None
 
+    def _line(self) -> str:
+        top1, kl = self.evaluation.top1, self.collateral.mean
+        return f"{self.name}: {self.n_trainable} numbers, top1={top1:.3f}, KL {kl:.3f} nats"
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Result):
     """Methods of one budget on one relation, on the same test queries.
 
     Attributes:
@@ -67,6 +78,8 @@ class Comparison:
         complete: False if interrupted; the rows that were finished are there.
         caution: whether heads were taken that do not help (:meth:`~fvlens.attribution.IndirectEffects.caution`).
     """
+
+    FORMAT: ClassVar[str] = "fvlens-comparison-1"
 
     relation: str
     model_name: str
@@ -97,6 +110,21 @@ class Comparison:
             if row.name == name:
                 return row
         raise ValueError(f"no method {name!r} here; there are {', '.join(row.name for row in self.rows)}.")
+
+    @classmethod
+    def _kinds(cls) -> tuple[type, ...]:
+        return (Baseline, FineTuned, *kinds_of_changes())
+
+    def _line(self) -> str:
+        best = max(self.rows, key=lambda row: row.evaluation.top1)
+        part = "" if self.complete else ", interrupted"
+        return (
+            f"{self.relation} on {self.model_name}: {len(self.rows)} methods, {self.n_test} test queries, best "
+            f"{best.name} with top1={best.evaluation.top1:.3f}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self.cells()
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a method: trained numbers, seconds, top-1 and collateral change with intervals, and more scores."""
@@ -168,14 +196,34 @@ class Comparison:
         lines = [heading, ("---", *["---:"] * (len(heading) - 1)), *body]
         return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", self.describe(), ""])
 
-    def save(self, folder: str | FilePath) -> list[FilePath]:
-        """Write ``compare.md`` and ``compare.csv`` into a folder, which is made if need be."""
+    def save(self, folder: str | FilePath) -> list[FilePath]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write ``compare.md``, ``compare.csv`` and, for ``load``, ``compare.safetensors`` into a folder.
+
+        The folder is made if need be.
+        """
         folder = FilePath(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return [
             write_text(folder / "compare.md", self.to_markdown()),
             write_table(folder / "compare.csv", self.to_dataframe()),
+            self._write(folder / COMPARISON_FILE),
         ]
+
+    @classmethod
+    def load(cls, path: str | FilePath, *, model: Any = None) -> "Comparison":
+        """Read what :meth:`save` wrote, from its folder or from the file ``compare.safetensors`` itself.
+
+        Nothing in the file is executed. It warns if the table was interrupted.
+
+        Args:
+            path: the folder or the file.
+            model: if given, the table must have been made on this model.
+
+        Raises:
+            ValueError: no such file; not a comparison, or a damaged one; or one of another model than ``model``.
+        """
+        path = FilePath(path)
+        return read_result(cls, path / COMPARISON_FILE if path.is_dir() else path, model)
 
     def plot(self, quantity: Literal["top1", "collateral"] = "top1") -> "go.Figure":
         """Top-1, or the collateral change, of each method as bars with intervals.

@@ -5,14 +5,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 
+from fvlens.arguments import check_arguments
 from fvlens.interruption import keeping
-from fvlens.models import model_device
+from fvlens.models import Fingerprint, model_device
 from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pairs, Relation, Split, as_pairs, as_relation, as_relations, named_pairs
+from fvlens.results import Result
+from fvlens.showing import named, number, shortened
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.training._adaptations import Steered
 from fvlens.training._loop import Outcome, Trained, Training, train
@@ -23,6 +26,7 @@ from fvlens.training._settings import History, Settings, Task
 from fvlens.training._state import TrainingState
 from fvlens.training._trainable import TrainableDistributedVector, TrainableVector, frozen
 from fvlens.training._vector_changes import DistributedChange, VectorChange
+from fvlens.types import as_whole
 from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 Init = FunctionVector | DistributedVector | Literal["zero"]
 
 
-@dataclass(frozen=True, slots=True)
-class FineTuned:
+@dataclass(frozen=True, slots=True, repr=False)
+class FineTuned(Result):
     """A trained vector and how it came about.
 
     Attributes:
@@ -55,6 +59,8 @@ class FineTuned:
         complete: False if the training was interrupted.
         state: to go on from, ``finetune(..., resume=state)``; of all relations trained together.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-fine-tuned-1"
 
     vector: FunctionVector | DistributedVector
     history: History
@@ -93,6 +99,25 @@ class FineTuned:
             return self.vector.vector.numel()
         return len(self.vector.heads) * self.vector.values.shape[-1]
 
+    def _made_on(self) -> Fingerprint | None:
+        return self.vector.fingerprint
+
+    def _check_loaded(self) -> None:
+        as_whole(self.best_epoch, "best_epoch", 0, len(self.history) - 1)
+        self.state.check_parts()
+
+    def _line(self) -> str:
+        layer = f", layer {self.vector.layer}" if isinstance(self.vector, FunctionVector) else ""
+        part = "" if self.complete else ", interrupted"
+        top1 = number(float(self.history.valid_top1[self.best_epoch]))
+        return (
+            f"{named(self.relation)}: {self.n_trainable} numbers{layer}, best epoch {self.best_epoch} of "
+            f"{len(self.history) - 1}, validation top1={top1}{part}"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return self.history._cells()
+
     def to_dataframe(self) -> "pd.DataFrame":
         """One row an epoch: ``relation, epoch, train_loss, valid_loss, valid_top1, norm, cosine``."""
         frame = self.history.to_dataframe()
@@ -115,14 +140,16 @@ class FineTuned:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FineTunedSet:
+@dataclass(frozen=True, slots=True, repr=False)
+class FineTunedSet(Result):
     """Relations trained in one batch.
 
     Attributes:
         runs: one :class:`FineTuned` a relation, in the order given.
         seconds: time of the whole training.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-fine-tuned-set-1"
 
     runs: tuple[FineTuned, ...]
     seconds: float
@@ -155,6 +182,28 @@ class FineTunedSet:
             if run.relation == name:
                 return run
         raise ValueError(f"no training of {name!r} here; there are {', '.join(run.relation for run in self.runs)}.")
+
+    def _made_on(self) -> Fingerprint | None:
+        return self.runs[0]._made_on()
+
+    def _check_loaded(self) -> None:
+        if not self.runs:
+            raise ValueError("expected at least one training.")
+        for run in self.runs:
+            run._check_loaded()
+
+    def _line(self) -> str:
+        names = shortened(", ".join(named(run.relation) for run in self.runs))
+        best = [float(run.history.valid_top1[run.best_epoch]) for run in self.runs]
+        part = "" if self.complete else ", interrupted"
+        return f"{len(self.runs)} relations: {names}; mean validation top1={number(sum(best) / len(best))}{part}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [
+            (named(run.relation), str(run.best_epoch), number(float(run.history.valid_top1[run.best_epoch])))
+            for run in self.runs
+        ]
+        return [("relation", "best epoch", "validation top-1"), *rows]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """The rows of :meth:`FineTuned.to_dataframe` of all relations."""
@@ -238,6 +287,7 @@ def finetune(
     References:
         Kang, Wu, Lu 2026, arXiv:2601.08169 (from digests of it).
     """
+    check_arguments(finetune, locals(), trains=True)
     own, name = named_pairs(pairs, what="finetune: pairs", may_be_empty=True)
     if relation is None:
         relation = name or ("" if isinstance(init, str) else init.relation)
@@ -285,6 +335,7 @@ def finetune_many(
         ValueError: as for :func:`finetune`; no relations; two of one name; a relation without a start; ``n_train``
             below 1.
     """
+    check_arguments(finetune_many, locals(), trains=True)
     if isinstance(relations, Mapping):
         splits = {
             name: one if isinstance(one, Split) else as_relation(one, what=f"finetune_many: {name}").split(generator)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.models import fingerprint
+from fvlens.showing import Shown
 from fvlens.suffix import portions
 from fvlens.training._change import Change, fill, flat
 from fvlens.training._objective import OBJECTIVES, Objective
@@ -32,8 +33,8 @@ from fvlens.training._state import VECTORS, Moment, TrainingState, copies, memor
 from fvlens.training._trainable import frozen
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+@dataclass(frozen=True, slots=True, repr=False)
+class Outcome(Shown):
     """What training one relation gave.
 
     Attributes:
@@ -50,9 +51,12 @@ class Outcome:
     history: History
     lr: float
 
+    def _line(self) -> str:
+        return f"{self.values.numel()} numbers, best epoch {self.best_epoch} of {len(self.history) - 1}"
 
-@dataclass(frozen=True, slots=True)
-class Trained:
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Trained(Shown):
     """What a training gave.
 
     Attributes:
@@ -66,6 +70,9 @@ class Trained:
     state: TrainingState
     complete: bool
     seconds: float
+
+    def _line(self) -> str:
+        return f"{len(self.outcomes)} relations, {self.seconds:.1f} s{'' if self.complete else ', interrupted'}"
 
 
 class Training:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import acting, hooked
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, check_model, fingerprint
 from fvlens.relations import Pairs
+from fvlens.showing import Shown
 from fvlens.training._adaptations import Adaptation, AdaptationChange
 from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, trained_baseline, valid_pairs
 from fvlens.training._change import filled
@@ -29,7 +30,7 @@ from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
 from fvlens.training._settings import Settings, Task
 from fvlens.types import as_flag, is_bridge
-from fvlens.vectors import INTERRUPTED, check_model
+from fvlens.vectors import INTERRUPTED
 
 LORA_FORMAT = "fvlens-lora-1"
 _PARTS = ("a_q", "b_q", "a_v", "b_v")
@@ -37,8 +38,8 @@ LORA_LR = 0.1
 """Default learning rate of low-rank updates, as a share of the standard deviation that A is drawn with."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoRA(Adaptation):
+@dataclass(frozen=True, slots=True, repr=False)
+class LoRA(Adaptation, Shown):
     """Low-rank updates of the query and value projections: ``W_Q + A_Q B_Q`` and ``W_V + A_V B_V``, at every token.
 
     ``x A B`` is added to what the projection gives, before any norm of the queries and any rotation. Heads are those of
@@ -63,6 +64,9 @@ class LoRA(Adaptation):
     def __post_init__(self) -> None:
         as_flag(self.complete, "LoRA: complete")
 
+    def _line(self) -> str:
+        return f"rank {self.rank} at {len(self.layers)} layers, model {self.fingerprint.name!r}"
+
     @property
     def rank(self) -> int:
         """Rank of each update."""
@@ -83,7 +87,7 @@ class LoRA(Adaptation):
             yield tokens, mask
 
     def check(self, model: Any) -> None:
-        check_model(self.fingerprint, model, "the low-rank update")
+        check_model(self.fingerprint, model, "the low-rank update", again="`fvlens compare`")
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.arguments import check_kinds
 from fvlens.files import read_tensors, write_tensors
-from fvlens.models import Fingerprint
+from fvlens.models import Fingerprint, check_model
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
+from fvlens.showing import Shown, named, shortened
 from fvlens.types import as_text, as_texts
-from fvlens.vectors import INTERRUPTED, FunctionVector, check_model, vector_from, vector_header
+from fvlens.vectors import INTERRUPTED, FunctionVector, vector_from, vector_header
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 SET_FORMAT = "fvlens-vector-set-1"
 
 
-@dataclass(frozen=True, slots=True)
-class VectorSet:
+@dataclass(frozen=True, slots=True, repr=False)
+class VectorSet(Shown):
     """An ordered collection of vectors of one model and layer, such as the basis of a composite vector.
 
     Attributes:
@@ -50,6 +52,7 @@ class VectorSet:
     categories: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_kinds("VectorSet", VectorSet, {"vectors": self.vectors})
         if not self.vectors:
             raise ValueError("VectorSet: expected at least one vector, got none.")
         object.__setattr__(self, "vectors", tuple(self.vectors))
@@ -75,6 +78,14 @@ class VectorSet:
         for category in categories:
             as_text(category, "VectorSet: category")
         object.__setattr__(self, "categories", categories)
+
+    def _line(self) -> str:
+        names = shortened(", ".join(map(named, self.names)))
+        return f"{len(self)} vectors after layer {self.layer}: {names}, model {self.fingerprint.name!r}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [(named(v.relation), c, v.kind, f"{v.norm():.3f}") for v, c in zip(self, self.categories, strict=True)]
+        return [("relation", "category", "kind", "norm"), *rows]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,7 +150,7 @@ class VectorSet:
 
     def check(self, model: Any) -> None:
         """Raise ``ValueError`` if the vectors were made on another model."""
-        check_model(self.fingerprint, model, f"the set of {len(self)} vectors")
+        check_model(self.fingerprint, model, f"the set of {len(self)} vectors", again="`fvlens compose`")
 
     def similarity(self) -> Float[Tensor, "relation relation"]:
         """Cosine similarity of every pair of vectors."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fvlens.prompts import Template, get_template
 from fvlens.relations import Pair
+from fvlens.showing import Shown, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,8 +94,8 @@ class Task:
         return self.name or "this relation"
 
 
-@dataclass(frozen=True, slots=True)
-class History:
+@dataclass(frozen=True, slots=True, repr=False)
+class History(Shown):
     """One entry an epoch; entry 0 is the start, before any step.
 
     Attributes:
@@ -115,6 +116,14 @@ class History:
     def __len__(self) -> int:
         """Number of entries, one more than the epochs trained."""
         return len(self.train_loss)
+
+    def _line(self) -> str:
+        n = len(self)
+        return f"{n - 1} epochs" + (f", train loss {number(float(self.train_loss[-1]))}" if n else "")
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = zip(*(getattr(self, name).tolist() for name in CURVES), strict=True)
+        return [("epoch", *CURVES), *((str(i), *map(number, row)) for i, row in enumerate(rows))]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row an epoch: ``epoch`` and the curves."""

@@ -15,23 +15,24 @@ from torch import Tensor, nn
 
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import hooked, resid_pre_hook
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, check_model, fingerprint
 from fvlens.relations import Pairs
+from fvlens.showing import Shown
 from fvlens.training._adaptations import Adaptation, AdaptationChange, added
 from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, trained_baseline, valid_pairs
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._prepared import PreparedPrompts
 from fvlens.training._settings import Settings, Task
 from fvlens.types import as_flag
-from fvlens.vectors import INTERRUPTED, check_model
+from fvlens.vectors import INTERRUPTED
 
 SOFT_PROMPT_FORMAT = "fvlens-soft-prompt-1"
 SOFT_PROMPT_LR = 0.1
 """Default learning rate of a soft prompt, as a share of the root mean square of what the first block reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class SoftPrompt(Adaptation):
+@dataclass(frozen=True, slots=True, repr=False)
+class SoftPrompt(Adaptation, Shown):
     """Tokens whose embeddings are trained, right behind BOS, or in front where there is none.
 
     Soft token i is the embedding of a token of the vocabulary plus an offset, added to what the first block reads. So
@@ -51,6 +52,10 @@ class SoftPrompt(Adaptation):
 
     def __post_init__(self) -> None:
         as_flag(self.complete, "SoftPrompt: complete")
+
+    def _line(self) -> str:
+        n, width = self.offsets.shape
+        return f"{n} tokens of {width} numbers, norm {float(self.offsets.norm()):.3f}, model {self.fingerprint.name!r}"
 
     @property
     def n_more(self) -> int:
@@ -86,7 +91,7 @@ class SoftPrompt(Adaptation):
             yield tokens, mask
 
     def check(self, model: Any) -> None:
-        check_model(self.fingerprint, model, "the soft prompt")
+        check_model(self.fingerprint, model, "the soft prompt", again="`fvlens compare`")
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""

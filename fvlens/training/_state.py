@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fvlens.files import read_tensors, write_tensors
 from fvlens.models import INFORMATIVE
 from fvlens.prompts import TEMPLATES
+from fvlens.showing import Shown, shortened
 from fvlens.training._settings import CURVES
 from fvlens.types import as_flag, as_list, as_number, as_texts, as_whole
 
@@ -25,8 +26,8 @@ _OLD_METHODS = {
 """Names that version 0.1 gave to what is trained."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingState:
+@dataclass(frozen=True, slots=True, repr=False)
+class TrainingState(Shown):
     """All that training needs to go on as if it had never stopped.
 
     Attributes:
@@ -36,6 +37,10 @@ class TrainingState:
 
     tensors: dict[str, Tensor]
     header: dict[str, Any]
+
+    def _line(self) -> str:
+        names = shortened(", ".join(map(str, self.header.get("relations", ()))))
+        return f"{self.header.get('method', 'a training')} of {names}, {len(self.tensors)} tensors"
 
     def save(self, path: str | FilePath) -> FilePath:
         """Write the state to one safetensors file, at once."""

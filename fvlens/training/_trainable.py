@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fvlens.arguments import check_kinds
 from fvlens.interventions import lock, resid_hook, z_hook
 from fvlens.models import fingerprint
-from fvlens.types import Head, HeadLike, as_heads, is_bridge
+from fvlens.showing import Shown
+from fvlens.types import Head, HeadLike, as_heads, as_whole, is_bridge
 from fvlens.vectors import DistributedVector, FunctionVector
 
 
-class TrainableVector(nn.Module):
+class TrainableVector(Shown, nn.Module):
     """A vector of the residual stream as a parameter: ``resid_l[-1] := resid_l[-1] + v`` with a gradient to v.
 
     For several relations there is a row each. Every row is a parameter of its own, so that an optimiser with memory,
@@ -59,6 +61,9 @@ class TrainableVector(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_kinds("TrainableVector", TrainableVector.__init__, {"init": init, "layer": layer, "device": device})
+        if layer is not None:
+            as_whole(layer, "TrainableVector: layer")
         if isinstance(init, FunctionVector):
             layers, values = {init.layer}, init.vector
         elif isinstance(init, Tensor):
@@ -79,6 +84,12 @@ class TrainableVector(nn.Module):
         self.is_single = values.ndim == 1
         rows = values.detach().float().to(device).reshape(-1, values.shape[-1])
         self.rows = nn.ParameterList([nn.Parameter(row.clone()) for row in rows])
+
+    def _line(self) -> str:
+        rows = f"{len(self.rows)} x " if not self.is_single else ""
+        return (
+            f"{rows}{len(self.rows[0])} numbers after layer {self.layer}, norm {float(self.matrix.detach().norm()):.3f}"
+        )
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
@@ -125,7 +136,7 @@ class Rows:
         self.whole.check(model)
 
 
-class TrainableDistributedVector(nn.Module):
+class TrainableDistributedVector(Shown, nn.Module):
     """One parameter ``[d_head]`` for each chosen head, added to that head's own z at the last token.
 
     Args:
@@ -158,6 +169,10 @@ class TrainableDistributedVector(nn.Module):
         self.heads: tuple[Head, ...] = tuple(chosen)
         self.shape = (int(n_layers), int(n_heads))
         self.values = nn.Parameter(values.detach().float().clone())
+
+    def _line(self) -> str:
+        n, width = self.values.shape
+        return f"{n} heads x {width} numbers, norm {float(self.values.detach().norm()):.3f}"
 
     @property
     def joins_after(self) -> int:

@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fvlens.arguments import check_arguments
 from fvlens.evaluation import evaluate
 from fvlens.find import RANKINGS, Ranking, relation_effects
 from fvlens.interruption import keeping
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Template, get_template, render_prompts
 from fvlens.relations import Relation, Split, as_relations
+from fvlens.showing import Shown
 from fvlens.universal._set import UniversalHeads, check_number
 
 
@@ -104,6 +106,7 @@ def universal_heads(
     References:
         Todd et al. 2024, arXiv:2310.15213, section 2.3 (universal set of causal heads).
     """
+    check_arguments(universal_heads, locals(), runs=True)
     check_number(n, model.cfg.n_layers * model.cfg.n_heads)
     if labels not in RANKINGS:
         raise ValueError(f"universal_heads: labels={labels!r}; expected one of {', '.join(RANKINGS)}.")
@@ -134,8 +137,8 @@ def universal_heads(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+@dataclass(frozen=True, slots=True, repr=False)
+class Carried(Shown):
     """What one relation says of every head.
 
     Attributes:
@@ -148,6 +151,9 @@ class Carried:
     icl_interval: tuple[float, float]
     majority: float
     path: str
+
+    def _line(self) -> str:
+        return f"{self.aie.shape[0]} layers x {self.aie.shape[1]} heads"
 
 
 def carried(

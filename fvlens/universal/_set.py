@@ -15,8 +15,9 @@ from torch import Tensor
 from fvlens.files import read_json, write_json
 from fvlens.find import RANKINGS
 from fvlens.interruption import marked, titled
-from fvlens.models import Fingerprint, fingerprint
+from fvlens.models import Fingerprint, fingerprint, told_apart
 from fvlens.prompts import Template, get_template, template_from, template_header, template_or
+from fvlens.showing import Shown
 from fvlens.types import Head, as_number, as_texts, as_whole
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MOST_COLUMNS = 48
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class UniversalHeads:
+class UniversalHeads(Shown):
     """Average indirect effects of every head on many relations, and the heads that are strongest over all of them.
 
     Attributes:
@@ -154,12 +155,14 @@ class UniversalHeads:
         order = self.mean.flatten().argsort(descending=True, stable=True)[:n].tolist()
         return [Head(*divmod(i, self.fingerprint.n_heads)) for i in order]
 
-    def __repr__(self) -> str:
+    def _line(self) -> str:
         heads = ", ".join(map(str, self.heads[:5])) + (", ..." if self.n > 5 else "")
         return (
-            f"UniversalHeads({self.n} heads: {heads}; {int(self.kept.sum())} of {len(self.relations)} relations, "
-            f"{self.labels} labels)"
+            f"{self.n} heads: {heads}; {int(self.kept.sum())} of {len(self.relations)} relations, {self.labels} labels"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [("head", "mean AIE"), *((str(head), f"{float(self.mean[head]):+.4f}") for head in self.heads)]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a relation and head: ``relation, layer, head, aie, stderr, kept, icl_top1, majority``."""
@@ -309,7 +312,7 @@ class UniversalHeads:
         Raises:
             ValueError: its fingerprint differs; ``name`` is that of the file, for the message.
         """
-        differences = self.fingerprint.differences(fingerprint(model))
+        differences = told_apart(self.fingerprint, fingerprint(model), f"{name}", again="`fvlens universal`")
         if differences:
             raise ValueError(
                 f"{name}: the heads were found on model {self.fingerprint.name!r}, not on this one (file / model: "
