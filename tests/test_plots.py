@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from fvlens import plots
-from fvlens.plots import bars, curves, decoded, dots, heatmap, line_sweep, relation_map, similarity, training_curves
+from fvlens.plots import (
+    bars,
+    curves,
+    decoded,
+    direct_map,
+    dots,
+    heatmap,
+    line_sweep,
+    relation_map,
+    shares,
+    similarity,
+    training_curves,
+)
 from fvlens.plots._style import spread
 from fvlens.types import Head
 
@@ -575,6 +587,106 @@ def test_relation_map_refuses(unchecked, call, message):
         call()
 
 
+# Shares
+
+
+SHARES = torch.tensor([[0.1, 0.3, 0.6], [0.0, 0.25, 0.75]])
+
+
+def test_shares_grow_darker_from_zero_with_the_first_row_on_top():
+    figure = shares(SHARES, ["L0H1", "\n"], ["a", "<b>", "c\n"], stderr=SHARES / 10, hover=[["one", "two", "<3>"]] * 2)
+    trace = figure.data[0]
+    np.testing.assert_array_equal(np.asarray(trace.z), SHARES.numpy())
+    assert (trace.zmin, trace.zmax) == (0, 0.75)
+    assert trace.hovertext[0][1] == "L0H1, &lt;b&gt;<br>attention: 0.3 ± 0.03 (standard error)<br>two"
+    assert trace.hovertext[1][2] == "↵, c↵<br>attention: 0.75 ± 0.075 (standard error)<br>&lt;3&gt;"
+    assert list(figure.layout.yaxis.ticktext) == ["L0H1", "↵"]
+    assert list(figure.layout.xaxis.ticktext) == ["a", "&lt;b&gt;", "c↵"]
+    light = [sum(colour_at(trace.colorscale, share)) for share in np.linspace(0, 1, 11)]
+    assert all(after < before for before, after in pairwise(light))
+
+
+def test_shares_without_errors_or_of_zeros():
+    trace = shares(torch.zeros(1, 2), ["a"], ["x", "y"], stderr=torch.full((1, 2), math.nan)).data[0]
+    assert (trace.zmin, trace.zmax) == (0, 1)
+    assert trace.hovertext[0][0] == "a, x<br>attention: 0"
+
+
+def test_shares_name_as_many_columns_as_have_room_the_last_among_them():
+    axis = shares(torch.ones(2, 200), ["a", "b"], [f"token {i}" for i in range(200)]).layout.xaxis
+    assert axis.tickvals[-1] == 199 and axis.ticktext[-1] == "token 199"
+    assert 40 < len(axis.tickvals) <= 60
+    assert {after - before for before, after in pairwise(axis.tickvals)} == {4}
+    # words go before signs, whatever place they stand at
+    names = [":" if i % 5 else f"word{i}" for i in range(100)]
+    axis = shares(torch.ones(2, 100), ["a", "b"], names).layout.xaxis
+    assert {name for name in names if name != ":"} <= set(axis.ticktext)
+    assert min(after - before for before, after in pairwise(axis.tickvals)) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: shares(SHARES, ["a"], ["x", "y", "z"]), "of the 2 by 3 matrix, got 1 and 3 labels"),
+        (lambda: shares(SHARES - 0.2, ["a", "b"], ["x", "y", "z"]), "expected values of at least 0, got -0.2"),
+        (lambda: shares(SHARES / 0, ["a", "b"], ["x", "y", "z"]), "expected finite values, got 6 NaN or infinite"),
+        (lambda: shares(torch.ones(0, 0), [], []), "expected at least one row and one column, got an empty matrix"),
+        (
+            lambda: shares(SHARES, ["a", "b"], ["x", "y", "z"], hover=[["1"]]),
+            "expected hover as 2 rows of 3 texts, got rows of [1]",
+        ),
+        (
+            lambda: shares(SHARES, ["a", "b"], ["x", "y", "z"], stderr=-SHARES),
+            "expected finite standard errors of at least 0, got values from -0.75 to -0.",
+        ),
+    ],
+)
+def test_shares_refuses(unchecked, call, message):
+    with pytest.raises(ValueError, match=f"^shares: .*{re.escape(message)}"):
+        call()
+
+
+# Direct effects
+
+
+def test_direct_map_shows_heads_mlps_and_the_rest_of_the_sum():
+    mlps, others = torch.tensor([0.5, -0.25]), {"embedding": 0.2, "positions": -0.1}
+    figure = direct_map(AIE, mlps, others, total=0.43, stderr=(ERRORS, mlps.abs() / 10), outlined=[(1, 2)])
+    trace = figure.data[0]
+    z = np.asarray(trace.z)
+    np.testing.assert_array_equal(z[:, :3], AIE.numpy())
+    np.testing.assert_array_equal(z[:, 4], mlps.numpy())
+    assert np.isnan(z[:, 3]).all() and [row[3] for row in trace.hovertext] == ["", ""]
+    assert (trace.zmin, trace.zmid, trace.zmax) == (-0.5, 0, 0.5)
+    assert trace.hovertext[1][2] == "L1H2<br>logits: -0.4 ± 0.04 (standard error)"
+    assert trace.hovertext[0][4] == "MLP 0<br>logits: +0.5 ± 0.05 (standard error)"
+    assert (
+        figure.layout.title.subtitle.text
+        == "Sum of all parts +0.43: embedding +0.20, positions -0.10; outlined: the largest of heads (1)"
+    )
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "MLP"]
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 2, 4]
+    assert figure.layout.yaxis.range[0] < figure.layout.yaxis.range[1]
+    (shape,) = figure.layout.shapes
+    assert (shape.x0, shape.x1, shape.y0, shape.y1) == (1.5, 2.5, 0.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: direct_map(AIE, AIE[0], {}, total=0.0), "heads and MLPs of as many layers, got (2, 3) and (3,)"),
+        (lambda: direct_map(AIE, AIE[:, 0], {"x": math.nan}, total=0.0), "finite numbers, got NaN or infinity"),
+        (
+            lambda: direct_map(AIE, AIE[:, 0], {}, total=0.0, stderr=(AIE, AIE[:, 0])),
+            "expected finite standard errors of at least 0, got values from -0.4 to 0.3",
+        ),
+    ],
+)
+def test_direct_map_refuses(unchecked, call, message):
+    with pytest.raises(ValueError, match=f"^direct_map: .*{re.escape(message)}"):
+        call()
+
+
 # Decoded words
 
 
@@ -612,6 +724,8 @@ FIGURES = {
     "decoded": lambda title: decoded([" a"], [1.0], title=title),
     "curves": lambda title: curves([1, 5, 20], LINES, BANDS, **TITLES, title=title),
     "training_curves": lambda title: training_curves(**TRAINING, title=title),
+    "shares": lambda title: shares(SHARES, ["a", "b"], ["x", "y", "z"], title=title),
+    "direct_map": lambda title: direct_map(AIE, AIE[:, 0], {"embedding": 0.1}, total=0.2, title=title),
 }
 
 

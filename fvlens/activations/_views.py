@@ -1,8 +1,7 @@
 """What a reader sees of a cache: a tidy table, and figures."""
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -15,9 +14,6 @@ from fvlens.prompts import TokenClass
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-_LABEL, _INSIDE = 10, 520
-"""Pixels that the name of a token takes below a figure, and that all of them have."""
 
 _ROW_BYTES = 80
 """Bytes that a row of the table takes: up to ten columns."""
@@ -92,15 +88,12 @@ def _attention(cache: ActivationCache, layer: int, head: int, prompt: int) -> "g
         raise ValueError(f"plot: expected a head in 0..{n_heads - 1}, got {head}.")
     pattern = cache.select(prompts=[prompt])["pattern", layer][0, head]
     queries, keys = cache.mask[prompt], cache.prompts.attention_mask[prompt].bool()
-    shown = plots.similarity(
+    return plots.shares(
         pattern[queries][:, keys].float(),
         [word(cache, prompt, int(column)) for column in cache.columns[prompt][queries]],
-        columns=[word(cache, prompt, int(column)) for column in keys.nonzero().flatten()],
+        [word(cache, prompt, int(column)) for column in keys.nonzero().flatten()],
         title=f"Attention of L{layer}H{head}, prompt {prompt}",
-        colorbar_title="attention",
     )
-    shown.update_traces(zmin=0, colorscale=[[0, "#F7F7F7"], [1, "#2166AC"]])  # attention is never negative
-    return _thinned(shown, int(keys.sum()))
 
 
 def _norm_sums(cache: ActivationCache, site: str) -> Float[Tensor, " layer *head"]:
@@ -137,21 +130,10 @@ def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "go.Figure":
     real = cache.mask[prompt]
     one = cache.select(prompts=[prompt])
     norms = torch.stack([one[site, layer][0][real].float().norm(dim=-1) for layer in cache.layers])
-    shown = plots.similarity(
+    return plots.shares(
         norms,
         [f"layer {layer}" for layer in cache.layers],
-        columns=[word(cache, prompt, int(column)) for column in cache.columns[prompt][real]],
+        [word(cache, prompt, int(column)) for column in cache.columns[prompt][real]],
         title=f"Norm of {site}, prompt {prompt}",
         colorbar_title="norm",
-        limit=float(norms.max()) or 1.0,
     )
-    return _thinned(shown, int(real.sum()))
-
-
-def _thinned(shown: "go.Figure", n_tokens: int) -> "go.Figure":
-    """The figure with as many of the tokens named below it as have room there, the last one always among them."""
-    step = math.ceil(n_tokens * _LABEL / _INSIDE)
-    layout: Any = shown.layout  # plotly's attributes are made at run time
-    axis = layout.xaxis
-    shown.update_xaxes(tickvals=axis.tickvals[::-1][::step], ticktext=axis.ticktext[::-1][::step])
-    return shown

@@ -61,7 +61,7 @@ class Recheck(Shown):
     @property
     def stderr(self) -> Float[Tensor, " rechecked"]:
         """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
-        return _standard_error(self.cie)
+        return standard_error(self.cie)
 
     def _line(self) -> str:
         return (
@@ -180,7 +180,7 @@ class IndirectEffects(Result):
     @property
     def stderr(self) -> Float[Tensor, "layer head"]:
         """Standard error of :attr:`aie` over prompts (NaN for a single prompt)."""
-        return _standard_error(self.cie)
+        return standard_error(self.cie)
 
     @property
     def exact_aie(self) -> dict[Head, float]:
@@ -439,7 +439,8 @@ class IndirectEffects(Result):
         )
 
 
-def _standard_error(cie: Float[Tensor, " prompt *axes"]) -> Float[Tensor, " *axes"]:
+def standard_error(cie: Float[Tensor, " prompt *axes"]) -> Float[Tensor, " *axes"]:
+    """Standard error of the mean over prompts; NaN for a single one."""
     if len(cie) < 2:
         return torch.full_like(cie[0], torch.nan)
     return cie.std(dim=0) / len(cie) ** 0.5

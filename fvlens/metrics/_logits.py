@@ -135,7 +135,13 @@ def best_tokens(logits: Float[Tensor, "*batch d_vocab"], k: int) -> Int[Tensor, 
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"best_tokens: expected k in 1..{logits.shape[-1]} (the vocabulary), got {k}.")
     _check_no_nan_logits("best_tokens", logits)
-    return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    values, tokens = logits.topk(k, dim=-1)
+    n_as_good = (logits >= values[..., -1:]).sum(-1, dtype=torch.int32)
+    if bool((n_as_good > k).any()):  # ties at the end, of which the smaller ids are in
+        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    tokens = tokens.sort(dim=-1).values
+    order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True).indices
+    return tokens.gather(-1, order)
 
 
 def is_best(logits: Float[Tensor, "*batch d_vocab"], tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:

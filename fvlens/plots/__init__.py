@@ -8,10 +8,12 @@ This room imports plotly, so the rest of the package imports it inside its ``.pl
 """
 
 from fvlens.plots._bars import bars, decoded
+from fvlens.plots._direct import direct_map
 from fvlens.plots._dots import dots
 from fvlens.plots._input import Number, Numbers
 from fvlens.plots._lines import curves, line_sweep
 from fvlens.plots._maps import heatmap, relation_map, similarity
+from fvlens.plots._shares import SEQUENTIAL, shares
 from fvlens.plots._style import ACCENT, DIVERGING, GREY, GRID, INK, MUTED, PAPER, REFERENCES, WIDTH
 from fvlens.plots._training import training_curves
 
@@ -24,16 +26,19 @@ __all__ = [
     "MUTED",
     "PAPER",
     "REFERENCES",
+    "SEQUENTIAL",
     "WIDTH",
     "Number",
     "Numbers",
     "bars",
     "curves",
     "decoded",
+    "direct_map",
     "dots",
     "heatmap",
     "line_sweep",
     "relation_map",
+    "shares",
     "similarity",
     "training_curves",
 ]

@@ -47,6 +47,7 @@ def line_sweep(
     references: Mapping[str, Number] | None = None,
     marked: Number | None = None,
     marked_label: str = "best",
+    note: str = "Band: interval of the mean",
     y_range: tuple[Number, Number] | None = None,
 ) -> go.Figure:
     """A quantity over layers, scales or head counts, with its interval as a band and reference lines.
@@ -62,6 +63,7 @@ def line_sweep(
         references: name and value of horizontal lines to compare with, such as ``{"10-shot": 0.98}``.
         marked: one of the ``x``, drawn as a large point with its value.
         marked_label: what the marked point is.
+        note: what the band is, for the line under the title.
         y_range: ends of the y axis; by default it holds 0, all points and all references.
 
     Returns:
@@ -126,7 +128,7 @@ def line_sweep(
             bgcolor="rgba(255, 255, 255, 0.8)", borderpad=1,
         )  # fmt: skip
 
-    shared = layout(title, height=height, note=None if lows is None else "Band: interval of the mean")
+    shared = layout(title, height=height, note=None if lows is None else note)
     shared["margin"] |= {"r": right}
     figure.update_layout(**shared)
     pad = 0.03 * (xs[-1] - xs[0]) or 0.5

@@ -22,7 +22,7 @@ from fvlens.plots._style import (
     plain,
     whole_ticks,
 )
-from fvlens.types import HeadLike, as_heads
+from fvlens.types import Head, HeadLike, as_heads
 
 
 def heatmap(
@@ -92,21 +92,14 @@ def heatmap(
 
     # many layers make a taller figure rather than cells that cannot be told apart
     cell = max(9.0, min(44.0, 420 / n_layers))
-    figure = _grid(
+    figure = grid(
         z,
         [[text(layer, head) for head in range(n_heads)] for layer in range(n_layers)],
         limit=z.nan_to_num().abs().max().item() or 1.0,
         colorbar={"title": colorbar_title, "nticks": max(3, min(7, round(cell * n_layers / 30)))},
     )
-    for layer, head in heads:
-        figure.add_shape(
-            type="rect",
-            x0=head - 0.5,
-            x1=head + 0.5,
-            y0=layer - 0.5,
-            y1=layer + 0.5,
-            line={"color": "black", "width": 2},
-        )
+    for head in heads:
+        outline(figure, head)
 
     note = f"Black outline: {outlined_label} ({len(heads)})" if heads else None
     figure.update_layout(**layout(title, height=round(150 + cell * n_layers), note=note))
@@ -153,19 +146,45 @@ def similarity(
         >>> figure.data[0].hovertext[0][1]
         'antonym, plural<br>cosine: +0.3'
     """
+    return labelled(
+        "similarity",
+        matrix,
+        labels,
+        labels if columns is None else columns,
+        title=title,
+        colorbar_title=colorbar_title,
+        limit=limit,
+    )
+
+
+def labelled(
+    function: str,
+    matrix: Float[Tensor, "row column"],
+    labels: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    colorbar_title: str,
+    limit: Number,
+) -> go.Figure:
+    """A matrix with names of its rows and columns, the first row on top, for figures that messages call ``function``.
+
+    Raises:
+        ValueError: as :func:`similarity`.
+    """
     z = as_matrix(matrix)
-    column_labels = list(labels if columns is None else columns)
+    column_labels = list(columns)
     if (len(labels), len(column_labels)) != tuple(z.shape):
         raise ValueError(
-            f"similarity: expected one label a row and a column of the {z.shape[0]} by {z.shape[1]} matrix, "
+            f"{function}: expected one label a row and a column of the {z.shape[0]} by {z.shape[1]} matrix, "
             f"got {len(labels)} and {len(column_labels)} labels."
         )
     if z.numel() == 0:
-        raise ValueError("similarity: expected at least one row and one column, got an empty matrix.")
+        raise ValueError(f"{function}: expected at least one row and one column, got an empty matrix.")
     if not bool(z.isfinite().all()):
-        raise ValueError(f"similarity: expected finite values, got {int((~z.isfinite()).sum())} NaN or infinite.")
+        raise ValueError(f"{function}: expected finite values, got {int((~z.isfinite()).sum())} NaN or infinite.")
     if not limit > 0:
-        raise ValueError(f"similarity: expected limit above 0, got {limit}; cosines need 1.")
+        raise ValueError(f"{function}: expected limit above 0, got {limit}; cosines need 1.")
 
     # cells are square where their number allows it; column names that are wider than a cell stand upright
     n_rows, n_columns = z.shape
@@ -182,7 +201,7 @@ def similarity(
         ]
         for i, row in enumerate(labels)
     ]
-    figure = _grid(
+    figure = grid(
         z,
         hover,
         limit=limit,
@@ -280,7 +299,7 @@ def relation_map(
     below = 26 + (label_margin(columns, 12) if upright else 30)
 
     # the scale stays at the top, since a map of many rows is taller than the screen
-    figure = _grid(
+    figure = grid(
         z,
         [[text(row, column) for column in range(n_columns)] for row in range(n_rows)],
         limit=z.abs().max().item() or 1.0,
@@ -323,7 +342,7 @@ def relation_map(
     return figure
 
 
-def _grid(
+def grid(
     z: Float[Tensor, "row column"],
     hovertext: Sequence[Sequence[str]],
     *,
@@ -352,6 +371,15 @@ def _grid(
             **more,
         )
     )
+
+
+def outline(figure: go.Figure, head: Head) -> None:
+    """A black outline around the cell of a head, on a map of layers by heads."""
+    layer, column = head
+    figure.add_shape(
+        type="rect", x0=column - 0.5, x1=column + 0.5, y0=layer - 0.5, y1=layer + 0.5,
+        line={"color": "black", "width": 2},
+    )  # fmt: skip
 
 
 def _stand_upright(labels: Sequence[str], cell: float) -> bool:

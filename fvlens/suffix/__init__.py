@@ -28,7 +28,7 @@ from fvlens.suffix._kept import Added, SteeredPrompts
 from fvlens.suffix._layout import laid_out, wide_logits
 from fvlens.suffix._memory import Slices, Weights, plan_batch, plan_slices, portions, power_above
 from fvlens.suffix._prefix import run_prefix, watch_prompts
-from fvlens.suffix._reader import Reader, open_reader
+from fvlens.suffix._reader import Reader, open_reader, read_out, read_out_slices
 from fvlens.suffix._routes import (
     ROUTES,
     Route,
@@ -72,6 +72,8 @@ __all__ = [
     "plan_slices",
     "portions",
     "power_above",
+    "read_out",
+    "read_out_slices",
     "rows_of",
     "run_prefix",
     "steered_resid",

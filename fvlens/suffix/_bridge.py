@@ -87,14 +87,21 @@ class BridgeRun(SuffixRun):
     def logits(
         self, resid: Float[Tensor, "*rows d_model"], scratch: Scratch | None = None
     ) -> Float[Tensor, "*rows d_vocab"]:
-        model = self.model
-        flat = resid.reshape(-1, 1, resid.shape[-1])
-        last = resid_hook(model.cfg.n_layers - 1)
-        tokens = torch.zeros(flat.shape[:2], dtype=torch.long, device=resid.device)
-        edits = {last: lambda old: flat.to(old)}
-        with _skipping(model, range(model.cfg.n_layers)), wide_unembedding(model), hooked(model, edits):
-            logits = model(tokens)
-        return logits.to(resid.device).reshape(*resid.shape[:-1], -1)
+        return bridge_logits(self.model, resid)
+
+
+def bridge_logits(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Whatever the wrapped model does behind its last block, of any residual streams."""
+    if any(block not in _lengths for block in model.blocks):  # no prefix was run yet
+        with torch.no_grad(), acting(methods=_notes(model)):
+            model(torch.zeros(1, 1, dtype=torch.long, device=resid.device))
+    flat = resid.reshape(-1, 1, resid.shape[-1])
+    last = resid_hook(model.cfg.n_layers - 1)
+    tokens = torch.zeros(flat.shape[:2], dtype=torch.long, device=resid.device)
+    edits = {last: lambda old: flat.to(old)}
+    with _skipping(model, range(model.cfg.n_layers)), wide_unembedding(model), hooked(model, edits):
+        logits = model(tokens)
+    return logits.to(resid.device).reshape(*resid.shape[:-1], -1)
 
 
 def _replaced(forwards: Mapping[Any, Callable[..., Any]]) -> contextlib.AbstractContextManager[None]:
@@ -133,6 +140,20 @@ _lengths: "weakref.WeakKeyDictionary[Any, int | None]" = weakref.WeakKeyDictiona
 """Block -> how many things it gives its model, as seen when a prefix was run; None for a bare tensor."""
 
 
+def _notes(model: Any) -> dict[tuple[Any, str], Callable[..., Any]]:
+    """Methods that note what each block gives its model."""
+
+    def noting(block: Any) -> Callable[..., Any]:
+        def forward(own: Any, *args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            _lengths[block] = len(output) if isinstance(output, tuple) else None
+            return output
+
+        return forward
+
+    return {(block, "forward"): noting(block) for block in model.blocks}
+
+
 def _behind_block(model: Any, layer: int, tokens: Tensor, **options: Any) -> Tensor:
     """The residual stream behind a block; the rest of the forward is not run."""
     found: list[Tensor] = []
@@ -161,18 +182,9 @@ def run_bridge(
 
         return see
 
-    def noting(block: Any) -> Any:
-        def forward(own: Any, *args: Any, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            _lengths[block] = len(output) if isinstance(output, tuple) else None
-            return output
-
-        return forward
-
     final = resid_hook(n_layers - 1)
     names = [final, *(name(layer) for layer in range(n_layers) for name in (resid_pre_hook, z_hook))]
-    notes = {(block, "forward"): noting(block) for block in model.blocks}
-    with torch.no_grad(), acting(methods=notes), hooked(model, {name: keep(name) for name in names}):
+    with torch.no_grad(), acting(methods=_notes(model)), hooked(model, {name: keep(name) for name in names}):
         last_only = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
         model(tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **last_only)
     kept_layers: list[Any] = cache.layers

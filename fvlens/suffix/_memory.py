@@ -21,7 +21,7 @@ _MOST_ROWS = 128
 _WIDEST = 32 * 1024 * 1024
 """Bytes of a block's widest activation in an automatic batch of plain passes, on a CPU: wider ones leave its caches and
 are taken from the system anew at each operation."""
-_MOST_LOGITS = 16 * 1024 * 1024
+MOST_LOGITS = 16 * 1024 * 1024
 """Numbers in one slice of logits at most."""
 
 _CEILING = {"cuda": 8 * 1024**3}
@@ -200,7 +200,7 @@ def plan_slices(
             most = available // kept if n_prompts is None else min(n_prompts, available // kept)
             prompts = _largest(most, lambda n: need(n, variants) <= available)
         rest = available - unembedding - prompts * (kept + variants * result)
-        logits = min(rest // estimate.logits, _MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
+        logits = min(rest // estimate.logits, MOST_LOGITS // estimate.d_vocab, prompts * variants * n_suffix)
         return prompts, variants, max(1, logits)
 
     prompts, variants, logits = _planned(model, max_memory, plan, warn)

@@ -12,7 +12,7 @@ from fvlens.suffix._hooked import passes, run_cached, run_weights
 from fvlens.suffix._layout import laid_out
 from fvlens.suffix._memory import copy_fits
 from fvlens.suffix._reader import open_reader
-from fvlens.suffix._routes import Route, choose_route
+from fvlens.suffix._routes import Route, why_not_weights
 from fvlens.suffix._run import SuffixRun
 from fvlens.types import is_bridge
 
@@ -83,7 +83,7 @@ def watch_prompts(
     names |= {resid_hook(i): (i, "after") for i in range(model.cfg.n_layers)}
     names |= {resid_pre_hook(i): (i, "before") for i in range(model.cfg.n_layers)}
     with torch.no_grad():
-        if choose_route(model)[0] != "weights" or not set(seers) <= set(names):
+        if why_not_weights(model) is not None or not set(seers) <= set(names):
             with hooked(model, seers):
                 open_reader(model, len(tokens), keep=False).read(tokens, attention_mask, n_read=1)
             return

@@ -1,13 +1,15 @@
 """Reading on: logits behind the last tokens of a batch, with keys and values kept so that more tokens can follow."""
 
 import abc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fvlens.interventions import part_threads
+from fvlens.interventions import acts_on, part_threads
+from fvlens.suffix._memory import MOST_LOGITS
 from fvlens.types import is_bridge
 
 
@@ -67,3 +69,35 @@ class _BridgeReader(Reader):
 def open_reader(model: Any, n_rows: int, *, keep: bool) -> Reader:
     """A reader of ``n_rows`` rows; with ``keep``, more tokens may follow the first ones."""
     return _BridgeReader(model, keep) if is_bridge(model) else _HookedReader(model, n_rows, keep)
+
+
+def read_out(model: Any, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+    """Logits that a model gives to residual streams after its last block: final norm, unembedding, soft cap.
+
+    Those of a model in half precision are float32.
+
+    Raises:
+        ValueError: a TransformerBridge under hooks, which would act on these residual streams again.
+    """
+    if is_bridge(model):
+        from fvlens.suffix._bridge import bridge_logits
+
+        if acts_on(model):
+            raise ValueError(
+                "something acts on this TransformerBridge (an open inject or ablate block, or a hook), which would act "
+                "on residual streams again when they are read out; leave the block, or use a HookedTransformer."
+            )
+        return bridge_logits(model, resid)
+    from fvlens.suffix._hooked import unembedded
+
+    return unembedded(model, resid.to(next(model.parameters()).dtype))
+
+
+def read_out_slices(
+    model: Any, resid: Float[Tensor, "row d_model"]
+) -> Iterator[tuple[slice, Float[Tensor, "_some d_vocab"]]]:
+    """:func:`read_out` of many rows, in slices whose logits take little memory; each with its rows."""
+    size = max(1, MOST_LOGITS // model.cfg.d_vocab)
+    for start in range(0, len(resid), size):
+        rows = slice(start, min(len(resid), start + size))
+        yield rows, read_out(model, resid[rows])

@@ -1,0 +1,166 @@
+"""Direct effects of every part on every prompt: values, sums, order, tables and figures."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fvlens.attribution._effects import standard_error
+from fvlens.models import Fingerprint
+from fvlens.prompts import Template, get_template
+from fvlens.types import Head
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DirectEffects:
+    """Direct effect of every part of a model on every prompt's logit difference, answer against foils, in logits.
+
+    Attributes:
+        heads: of each head's write, ``z @ W_O``; positive pushes towards the answer.
+        mlps: of each layer's MLP, its biases with it; 0 in a model without MLPs.
+        others: of what else there is, in the order of :attr:`other_names`.
+        other_names: ``"embedding"`` (of the last token), and those of ``"positions"``, ``"attention biases"`` (all b_O,
+            and biases of norms behind attention), ``"final norm's bias"`` and ``"unembedding's bias"`` that are not 0.
+        total: the logit difference itself, by the model's own norm and unembedding, before any cap.
+        scale: what the final norm divides by on that prompt: held fixed, it makes the parts add up.
+        answers: first token of each answer.
+        foil: what the answer is compared with: ``"answers"``, ``"vocabulary"`` or ``"given"``.
+        n_foils: number of tokens whose mean logit is taken away.
+        logit_cap: the cap of the model's logits, which the differences are taken before; None without one.
+        relation, labels, template, n_shots, data_hash: the prompts.
+        fingerprint: the model.
+    """
+
+    heads: Float[Tensor, "prompt layer head"]
+    mlps: Float[Tensor, "prompt layer"]
+    others: Float[Tensor, "prompt other"]
+    other_names: tuple[str, ...]
+    total: Float[Tensor, " prompt"]
+    scale: Float[Tensor, " prompt"]
+    answers: Int[Tensor, " prompt"]
+    foil: str
+    n_foils: Int[Tensor, " prompt"]
+    logit_cap: float | None
+    relation: str
+    labels: str
+    template: Template | str
+    n_shots: int
+    data_hash: str
+    fingerprint: Fingerprint
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "template", get_template(self.template))
+
+    def __len__(self) -> int:
+        return len(self.total)
+
+    def __repr__(self) -> str:
+        n_prompts, n_layers, n_heads = self.heads.shape
+        best = self.top(1)[0]
+        return (
+            f"DirectEffects({self.relation or 'custom pairs'}, {self.labels} labels: {n_prompts} prompts, {n_layers} "
+            f"layers x {n_heads} heads, mean logit difference {float(self.total.mean()):+.3f} against {self.foil}, "
+            f"most by {best} with {float(self.mean[best]):+.3f}, model {self.fingerprint.name!r})"
+        )
+
+    @property
+    def sum(self) -> Float[Tensor, " prompt"]:
+        """All parts together: :attr:`total`, up to rounding (1e-4 in float32, more in half precision)."""
+        parts = torch.cat([self.heads.flatten(1), self.mlps, self.others], dim=1)
+        return parts.double().sum(dim=1).float()
+
+    @property
+    def mean(self) -> Float[Tensor, "layer head"]:
+        """Mean direct effect of each head over prompts."""
+        return self.heads.mean(dim=0)
+
+    @property
+    def stderr(self) -> Float[Tensor, "layer head"]:
+        """Standard error of :attr:`mean` over prompts (NaN for a single prompt)."""
+        return standard_error(self.heads)
+
+    def top(self, n: int) -> list[Head]:
+        """The n heads of the largest mean direct effect, largest first: those that write the answer.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads.
+        """
+        return self._ordered(n, "top", largest=True)
+
+    def bottom(self, n: int) -> list[Head]:
+        """The n heads of the smallest mean direct effect, smallest first: those that write against the answer.
+
+        Raises:
+            ValueError: n is not between 1 and the number of heads.
+        """
+        return self._ordered(n, "bottom", largest=False)
+
+    def _ordered(self, n: int, what: str, *, largest: bool) -> list[Head]:
+        n_heads = self.heads.shape[2]
+        order = self.mean.flatten().argsort(descending=largest, stable=True).tolist()
+        if not 1 <= n <= len(order):
+            raise ValueError(f"{what}: expected n between 1 and {len(order)} (all heads), got {n}.")
+        return [Head(i // n_heads, i % n_heads) for i in order[:n]]
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a prompt and part: ``prompt, part, kind, layer, head, effect, total``.
+
+        ``part`` is a name such as ``"L2H3"``, ``"MLP 2"`` or ``"embedding"``; ``kind`` is ``"head"``, ``"mlp"`` or
+        ``"other"``; ``layer`` and ``head`` are missing where a part has none.
+        """
+        import pandas as pd
+
+        n_prompts, n_layers, n_heads = self.heads.shape
+        heads = [(str(Head(i, j)), "head", i, j) for i in range(n_layers) for j in range(n_heads)]
+        mlps = [(f"MLP {i}", "mlp", i, None) for i in range(n_layers)]
+        parts = [*heads, *mlps, *((name, "other", None, None) for name in self.other_names)]
+        effects = torch.cat([self.heads.flatten(1), self.mlps, self.others], dim=1)
+        names, kinds, layers, heads_of = (list(column) for column in zip(*parts, strict=True))
+        return pd.DataFrame(
+            {
+                "prompt": torch.arange(n_prompts).repeat_interleave(len(parts)).numpy(),
+                "part": names * n_prompts,
+                "kind": kinds * n_prompts,
+                "layer": pd.array(layers * n_prompts, dtype="Int64"),
+                "head": pd.array(heads_of * n_prompts, dtype="Int64"),
+                "effect": effects.flatten().numpy(),
+                "total": self.total.repeat_interleave(len(parts)).numpy(),
+            }
+        )
+
+    def plot(self, *, n_top: int = 10, prompt: int | None = None) -> "go.Figure":
+        """Map of all heads and, beside them, the MLPs; the other parts stand under the title.
+
+        Args:
+            n_top: so many heads are outlined, of the largest absolute effects.
+            prompt: one prompt; by default the mean over all, whose standard errors are in the hover text.
+
+        Raises:
+            ValueError: there is no such prompt.
+        """
+        from fvlens import plots
+
+        if prompt is not None and not 0 <= prompt < len(self):
+            raise ValueError(f"plot: expected a prompt in 0..{len(self) - 1}, got {prompt}.")
+        shown = [self.heads, self.mlps, self.others, self.total[:, None]]
+        heads, mlps, others, total = (x.mean(dim=0) if prompt is None else x[prompt] for x in shown)
+        named = dict(zip(self.other_names, others.tolist(), strict=True))
+        rest = {name: named.pop(name, None) for name in ("embedding", "positions")}
+        rest["biases"] = sum(named.values()) if named else None
+        order = heads.abs().flatten().argsort(descending=True, stable=True)[:n_top].tolist()
+        where = f"{self.labels} labels, " + (f"{len(self)} prompts" if prompt is None else f"prompt {prompt}")
+        return plots.direct_map(
+            heads,
+            mlps,
+            {kind: value for kind, value in rest.items() if value is not None},
+            total=float(total),
+            stderr=(self.stderr, standard_error(self.mlps)) if prompt is None else None,
+            outlined=[Head(i // heads.shape[1], i % heads.shape[1]) for i in order],
+            title=f"Direct effects, {self.relation or 'custom pairs'} ({where})",
+        )
