@@ -84,7 +84,7 @@ def effects(model, path, *bounds):
     def run(some, bound):
         fvlens.indirect_effects(model, some, means, path=path, max_memory=bound, progress=False)
 
-    return measured(run, drawn(model, 16, labels="permuted"), bounds)
+    return measured(run, drawn(model, 24, labels="permuted"), bounds)
 
 
 def steered(model):
@@ -136,7 +136,7 @@ def main():
     assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536) == 1
     found["effects, weights"] = effects(model, "weights", 24 * MIB, 80 * MIB)
     found["effects, kv"] = effects(model, "kv", 32 * MIB, 96 * MIB)
-    found["effects, bridge"] = effects(bridged(6), "kv", 24 * MIB, 72 * MIB)
+    found["effects, bridge"] = effects(bridged(6), "kv", 20 * MIB, 72 * MIB)
     found |= caches(model)
     found["training"] = steered(model)
     print(json.dumps(found))

@@ -15,8 +15,10 @@ from fvlens.studies._measure_pages import EXCERPTS, card_of_training, whole
 from fvlens.studies._study import library_data
 
 STUDY = STUDIES["measure"]
-EVERY = 14
+EVERY, SEED = 14, 0
 """The bars are checked on every 14th relation with one seed; the card measures all relations with three."""
+NAMES = list_relations()[::EVERY][:3]
+"""Those whose cells are compared with single calls."""
 
 
 def cells_of(names, seed):
@@ -24,9 +26,15 @@ def cells_of(names, seed):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    names = list_relations()[::EVERY]
-    return run_study(STUDY, cells_of(names, 0), tmp_path_factory.mktemp("found")).tables()
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("measure")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    outcome = run_study(STUDY, cells_of(list_relations()[::EVERY], SEED), folder)
+    assert outcome.failed == ()
+    return outcome.tables()
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +128,18 @@ def test_the_card_quotes_both_tables():
 
 # --- cells ---
 
-NAMES = ["country-capital", "verb-past", "antonym"]
-
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Three relations, one seed, one random vector."""
-    folder = tmp_path_factory.mktemp("small")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "N_RANDOM", 1)
-        outcome = run_study(STUDY, cells_of(NAMES, 3), folder)
+def small(found, folder):
+    """Three of these relations, whose own cells are there, and cells that try two others' vectors on each."""
+    own = [cell for cell in cells_of(list_relations()[::EVERY], SEED) if cell.relation in NAMES][: len(NAMES)]
+    tried = [
+        dataclasses.replace(
+            cell, varies=(("stage", "controls"), ("others", " ".join(name for name in NAMES if name != cell.relation)))
+        )
+        for cell in own
+    ]
+    outcome = run_study(STUDY, [*own, *tried], folder)
     assert outcome.failed == ()
     return outcome, folder
 
@@ -139,12 +149,13 @@ def rows_of(outcome, stage):
 
 
 def test_cells_are_a_relations_vectors_and_then_its_controls():
-    cells = cells_of(NAMES, 3)
+    names = ["country-capital", "verb-past", "antonym"]
+    cells = cells_of(names, 3)
     assert [(cell.relation, cell["stage"]) for cell in cells] == [
-        (name, stage) for stage in ("vectors", "controls") for name in NAMES
+        (name, stage) for stage in ("vectors", "controls") for name in names
     ]
     for cell in cells[3:]:
-        assert set(cell["others"].split()) == set(NAMES) - {cell.relation}
+        assert set(cell["others"].split()) == set(names) - {cell.relation}
     every = {(cell.relation, cell.seed): cell for cell in STUDY.cells(Settings()) if cell["stage"] == "controls"}
     assert len(every) == 3 * len(list_relations())
     assert len({cell["others"] for cell in every.values()}) == len(every)
@@ -164,7 +175,7 @@ def test_one_relation_equals_single_calls(model, small):
     outcome, _ = small
     for name in NAMES[:2]:
         row = rows_of(outcome, "vectors")[name]
-        generator = seeded(3)
+        generator = seeded(SEED)
         split = load_relation(name).split(generator)
         assert row["n_test"] == len(split.test)
 
@@ -200,9 +211,9 @@ def test_one_relation_equals_single_calls(model, small):
             ]
             assert score(vectors[labels], split.valid).top1 == max(tried)
         starts = {"vector": vectors["permuted"], "zero": 0.0 * vectors["permuted"]}
-        early = seeded(3)
+        early = seeded(SEED)
         for key, init, epochs, generator in (
-            ("tuned", "vector", 20, seeded(3)),
+            ("tuned", "vector", 20, seeded(SEED)),
             ("epochs_5_vector", "vector", 5, early),
             ("epochs_5_zero", "zero", 5, early),
         ):
@@ -220,14 +231,15 @@ def test_controls_equal_single_calls(model, small):
         {one.relation: one for one in map(fvlens.FunctionVector.load, (folder / "parts").glob(f"*-{name}.safetensors"))}
         for name in ("fine-tuned-vector", "function-vector")
     )
-    assert set(trained) == set(untrained) == set(NAMES) and len(list((folder / "parts").iterdir())) == 6
+    assert set(trained) == set(untrained) == set(list_relations()[::EVERY])
+    assert len(list((folder / "parts").iterdir())) == 2 * len(trained)
     answers = {}
     for name in list_relations():
         for query, answer in load_relation(name):
             answers.setdefault(query, []).append(answer)
     for kept in outcome.kept[3:]:
         name, row = kept.cell.relation, kept.rows[0]
-        split, own = load_relation(name).split(seeded(3)), rows_of(outcome, "vectors")[name]
+        split, own = load_relation(name).split(seeded(SEED)), rows_of(outcome, "vectors")[name]
 
         def score(vector, pairs=split.test):
             return fvlens.evaluate(model, pairs, vector=vector, generator=seeded(9))
