@@ -9,6 +9,7 @@ from evaluations import DEMONSTRATIONS, PAIRS, made_vector
 
 import fvlens
 from fvlens import scoring
+from fvlens.attribution import attention_patterns, direct_effects, logit_lens
 from fvlens.composition import CompositeMap, basis_study
 from fvlens.evaluation import layer_scale_sweep
 from fvlens.relations import Split, make_analogies
@@ -53,6 +54,10 @@ def _results():
         means,
         ("IndirectEffects", fvlens.indirect_effects(model, shuffled, means, **QUIET)),
         ("IndirectEffects, rechecked", rechecked),
+        direct_effects(model, shuffled, **QUIET),
+        attention_patterns(model, shuffled, [(0, 1), (1, 2)], right="query", **QUIET),
+        ("AttentionPatterns, full", attention_patterns(model, clean, [(1, 0)], full=True, **QUIET)),
+        logit_lens(model, shuffled, positions=None, k=2, **QUIET),
         fvlens.evaluate(model, PAIRS, vector=vector, generator=g),
         ("Evaluation, bare", fvlens.evaluate(model, PAIRS, generator=g)),
         fvlens.generate_answers(model, PAIRS, vector=vector, generator=g),

@@ -132,8 +132,7 @@ class Made:
 @functools.cache
 def prompts(name: str) -> Made:
     g = seeded(4)  # prompts of 24 to 32 tokens, answers of 1 to 4
-    cfg = SimpleNamespace(n_ctx=checkpoints.CONTEXT)
-    writer = SimpleNamespace(tokenizer=tokenizer(), cfg=cfg, hook_dict={}, blocks=())  # as much of a model as it takes
+    writer = SimpleNamespace(tokenizer=tokenizer(), cfg=SimpleNamespace(n_ctx=checkpoints.CONTEXT))
     clean = made_prompts(writer, generator=g)
     shuffled = made_prompts(writer, generator=g, labels="permuted")
     rows, answers = rows_of(shuffled)

@@ -15,8 +15,9 @@ from fvlens.results import Result
 from fvlens.training import Comparison, TrainingState
 
 NAMES = (
-    "HeadMeans", "IndirectEffects", "IndirectEffects, rechecked", "Evaluation", "Evaluation, bare", "GeneratedAnswers",
-    "LayerSweep", "HeadCountSweep", "LayerScaleSweep", "Controls", "Found", "FineTuned", "FineTunedSet", "Baseline",
+    "HeadMeans", "IndirectEffects", "IndirectEffects, rechecked", "DirectEffects", "AttentionPatterns",
+    "AttentionPatterns, full", "LogitLens", "Evaluation", "Evaluation, bare", "GeneratedAnswers", "LayerSweep",
+    "HeadCountSweep", "LayerScaleSweep", "Controls", "Found", "FineTuned", "FineTunedSet", "Baseline",
     "Baseline, LoRA", "Baseline, untrained", "Scores", "AnalogyEvaluation", "BasisStudy", "Comparison", "Collateral",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fvlens.activations import ActivationCache, activation_cache
+from fvlens.arguments import check_arguments
 from fvlens.attribution._contrast import Contrast, contrast
 from fvlens.attribution._direct_effects import DirectEffects
 from fvlens.attribution._frozen import FrozenNorm, applied, freeze
@@ -81,6 +82,7 @@ def direct_effects(
     References:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; arXiv:2606.07560.
     """
+    check_arguments(direct_effects, locals(), runs=True)
     if has_hooks(model):
         raise ValueError(
             "direct_effects: something acts on the model (an open inject or ablate block, or a hook), so that its "

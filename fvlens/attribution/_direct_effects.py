@@ -1,7 +1,7 @@
 """Direct effects of every part on every prompt: values, sums, order, tables and figures."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,8 @@ from torch import Tensor
 from fvlens.attribution._effects import standard_error
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template, get_template
+from fvlens.results import Result
+from fvlens.showing import MOST_ROWS, named, number
 from fvlens.types import Head
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class DirectEffects:
+class DirectEffects(Result):
     """Direct effect of every part of a model on every prompt's logit difference, answer against foils, in logits.
 
     Attributes:
@@ -36,6 +38,8 @@ class DirectEffects:
         relation, labels, template, n_shots, data_hash: the prompts.
         fingerprint: the model.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-direct-effects-1"
 
     heads: Float[Tensor, "prompt layer head"]
     mlps: Float[Tensor, "prompt layer"]
@@ -60,14 +64,23 @@ class DirectEffects:
     def __len__(self) -> int:
         return len(self.total)
 
-    def __repr__(self) -> str:
+    def _line(self) -> str:
         n_prompts, n_layers, n_heads = self.heads.shape
         best = self.top(1)[0]
         return (
-            f"DirectEffects({self.relation or 'custom pairs'}, {self.labels} labels: {n_prompts} prompts, {n_layers} "
+            f"{named(self.relation)}, {self.labels} labels: {n_prompts} prompts, {n_layers} "
             f"layers x {n_heads} heads, mean logit difference {float(self.total.mean()):+.3f} against {self.foil}, "
-            f"most by {best} with {float(self.mean[best]):+.3f}, model {self.fingerprint.name!r})"
+            f"most by {best} with {float(self.mean[best]):+.3f}, model {self.fingerprint.name!r}"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        stderr, heads = self.stderr, self.top(min(MOST_ROWS, self.mean.numel()))
+        rows = [(str(head), f"{float(self.mean[head]):+.4f}", number(float(stderr[head]), 4)) for head in heads]
+        return [("head", "mean direct effect", "standard error"), *rows]
+
+    def _check_loaded(self) -> None:
+        if len(self.other_names) != self.others.shape[1]:
+            raise ValueError(f"other_names: expected {self.others.shape[1]} names, got {len(self.other_names)}.")
 
     @property
     def sum(self) -> Float[Tensor, " prompt"]:
@@ -150,9 +163,9 @@ class DirectEffects:
             raise ValueError(f"plot: expected a prompt in 0..{len(self) - 1}, got {prompt}.")
         shown = [self.heads, self.mlps, self.others, self.total[:, None]]
         heads, mlps, others, total = (x.mean(dim=0) if prompt is None else x[prompt] for x in shown)
-        named = dict(zip(self.other_names, others.tolist(), strict=True))
-        rest = {name: named.pop(name, None) for name in ("embedding", "positions")}
-        rest["biases"] = sum(named.values()) if named else None
+        biases = dict(zip(self.other_names, others.tolist(), strict=True))
+        rest = {name: biases.pop(name, None) for name in ("embedding", "positions")}
+        rest["biases"] = sum(biases.values()) if biases else None
         order = heads.abs().flatten().argsort(descending=True, stable=True)[:n_top].tolist()
         where = f"{self.labels} labels, " + (f"{len(self)} prompts" if prompt is None else f"prompt {prompt}")
         return plots.direct_map(
@@ -162,5 +175,5 @@ class DirectEffects:
             total=float(total),
             stderr=(self.stderr, standard_error(self.mlps)) if prompt is None else None,
             outlined=[Head(i // heads.shape[1], i % heads.shape[1]) for i in order],
-            title=f"Direct effects, {self.relation or 'custom pairs'} ({where})",
+            title=f"Direct effects, {named(self.relation)} ({where})",
         )

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fvlens.activations import Positions, activation_cache
+from fvlens.arguments import check_arguments
 from fvlens.attribution._effects import standard_error
 from fvlens.metrics import best_tokens, probability, rank
 from fvlens.models import Fingerprint, fingerprint, model_device
 from fvlens.prompts import Prompts, Template, get_template
+from fvlens.results import Result
+from fvlens.showing import named, number
 from fvlens.suffix import read_out_slices
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ _WIDTH = 1.96
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class LogitLens:
+class LogitLens(Result):
     """What the residual stream after each layer says, by prompt and token.
 
     Prompts are left-padded: index -1 of ``pos`` is the last kept token. Where :attr:`mask` is False there is no token,
@@ -45,6 +48,8 @@ class LogitLens:
         relation, labels, template, n_shots, data_hash: the prompts.
         fingerprint: the model.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-logit-lens-1"
 
     layers: tuple[int, ...]
     probability: Float[Tensor, "layer prompt pos"]
@@ -69,13 +74,22 @@ class LogitLens:
     def __len__(self) -> int:
         return len(self.answers)
 
-    def __repr__(self) -> str:
+    def _line(self) -> str:
         best = int(self.mean.argmax())
         return (
-            f"LogitLens({self.relation or 'custom pairs'}, {self.labels} labels: {len(self.layers)} layers, "
+            f"{named(self.relation)}, {self.labels} labels: {len(self.layers)} layers, "
             f"{len(self)} prompts, {self.tokens.shape[1]} tokens, mean probability of the answer at the last token at "
-            f"most {float(self.mean[best]):.3f} (layer {self.layers[best]}), model {self.fingerprint.name!r})"
+            f"most {float(self.mean[best]):.3f} (layer {self.layers[best]}), model {self.fingerprint.name!r}"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        numbers = zip(self.layers, self.mean.tolist(), self.stderr.tolist(), self.top1.tolist(), strict=True)
+        rows = [(str(layer), *map(number, values)) for layer, *values in numbers]
+        return [("layer", "probability of the answer", "standard error", "top-1"), *rows]
+
+    def _check_loaded(self) -> None:
+        if len(self.layers) != len(self.rank):
+            raise ValueError(f"layers: expected {len(self.rank)}, got {len(self.layers)}.")
 
     @property
     def mean(self) -> Float[Tensor, " layer"]:
@@ -131,7 +145,7 @@ class LogitLens:
         """
         from fvlens import plots
 
-        what = f"{self.relation or 'custom pairs'} ({self.labels} labels, "
+        what = f"{named(self.relation)} ({self.labels} labels, "
         if prompt is None:
             several = len(self) > 1
             return plots.line_sweep(
@@ -211,6 +225,7 @@ def logit_lens(
     References:
         nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
+    check_arguments(logit_lens, locals(), runs=True)
     if not 1 <= k <= model.cfg.d_vocab:
         raise ValueError(f"logit_lens: expected k between 1 and {model.cfg.d_vocab}, got {k}.")
     cache = activation_cache(

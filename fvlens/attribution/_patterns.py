@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fvlens.activations import activation_cache
+from fvlens.arguments import check_arguments
 from fvlens.attribution._effects import standard_error
 from fvlens.attribution._groups import GROUPS, Right, token_groups
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import Prompts, Template, get_template
 from fvlens.relations import Pairs
+from fvlens.results import Result
+from fvlens.showing import named, number
 from fvlens.types import Head, HeadLike, as_heads
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ _MOST = 2 * 1024**3
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class AttentionPatterns:
+class AttentionPatterns(Result):
     """Attention of some heads on prompts, and which kind each token is.
 
     Prompts are left-padded: index -1 is the last token. Attention to padding is 0, and rows of padding are 0.
@@ -41,6 +44,8 @@ class AttentionPatterns:
         relation, labels, template, n_shots, data_hash: the prompts.
         fingerprint: the model.
     """
+
+    FORMAT: ClassVar[str] = "fvlens-attention-patterns-1"
 
     heads: tuple[Head, ...]
     last: Float[Tensor, "prompt head pos"]
@@ -62,13 +67,23 @@ class AttentionPatterns:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __repr__(self) -> str:
+    def _line(self) -> str:
         shown = ", ".join(map(str, self.heads[:4])) + (", ..." if len(self.heads) > 4 else "")
         kind = "last token" if self.full is None else "all tokens"
         return (
-            f"AttentionPatterns({self.relation or 'custom pairs'}, {self.labels} labels: {len(self.heads)} heads "
-            f"({shown}), {len(self)} prompts, from {kind}, model {self.fingerprint.name!r})"
+            f"{named(self.relation)}, {self.labels} labels: {len(self.heads)} heads "
+            f"({shown}), {len(self)} prompts, from {kind}, model {self.fingerprint.name!r}"
         )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = zip([*map(str, self.heads), "even attention"], [*self.mean.tolist(), self.chance.tolist()], strict=True)
+        return [("head", *map(_shown, self.group_names)), *((name, *map(number, row)) for name, row in rows)]
+
+    def _check_loaded(self) -> None:
+        if len(self.heads) != self.last.shape[1]:
+            raise ValueError(f"heads: expected {self.last.shape[1]}, got {len(self.heads)}.")
+        if not bool(((self.groups >= -1) & (self.groups < len(GROUPS))).all()):
+            raise ValueError(f"groups: expected indices in -1..{len(GROUPS) - 1}.")
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -166,7 +181,7 @@ class AttentionPatterns:
         """
         from fvlens import plots
 
-        what = f"{self.relation or 'custom pairs'} ({self.labels} labels, "
+        what = f"{named(self.relation)} ({self.labels} labels, "
         if prompt is None:
             if head is not None:
                 raise ValueError(f"plot: head={head} is for one prompt's pattern; give prompt=, too.")
@@ -259,6 +274,7 @@ def attention_patterns(
         >>> torch.allclose(patterns.mean.sum(dim=1), torch.ones(2))
         True
     """
+    check_arguments(attention_patterns, locals(), runs=True)
     chosen = as_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
     if not chosen:
         raise ValueError("attention_patterns: expected at least one head, got none.")
