@@ -36,7 +36,7 @@ from fvlens.interruption import keeping
 from fvlens.interventions import checked_additions, hooked, inject, resid_hook, resid_pre_hook, z_hook
 from fvlens.metrics import best_token, is_best, log_probability, rank
 from fvlens.models import model_device
-from fvlens.prompts import Prompts, with_answers
+from fvlens.prompts import Prompts, Template, warn_of_bos, with_answers
 from fvlens.results import Result
 from fvlens.showing import number
 from fvlens.suffix import (
@@ -171,6 +171,7 @@ def score(
     if len(each) != len(changes):
         raise ValueError(f"{what}: {len(each)} scales for {len(changes)} changes; give one each, or one for all.")
     chosen, _ = choose_route(model, path)
+    note_other_bos(model, prompts, changes, stacklevel=4)
     variants = None
     if chosen != "naive":
         asked: set[int] = set()  # fingerprints that were compared already; vectors of one origin share theirs
@@ -194,6 +195,14 @@ def score(
         else:
             work = _by_suffix(model, prompts, variants, chosen, batch_size, max_memory, compute, what)
         return _gathered(work, len(prompts), len(changes), chosen, bar, interruptible, what)
+
+
+def note_other_bos(model: Any, prompts: Prompts, changes: Sequence[Any], *, stacklevel: int) -> None:
+    """Warn of changes that were made on prompts with other tokens in front than these have; once a policy."""
+    templates = [getattr(change, "template", None) for change in changes]
+    policies = {template.bos: template for template in templates if isinstance(template, Template)}
+    for template in policies.values():
+        warn_of_bos(model, template, prompts.template, "a vector", stacklevel=stacklevel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import fvlens
 from fvlens.evaluation import LayerScaleSweep
 from fvlens.metrics import kl_divergence
 from fvlens.models import embedded_folder, fingerprint
-from fvlens.prompts import Template
+from fvlens.prompts import Template, get_template
 from fvlens.suffix import has_hooks
 from fvlens.training import (
     Adapted,
@@ -154,12 +154,15 @@ def test_zero_offsets_are_ordinary_tokens(model, plain, words):
 
 
 def test_soft_tokens_come_first_where_there_is_no_bos(model, words):
-    mark = dataclasses.replace(fingerprint(model), bos="none")
-    soft = dataclasses.replace(random_soft(model, 2), fingerprint=mark)
-    tokens, mask, places = soft.inserted(words.tokens, words.attention_mask)
-    for i, row in enumerate(rows_of(words)[0]):
-        assert tokens[i][mask[i].bool()].tolist() == [*soft.tokens.tolist(), *row]
-        assert tokens[i][places[i]].tolist() == soft.tokens.tolist()
+    soft = random_soft(model, 2)
+    bare = fvlens.build_prompts(
+        model, WORDS, n_shots=0, template=get_template("qa").with_bos("none"), generator=seeded()
+    )
+    for prompts, n_front in ((words, 1), (bare, 0)):
+        with soft.applied(model, prompts.tokens, prompts.attention_mask, n_read=1) as (tokens, mask):
+            for i, row in enumerate(rows_of(prompts)[0]):
+                assert (row[0] == model.tokenizer.bos_token_id) == bool(n_front)
+                assert tokens[i][mask[i].bool()].tolist() == [*row[:n_front], *soft.tokens.tolist(), *row[n_front:]]
 
 
 def hand_trained(plain, rows, answers, tokens, seed, lr, epochs, size):

@@ -215,7 +215,6 @@ def test_values_given_are_checked_like_values_read(tiny, unchecked):
         (dict(weights="00"), "fingerprint: weights: expected 16 hex digits, got '00'"),
         (dict(dtype="float"), None),
         (dict(dtype="nosuch"), "fingerprint: dtype: expected the name of a precision of torch, got 'nosuch'"),
-        (dict(bos="two"), "fingerprint: bos='two'; expected one or none"),
         (dict(n_heads=0), r"fingerprint: n_heads: expected 1\.\.2147483647, got 0"),
         (dict(n_layers=10**30), r"fingerprint: n_layers: expected 1\.\.2147483647, got 10{30}"),
         (dict(d_model=32.0), r"fingerprint: d_model: expected a whole number, got 32\.0"),

@@ -50,7 +50,7 @@ def test_two_loads_have_one_fingerprint(model, copy):
     assert (mine.n_layers, mine.n_heads, mine.d_model) == (shape["n_layer"], shape["n_head"], shape["n_embd"])
     assert (mine.d_head, mine.d_vocab) == (shape["n_embd"] // shape["n_head"], shape["vocab_size"])
     assert (mine.name, mine.revision, mine.dtype) == ("rel-small", "local", "float32")
-    assert (mine.normalization, mine.bos) == ("LN", "one")
+    assert mine.normalization == "LN"
     assert len(mine.weights) == 16
     assert int(mine.weights, 16) >= 0
 
@@ -168,8 +168,8 @@ def test_name_and_revision_are_told_but_not_compared(model):
     renamed = dataclasses.replace(mine, name="other", revision="abc")
     assert mine.differences(renamed) == []
     assert mine != renamed
-    other = dataclasses.replace(mine, bos="none", d_head=7)
-    assert mine.differences(other) == [f"d_head: {mine.d_head} / 7", "bos: one / none"]
+    other = dataclasses.replace(mine, normalization="RMS", d_head=7)
+    assert mine.differences(other) == [f"d_head: {mine.d_head} / 7", "normalization: LN / RMS"]
 
 
 def test_a_fingerprint_survives_json(model):
@@ -178,9 +178,17 @@ def test_a_fingerprint_survives_json(model):
     assert json.loads(mine.to_json()) == dataclasses.asdict(mine)
 
 
+def test_what_earlier_files_said_of_bos_makes_no_other_model(model):
+    mine = fingerprint(model)
+    for policy in ("one", "none"):
+        assert Fingerprint.from_fields({**dataclasses.asdict(mine), "bos": policy}) == mine
+    with pytest.raises(ValueError, match="fingerprint: bos='two'; expected one or none"):
+        Fingerprint.from_fields({**dataclasses.asdict(mine), "bos": "two"})
+
+
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "null", "not json", ""])
 def test_from_json_refuses_anything_else(model, text):
-    with pytest.raises(ValueError, match=r"fingerprint: expected the fields backend, bos, d_head, .* got"):
+    with pytest.raises(ValueError, match=r"fingerprint: expected the fields backend, d_head, .* got"):
         Fingerprint.from_json(text)
     fields = json.loads(fingerprint(model).to_json())
     for wrong in ({**fields, "colour": "red"}, {key: fields[key] for key in fields if key != "weights"}):

@@ -55,7 +55,7 @@ def bare():
 
 def stand_in(tokenizer, n_ctx=160):
     """Something with a tokenizer and a context, which is all that prompts need of a model."""
-    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=n_ctx))
+    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=n_ctx), hook_dict={}, blocks=[])
 
 
 def ids_of(bare, text):
@@ -591,7 +591,7 @@ def test_a_template_survives_json_and_shows_its_name(tmp_path):
         path.write_text(text, encoding="utf-8")
         assert read_template(path) == template
         assert str(template) == f"{template}" == template.name
-    short = {key: text for key, text in TEMPLATES["qa"].to_json().items() if key != "prefix"}
+    short = {key: text for key, text in TEMPLATES["qa"].to_json().items() if key not in ("prefix", "bos")}
     assert Template.from_json(short) == TEMPLATES["qa"]
 
 
@@ -605,7 +605,7 @@ def test_a_bare_query_is_the_text_of_a_zero_shot_prompt(model):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["qa"], r'expected a template as an object with name, demonstration, query, prefix .*, got \["qa"\]'),
+        (["qa"], r'expected a template as an object with name, demonstration, query, prefix, bos .*, got \["qa"\]'),
         ("qa", 'expected a template as an object .* got "qa"'),
         ({"name": "a", "query": "{input}"}, "expected a template as an object"),
         ({**TEMPLATES["qa"].to_json(), "suffix": ""}, "expected a template as an object"),

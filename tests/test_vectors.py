@@ -577,11 +577,11 @@ def test_decode_puts_the_smaller_of_two_equal_tokens_first(tied):
 OWN = Template("mine", "{input} is to{output};\n", "{input} is to", prefix="Pairs {x}:\n")
 
 
-def file_of_version_0_1(path, mark, template):
+def file_of_version_0_1(path, mark, template, bos="one"):
     """A vector file byte for byte as fvlens 0.1 wrote it: of a template the name alone."""
     header = {
         "layer": 1, "heads": [[0, 1]], "relation": "antonym", "kind": "function", "template": template,
-        "data_hash": "abc", "seed": 7, "fingerprint": dataclasses.asdict(mark),
+        "data_hash": "abc", "seed": 7, "fingerprint": {**dataclasses.asdict(mark), "bos": bos},
     }  # fmt: skip
     numbers = struct.pack("<32f", *range(32))
     told = {
@@ -599,6 +599,8 @@ def test_a_file_of_version_0_1_is_read(tiny, tmp_path):
         loaded = FunctionVector.load(file_of_version_0_1(tmp_path / "old.safetensors", mark, name), model=tiny)
         assert loaded.template == expected
         assert loaded.vector.tolist() == list(range(32)) and loaded.heads == (Head(0, 1),) and loaded.seed == 7
+    old = FunctionVector.load(file_of_version_0_1(tmp_path / "old.safetensors", mark, "arrow", "none"), model=tiny)
+    assert old.template == TEMPLATES["arrow"].with_bos("none")  # its tokenizer had none
     path = file_of_version_0_1(tmp_path / "old.safetensors", mark, "mine")
     said = r"old.safetensors: no template named 'mine'; .* fvlens 0.1 wrote the name alone .* template=Template\(...\)"
     with pytest.raises(ValueError, match=said):
@@ -614,7 +616,7 @@ def test_a_vector_carries_the_whole_template(tiny, vector, tmp_path):
     assert header_of(path)["template"] == "mine"
     assert header_of(path)["template_text"] == {
         "name": "mine", "demonstration": "{input} is to{output};\n", "query": "{input} is to",
-        "prefix": "Pairs {x}:\n",
+        "prefix": "Pairs {x}:\n", "bos": "one",
     }  # fmt: skip
     assert FunctionVector.load(path).template == OWN
     assert FunctionVector.load(path, template="colon").template == TEMPLATES["colon"]

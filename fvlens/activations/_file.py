@@ -194,7 +194,7 @@ def _prompts_of(file: TensorFile, header: dict[str, Any], d_vocab: int) -> Promp
         ),
         labels=header["labels"],
         n_shots=as_whole(header["n_shots"], "n_shots"),
-        template=Template.from_json(header["template"]),
+        template=Template.from_json(header["template"], "one"),  # as it was before files said so
         relation=as_text(header["relation"], "relation"),
         texts=as_texts(header["texts"], "texts"),
     )

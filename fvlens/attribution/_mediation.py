@@ -18,7 +18,7 @@ from fvlens.interruption import keeping
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import fingerprint, model_device, told_apart
-from fvlens.prompts import Prompts, TokenClass, with_answers
+from fvlens.prompts import Prompts, TokenClass, warn_of_bos, with_answers
 from fvlens.screens import SCREENS, Request, Screening
 from fvlens.suffix import (
     Route,
@@ -154,6 +154,7 @@ def indirect_effects(
     differences = told_apart(means.fingerprint, fingerprint(model), "the means of the heads")
     if differences:
         raise ValueError(f"indirect_effects: the means come from another model ({'; '.join(differences)}).")
+    warn_of_bos(model, means.template, prompts.template, "the mean of the heads", stacklevel=2)
     screen = SCREENS.get(method)
     keys = _label_tokens(prompts, method) if screen is not None and screen.by_labels else None
     chosen, reason = choose_route(model, path)

@@ -31,7 +31,7 @@ def compose(
     ] = None,
     *,
     loading: Loading,
-    settings: Annotated[RunOptions, Fields(RunOptions, ("seed", "n_train", "template"))],
+    settings: Annotated[RunOptions, Fields(RunOptions, ("seed", "n_train", "template", "bos"))],
     file: Annotated[Path, typer.Option("--out", help="File for the composite.")] = Path("composite.safetensors"),
     map: Annotated[
         Literal["none", "diagonal", "full", "lowrank", "transfer"],

@@ -53,7 +53,14 @@ _LISTED = (
         "template",
         "How a pair is written in a prompt, such as `Q: hot` and `A: cold` on two lines. Built in are some by name; "
         "one of your own is a JSON file.",
-        see=("bare query", "demonstrations"),
+        see=("bare query", "demonstrations", "BOS"),
+    ),
+    Term(
+        "BOS",
+        "A token that says that a text begins, of which `--bos` puts one in front of every prompt, none, or what the "
+        "tokenizer itself puts there. Vectors know what it was for them, and warn where it is another.",
+        also=("beginning of sequence",),
+        see=("template",),
     ),
     Term(
         "demonstrations",
@@ -260,7 +267,7 @@ _LISTED = (
     # models and files
     Term(
         "fingerprint",
-        "What tells one model from another: a hash of its weights, its shape, its tokenizer. Vectors and heads carry "
+        "What tells one model from another: a hash of its weights, its shape, its precision. Vectors and heads carry "
         "that of their model and are refused on another.",
         also=("hash",),
     ),

@@ -16,7 +16,8 @@ from fvlens.relations import list_relations
 from fvlens.report import Loading, RecipeOptions, RunOptions
 
 RankingOptions = Annotated[
-    RunOptions, Fields(RunOptions, ("seed", "n_shots", "n_prompts", "n_corrupted", "n_heads", "labels", "template"))
+    RunOptions,
+    Fields(RunOptions, ("seed", "n_shots", "n_prompts", "n_corrupted", "n_heads", "labels", "template", "bos")),
 ]
 
 

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from fvlens.cli._app import out, say
 from fvlens.cli._loading import GivenLoading, load_recorded
-from fvlens.cli._options import spread
+from fvlens.cli._options import BosOption, spread
 from fvlens.cli._options import template as read_template
-from fvlens.prompts import template_or
+from fvlens.prompts import template_or, warn_of_bos
 
 
 @spread
@@ -25,22 +25,26 @@ def inject(
     template: Annotated[
         str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
     ] = None,
+    bos: BosOption = None,
 ) -> None:
     """What a prompt continues with, without and with a vector injected at its last token."""
     from fvlens.interventions import inject as injecting
     from fvlens.metrics import best_tokens
-    from fvlens.models import bos_token_id, model_device
+    from fvlens.models import in_front, model_device
     from fvlens.vectors import FunctionVector
 
     loaded = FunctionVector.load(vector, template=None if template is None else read_template(template))
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
     _, network = load_recorded(vector, loaded.fingerprint, loading)
+    written = template_or(loaded.template)
+    if bos is not None:
+        written = written.with_bos(bos)
+    warn_of_bos(network, loaded.template, written, vector.name, stacklevel=1)
     if len(prompt.split()) == 1:
-        prompt = template_or(loaded.template).bare(prompt.strip())
-    bos = bos_token_id(network)
+        prompt = written.bare(prompt.strip())
     ids = network.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    tokens = torch.tensor([[*([] if bos is None else [bos]), *ids]], device=model_device(network))
+    tokens = torch.tensor([[*in_front(network, written.bos, ids), *ids]], device=model_device(network))
     if tokens.shape[1] + generate > network.cfg.n_ctx:
         raise ValueError(
             f"the prompt has {tokens.shape[1]} tokens, and --generate asks for {generate} more; the model's context "

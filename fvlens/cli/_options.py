@@ -14,8 +14,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, official_names
-from fvlens.prompts import TEMPLATES, Template, read_template
+from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, Bos, official_names
+from fvlens.prompts import TEMPLATES, Template, get_template, read_template
 from fvlens.relations import list_relations, plain_name
 
 RelationArgument = Annotated[
@@ -26,6 +26,12 @@ RelationArgument = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+BosOption = Annotated[
+    Bos | None,
+    typer.Option(
+        "--bos", help="What stands in front of prompts, instead of what the template says.", show_default=False
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
@@ -154,15 +160,17 @@ def _own_field_docs(kind: type) -> dict[str, str]:
     return docs
 
 
-def template(given: str) -> str | Template:
-    """The name of a built-in template, or the template in a file."""
+def template(given: str, bos: Bos | None = None) -> str | Template:
+    """The name of a built-in template, or the template in a file; with ``bos`` in front if that is given."""
+    if bos is not None:
+        return get_template(template(given)).with_bos(bos)
     if given in TEMPLATES:
         return given
     if Path(given).suffix == ".json" or Path(given).is_file():
         return read_template(given)
     raise ValueError(
         f"--template: no template named {given!r}; expected one of {', '.join(TEMPLATES)}, or a JSON file with name, "
-        "demonstration, query and perhaps prefix."
+        "demonstration, query and perhaps prefix and bos."
     )
 
 

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from fvlens.cli._app import out, say
 from fvlens.cli._glossary import help_note
-from fvlens.cli._options import Fields, SeedOption, spread, template
+from fvlens.cli._options import BosOption, Fields, SeedOption, spread, template
 from fvlens.relations import Reading, Relation, list_relations, load_relation, reading_of, readings_of
 from fvlens.report import Loading
 
@@ -84,6 +84,7 @@ def check(
     written: Annotated[
         str, typer.Option("--template", help="How prompts are written: a built-in template, or a JSON file.")
     ] = "qa",
+    bos: BosOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """What pairs are worth: kept and dropped and why, tokens of the answers, splits, whether they can be trained on."""
@@ -95,7 +96,7 @@ def check(
     network = None if model is None else Loading(model=model, **loading).load()
     for reading in readings:
         generator = torch.Generator().manual_seed(seed)
-        found = checked(reading, network, template=template(written), generator=generator)
+        found = checked(reading, network, template=template(written, bos), generator=generator)
         name = found.relation.name
         table = Table(Column(name, no_wrap=True), Column("", justify="right"), box=None)
         for what, number in found.rows():

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fvlens.metrics import is_best
-from fvlens.prompts import Template, render_prompts, template_or
+from fvlens.prompts import Template, render_prompts, template_or, warn_of_bos
 from fvlens.relations import Pair, Pairs, named_pairs
 from fvlens.showing import Shown, number
 from fvlens.suffix import Route
@@ -113,6 +113,7 @@ def source_scores(
     every, _ = named_pairs(pairs, what="source_scores: pairs", repeats=True)
     unique = list(dict.fromkeys(every))
     template = template_or(template, basis.template)
+    warn_of_bos(model, basis.template, template, "the basis", stacklevel=2)
     queries = Queries(model, unique, layer=basis.layer, template=template, path=path, max_memory=max_memory)
     vectors = torch.cat([torch.zeros(1, basis.matrix.shape[1]), basis.matrix])
 

@@ -13,7 +13,7 @@ from fvlens.evaluation._answered import Answered, asked
 from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied
 from fvlens.metrics import Interval, best_token, bootstrap_interval, exact_match, token_f1
 from fvlens.prompts import Prompts, Template
-from fvlens.scoring import Batch, changed, context_batches
+from fvlens.scoring import Batch, changed, context_batches, note_other_bos
 from fvlens.showing import span
 from fvlens.suffix import halving
 from fvlens.types import Steering
@@ -143,6 +143,7 @@ def generate_answers(
     prompts = asked_prompts(
         "generate_answers", model, pairs, prompting, generator, vector, Prompting.__annotations__, first_tokens=False
     )
+    note_other_bos(model, prompts, [vector], stacklevel=3)
     longest = int(prompts.attention_mask.sum(dim=1).max())
     if longest + max_new_tokens - 1 > model.cfg.n_ctx:
         raise ValueError(

@@ -74,4 +74,6 @@ def watching(model: Any, caller: str) -> dict[tuple[Any, str], Method]:
             yield item
 
     methods = {"forward": forward, "generate": whole, "hf_generate": whole, "generate_stream": stream}
+    if is_bridge(model):
+        methods["run_with_cache"] = forward  # gives the tokens of a text to Hugging Face's forward
     return {(model, name): method for name, method in methods.items() if getattr(model, name, None) is not None}

@@ -1,4 +1,4 @@
-"""Refusing batches that are padded on the right: there the last position is not each prompt's last token."""
+"""Refusing batches whose last position is not each prompt's last token: padded on the right, or with an end behind."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,6 +18,8 @@ def refuse_right_padding(
 ) -> None:
     """ValueError if these arguments of a forward or generating method hold a batch that is padded on the right.
 
+    Or strings that the tokenizer puts a token of its own behind, such as an end.
+
     Strings are looked at as they will be padded, tokens by their mask. Tokens without a mask are refused where some
     rows, but not all, end with padding tokens behind others: only such a batch can have been padded on the right.
 
@@ -35,6 +37,8 @@ def refuse_right_padding(
         return
     given = {**given, **given.get("kwargs", {}), **given.get("generation_kwargs", {})}
     value = given.get("input")
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
+        _refuse_ends(model, caller)
     if isinstance(value, list) and len(value) > 1 and not pads_left:
         side = given.get("padding_side") or getattr(model.tokenizer, "padding_side", "right")
         if side == "right":
@@ -51,6 +55,23 @@ def refuse_right_padding(
             )
     elif isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
         _refuse_tokens(model, caller, value)
+
+
+def _refuse_ends(model: Any, caller: str) -> None:
+    """What the model makes of a text must end as the text does."""
+    if model.tokenizer is None:  # the model says so itself
+        return
+    plain = model.tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    behind = int(model.to_tokens(_WORD)[0, -1])
+    if plain and behind != plain[-1]:
+        token = model.tokenizer.convert_ids_to_tokens(behind)
+        raise ValueError(
+            f"{caller}: the tokenizer puts {token!r} behind every text, and the last position is what is changed; give "
+            "tokens without it, such as those of fvlens.build_prompts."
+        )
+
+
+_WORD = "a"
 
 
 def _refuse_strings(model: Any, caller: str, texts: list[str], prepend_bos: bool | None) -> None:

@@ -14,21 +14,27 @@ from fvlens.models._looks import is_kept, of_weights, refresh
 from fvlens.models._made_on import check_model, refuse_retrained, told_apart
 from fvlens.models._memory import free_memory
 from fvlens.models._packaged import PACKAGED_MODELS
-from fvlens.models._tokenizer import bos_token_id
+from fvlens.models._tokenizer import BOS_POLICIES, DEFAULT_BOS, Bos, bos_differs, bos_token_id, check_bos, in_front
 
 __all__ = [
+    "BOS_POLICIES",
+    "DEFAULT_BOS",
     "EMBEDDED_MODELS",
     "INFORMATIVE",
     "PACKAGED_MODELS",
     "Backend",
+    "Bos",
     "Fingerprint",
     "LoadReport",
+    "bos_differs",
     "bos_token_id",
+    "check_bos",
     "check_model",
     "default_device",
     "embedded_folder",
     "fingerprint",
     "free_memory",
+    "in_front",
     "is_kept",
     "is_known",
     "load_model",

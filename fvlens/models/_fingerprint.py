@@ -17,7 +17,6 @@ from torch import Tensor
 from fvlens.arguments import check_arguments
 from fvlens.files import parse_json
 from fvlens.models._looks import of_weights, spread
-from fvlens.models._tokenizer import bos_token_id
 from fvlens.types import as_text, as_whole
 
 INFORMATIVE = ("name", "revision", "source", "backend", "quantization", "forms")
@@ -35,7 +34,6 @@ class Fingerprint:
         n_layers, n_heads, d_model, d_head, d_vocab: the model's shape.
         dtype: precision of the parameters.
         normalization: TransformerLens' normalisation type; ``LNPre``/``RMSPre`` mean that norms were folded.
-        bos: ``"one"`` if prompts start with one BOS token, ``"none"`` if the tokenizer has none.
         source: what :func:`load_model` was given, a name or a folder as it was written; empty for a model that it did
             not load, and in files of fvlens 0.1 (informative, not compared).
         backend: the class that held the model, ``"hooked"`` or ``"bridge"``; empty as ``source`` (informative, not
@@ -57,14 +55,13 @@ class Fingerprint:
     d_vocab: int
     dtype: str
     normalization: str
-    bos: str
     source: str = dataclasses.field(default="", compare=False)
     backend: str = dataclasses.field(default="", compare=False)
     quantization: str = dataclasses.field(default="", compare=False)
     forms: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("name", "revision", "weights", "dtype", "normalization", "bos", *INFORMATIVE[2:]):
+        for name in ("name", "revision", "weights", "dtype", "normalization", *INFORMATIVE[2:]):
             as_text(getattr(self, name), f"fingerprint: {name}")
         for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab"):
             as_whole(getattr(self, name), f"fingerprint: {name}", 1, 2**31 - 1)
@@ -74,8 +71,6 @@ class Fingerprint:
             raise ValueError(f"fingerprint: forms: expected three hashes of 16 hex digits, got {self.forms[:80]!r}.")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"fingerprint: dtype: expected the name of a precision of torch, got {self.dtype!r}.")
-        if self.bos not in ("one", "none"):
-            raise ValueError(f"fingerprint: bos={self.bos!r}; expected one or none.")
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What tells the two models apart, as ``key: mine / theirs`` lines; empty if they are the same model."""
@@ -104,11 +99,18 @@ class Fingerprint:
     def from_fields(cls, fields: Any) -> "Fingerprint":
         """The fingerprint of these fields, as a file holds them.
 
+        Earlier files have one more, ``bos``, which is of prompts and not of a model: see
+        :func:`fvlens.prompts.template_from`.
+
         Raises:
             ValueError: as for :meth:`from_json`.
         """
         known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
         needed = {name for name, is_needed in known.items() if is_needed}
+        if isinstance(fields, dict) and "bos" in fields:
+            if fields["bos"] not in ("one", "none"):
+                raise ValueError(f"fingerprint: bos={fields['bos']!r}; expected one or none.")
+            fields = {name: value for name, value in fields.items() if name != "bos"}
         if not isinstance(fields, dict) or not needed <= set(fields) <= set(known):
             got = json.dumps(fields, default=repr)
             raise ValueError(f"fingerprint: expected the fields {', '.join(sorted(known))}, got {got[:80]!r}.")
@@ -182,8 +184,8 @@ def fingerprint(model: Any) -> Fingerprint:
     Example:
         >>> import fvlens
         >>> from fvlens.models import fingerprint
-        >>> fingerprint(fvlens.load_model("rel-small")).bos
-        'one'
+        >>> fingerprint(fvlens.load_model("rel-small")).normalization
+        'LN'
     """
     check_arguments(fingerprint, locals())
     made: Fingerprint = of_weights(
@@ -210,7 +212,6 @@ def describe(model: Any, own: str, forms: str = "") -> Fingerprint:
         d_vocab=cfg.d_vocab,
         dtype=str(cfg.dtype).removeprefix("torch."),
         normalization=normalization,
-        bos="none" if bos_token_id(model) is None else "one",
         source="" if origin is None else origin.source,
         backend="" if origin is None else origin.backend,
         quantization="" if origin is None else origin.report.quantization,

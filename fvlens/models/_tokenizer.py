@@ -1,6 +1,15 @@
-"""The tokenizer's policy: it stays as the checkpoint has it, pads on the left, and may have one BOS token."""
+"""The tokenizer's policy: it stays as the checkpoint has it, and pads on the left; what stands in front of a prompt."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+Bos = Literal["tokenizer", "one", "none"]
+BOS_POLICIES: tuple[Bos, ...] = get_args(Bos)
+"""What stands in front of a prompt: what the tokenizer puts in front of a text that it encodes; exactly one BOS token,
+where the tokenizer has one; nothing. Never two of them."""
+
+DEFAULT_BOS: Bos = "one"
+"""As fvlens 0.1 did it."""
 
 
 def beyond_embedding(tokenizer: Any, d_vocab: int, name: str) -> list[str]:
@@ -36,8 +45,10 @@ def give_tokenizer(model: Any, tokenizer: Any) -> None:
         return
     if tokenizer.pad_token is not None and tokenizer.pad_token_id >= model.cfg.d_vocab:
         tokenizer.pad_token = None  # it has no embedding
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None and (tokenizer.eos_token or tokenizer.bos_token):
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    if tokenizer.pad_token is None:
+        tokenizer.padding_side = "right"  # on the left TransformerLens would look for padding, of which there is none
     model.tokenizer = tokenizer
     first = tokenizer.encode("a")[:1]
     # else TransformerLens takes a BOS for padding where the two share a token
@@ -46,5 +57,53 @@ def give_tokenizer(model: Any, tokenizer: Any) -> None:
 
 
 def bos_token_id(model: Any) -> int | None:
-    """Id of the one BOS token that prompts start with; None if the model's tokenizer has none."""
+    """Id of the tokenizer's BOS token; None if the model's tokenizer has none."""
     return None if model.tokenizer is None else model.tokenizer.bos_token_id
+
+
+def check_bos(policy: Any, what: str = "") -> Bos:
+    """The policy itself.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if policy not in BOS_POLICIES:
+        raise ValueError(f"{what}bos={policy!r}; expected one of {', '.join(BOS_POLICIES)}.")
+    found: Bos = policy
+    return found
+
+
+def in_front(model: Any, policy: Bos, ids: Sequence[int] = ()) -> list[int]:
+    """The tokens that a policy puts in front of a prompt with these tokens.
+
+    A prompt that begins with a BOS token of its own, as chat formats may write it, gets no second one.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    check_bos(policy)
+    bos = bos_token_id(model)
+    front = (
+        _own_front(model.tokenizer) if policy == "tokenizer" else [bos] if policy == "one" and bos is not None else []
+    )
+    # a post-processor beside a tokenizer's own rule may give two
+    while bos is not None and front[-2:] == [bos, bos]:
+        del front[-1]
+    return front[:-1] if front and ids and front[-1] == ids[0] == bos else front
+
+
+def _own_front(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text; what it puts behind one, such as an end, a prompt does not hold."""
+    if tokenizer is None:
+        return []
+    whole, plain = (list(tokenizer(_WORD, add_special_tokens=own)["input_ids"]) for own in (True, False))
+    starts = [i for i in range(len(whole) - len(plain) + 1) if plain and whole[i : i + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
+
+
+_WORD = "a"
+
+
+def bos_differs(model: Any, one: Bos, other: Bos) -> bool:
+    """Whether two policies put different tokens in front of this model's prompts."""
+    return in_front(model, one) != in_front(model, other)

@@ -25,6 +25,7 @@ from fvlens.prompts._templates import (
     template_from,
     template_header,
     template_or,
+    warn_of_bos,
 )
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "template_from",
     "template_header",
     "template_or",
+    "warn_of_bos",
     "with_answers",
 ]

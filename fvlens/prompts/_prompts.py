@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fvlens.arguments import check_arguments
-from fvlens.models import bos_token_id
+from fvlens.models import in_front
+from fvlens.prompts._refused import check_embedded, check_known, check_length
 from fvlens.prompts._templates import Template, get_template
 from fvlens.relations import Pair, Pairs, Part, list_relations, load_relation, named_pairs, words_of
 from fvlens.showing import Shown, named
@@ -156,7 +157,8 @@ def build_prompts(
             of them; by default each query is asked once, in the given order.
         n_shots: demonstrations per prompt; 0 gives zero-shot prompts.
         labels: ``"true"``, ``"permuted"``, ``"deranged"`` or ``"random"``.
-        template: name of a built-in template, or a :class:`Template`.
+        template: name of a built-in template, or a :class:`Template`, which also says whether BOS stands in front:
+            ``get_template("qa").with_bos("none")``.
         pool: answers that random labels are drawn from; by default the answers of the other library relations.
         relation: name recorded in the result; by default that of ``pairs`` or ``queries`` if one has a name.
         generator: source of randomness.
@@ -314,10 +316,11 @@ def render_prompts(
     """Tokenise prompts whose demonstrations are already chosen.
 
     The whole text is tokenised at once and every token is classed by the characters it covers, so the tokens are those
-    that the tokenizer gives for the plain text, with exactly one BOS in front where the tokenizer has one.
+    that the tokenizer gives for the plain text, with those in front that the template's ``bos`` asks for.
 
     Raises:
-        ValueError: the model has no (fast) tokenizer, or a prompt does not fit the model's context.
+        ValueError: the model has no (fast) tokenizer; a prompt does not fit the model's context, or holds a token that
+            the model has no embedding for, or a word that the tokenizer does not know.
     """
     template = get_template(template)
     tokenizer = model.tokenizer
@@ -328,13 +331,11 @@ def render_prompts(
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"expected a fast tokenizer (with character offsets), got {type(tokenizer).__name__}.")
-    bos = bos_token_id(model)
     pieces = [_pieces(template, d, q) for d, q in zip(demonstrations, queries, strict=True)]
     texts = ["".join(text for text, _ in row) for row in pieces]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    full = tokenizer(
-        [text + " " + query.output for text, query in zip(texts, queries, strict=True)], add_special_tokens=False
-    )
+    whole = [text + " " + query.output for text, query in zip(texts, queries, strict=True)]
+    full = tokenizer(whole, add_special_tokens=False)
     rows: list[list[int]] = []
     classes: list[list[int]] = []
     answers: list[list[int]] = []
@@ -343,8 +344,9 @@ def render_prompts(
         spans = list(encoded["offset_mapping"][i])
         kinds = _classes(spans, pieces[i])
         kinds[-1] = int(TokenClass.PREDICTIVE)
-        if bos is not None:
-            ids, kinds = [bos, *ids], [int(TokenClass.BOS), *kinds]
+        # the one place where BOS comes in front; a text that begins with it, as chat formats write it, gets no second
+        front = in_front(model, template.bos, ids)
+        ids, kinds = [*front, *ids], [int(TokenClass.BOS)] * len(front) + kinds
         continuation = list(full["input_ids"][i])
         n_text = len(encoded["input_ids"][i])
         if continuation[:n_text] == list(encoded["input_ids"][i]) and len(continuation) > n_text:
@@ -353,15 +355,13 @@ def render_prompts(
             answers.append(list(tokenizer(" " + queries[i].output, add_special_tokens=False)["input_ids"]))
         rows.append(ids)
         classes.append(kinds)
-        longest = len(ids) + len(answers[-1])
-        if longest > model.cfg.n_ctx:
-            raise ValueError(
-                f"a prompt with its answer is {longest} tokens long, but the model's context holds {model.cfg.n_ctx}; "
-                f"use fewer shots (got {n_shots}) or a shorter template (got {template.name!r}): {text[:60]!r}..."
-            )
-    _check_embedded(model, [*rows, *answers])
+        check_length(model, len(ids) + len(answers[-1]), n_shots, template, text)
+    check_embedded(model, [*rows, *answers])
+    check_known(tokenizer, whole, full["input_ids"], queries, demonstrations)
     width = max(map(len, rows))
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos) if i is not None), 0)
+    pad = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), 0
+    )
     return Prompts(
         tokens=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
         attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
@@ -375,17 +375,6 @@ def render_prompts(
         relation=relation,
         texts=tuple(texts),
     )
-
-
-def _check_embedded(model: Any, rows: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no embedding for: a tokenizer may have been given more than the model."""
-    largest = max(max(row, default=0) for row in rows)
-    d_vocab = getattr(model.cfg, "d_vocab", None)  # prompts may be made for something that only has a tokenizer
-    if d_vocab is not None and largest >= d_vocab:
-        raise ValueError(
-            f"a prompt or an answer holds the token {model.tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), "
-            f"but the model has embeddings for ids below {d_vocab} only; leave the word out."
-        )
 
 
 def _right_pad(rows: list[list[int]]) -> Int[Tensor, "prompt answer_pos"]:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvlens.files import read_json
+from fvlens.models import DEFAULT_BOS, Bos, bos_differs, check_bos
 from fvlens.types import as_text
 
 
@@ -21,12 +23,15 @@ class Template:
             space.
         query: the query; ends where the answer begins.
         prefix: text before the first demonstration.
+        bos: what stands in front of the prompt: ``"tokenizer"``, what the tokenizer puts in front of a text that it
+            encodes; ``"one"``, exactly one BOS token where the tokenizer has one; ``"none"``. Never two.
     """
 
     name: str
     demonstration: str
     query: str
     prefix: str = ""
+    bos: Bos = DEFAULT_BOS
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -46,6 +51,7 @@ class Template:
                     )
         if "{output}" in self.query:
             raise ValueError(f"template {self.name!r}: the query must end before the answer, got {self.query!r}.")
+        check_bos(self.bos, f"template {self.name!r}: ")
 
     def __str__(self) -> str:
         return self.name
@@ -54,13 +60,17 @@ class Template:
         """A prompt that asks for one word without demonstrations."""
         return self.prefix + self.query.replace("{input}", f" {word}")
 
+    def with_bos(self, bos: Bos) -> "Template":
+        """The same, with something else in front of the prompt."""
+        return dataclasses.replace(self, bos=bos)
+
     def to_json(self) -> dict[str, str]:
         """The whole template as plain JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any) -> "Template":
-        """The template that :meth:`to_json` gave.
+    def from_json(cls, value: Any, bos: Bos = DEFAULT_BOS) -> "Template":
+        """The template that :meth:`to_json` gave; ``bos`` is for one that does not say its own.
 
         Raises:
             ValueError: not an object of these texts, or one that is no template.
@@ -68,10 +78,10 @@ class Template:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not {*names} >= {*value} >= {"name", "demonstration", "query"}:
             raise ValueError(
-                f"expected a template as an object with {', '.join(names)} (prefix may be left out), got "
+                f"expected a template as an object with {', '.join(names)} (prefix and bos may be left out), got "
                 f"{json.dumps(value, default=repr)[:80]}."
             )
-        return cls(**value)
+        return cls(**{"bos": bos, **value})
 
 
 TEMPLATES: dict[str, Template] = {
@@ -99,7 +109,7 @@ def get_template(template: str | Template) -> Template:
 
 
 def read_template(path: str | Path) -> Template:
-    """A template from a JSON file with an object of its texts: ``name, demonstration, query`` and perhaps ``prefix``.
+    """A template from a JSON file with an object of its texts: ``name, demonstration, query``, perhaps ``prefix, bos``.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or holds no template.
@@ -132,6 +142,24 @@ def known_template(template: str | Template | None) -> Template | None:
     return get_template(template) if template else None
 
 
+def warn_of_bos(model: Any, made: str | Template | None, used: str | Template, what: str, *, stacklevel: int) -> None:
+    """Warn if something was made on prompts with other tokens in front than those that it is used on.
+
+    Args:
+        model: the model, whose tokenizer decides whether two policies differ.
+        made: the template that it was made with; None if that is unknown.
+        used: the template that it is used with.
+        what: what it is, for the message.
+        stacklevel: as for ``warnings.warn``, from here.
+    """
+    before, now = known_template(made), get_template(used)
+    if before is not None and before.bos != now.bos and bos_differs(model, before.bos, now.bos):
+        warnings.warn(
+            f"{what} was made on prompts with bos={before.bos!r} and is used on prompts with bos={now.bos!r}.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def template_header(template: str | Template | None) -> dict[str, Any]:
     """How a file holds a template: its name, and beside it the whole of it."""
     known = known_template(template)
@@ -143,7 +171,9 @@ def template_header(template: str | Template | None) -> dict[str, Any]:
 def template_from(header: Mapping[str, Any], given: str | Template | None = None) -> Template | None:
     """The template that a file holds, or the one ``given`` in its place.
 
-    Files of fvlens 0.1 hold a name alone, which must be that of a built-in template.
+    Files of fvlens 0.1 hold a name alone, which must be that of a built-in template. Those that do not say what stood
+    in front of prompts are of a time when it was exactly one BOS token; where the tokenizer had none, their fingerprint
+    says so.
 
     Raises:
         KeyError: no template in the header.
@@ -152,8 +182,10 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
     name, text = as_text(header["template"], "template"), header.get("template_text")
     if given:
         return get_template(given)
+    mark = header.get("fingerprint")
+    bos: Bos = "none" if isinstance(mark, Mapping) and mark.get("bos") == "none" else "one"
     if text is not None:
-        found = Template.from_json(text)
+        found = Template.from_json(text, bos)
         if found.name != name:
             raise ValueError(f"the template is named {name!r}, but its text {found.name!r}.")
         return found
@@ -162,4 +194,4 @@ def template_from(header: Mapping[str, Any], given: str | Template | None = None
             f"no template named {name!r}; expected one of {', '.join(TEMPLATES)}. fvlens 0.1 wrote the name alone of a "
             "template of one's own: give the template itself, template=Template(...), and save again."
         )
-    return known_template(name)
+    return get_template(name).with_bos(bos) if name else None

@@ -184,8 +184,9 @@ def is_of_library(relation: Relation) -> bool:
 def options_json(result: RunResult) -> dict[str, Any]:
     """The options as plain values; of a template of one's own the name, and the whole of it as ``template_text``."""
     template = get_template(result.options.template)
-    values = asdict(result.options) | {"template": template.name}
-    if TEMPLATES.get(template.name) != template:
+    values = asdict(result.options) | {"template": template.name, "bos": template.bos}
+    built_in = TEMPLATES.get(template.name)
+    if built_in is None or built_in.with_bos(template.bos) != template:
         values["template_text"] = template.to_json()
     return values | {"heads_file": None if result.given is None else result.given.path}
 

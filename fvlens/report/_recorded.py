@@ -10,7 +10,7 @@ import torch
 
 from fvlens.files import read_json
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import template_from
+from fvlens.prompts import TEMPLATES, Template, template_from
 from fvlens.relations import Relation, from_recorded, library_relation, list_relations
 from fvlens.report._differences import ABSENT, RunDifference, differences
 from fvlens.report._fields import Fields
@@ -106,7 +106,8 @@ def read_run(folder: str | Path) -> RecordedRun:
     options = _options(fields)
     loading = _loading(fields)
     inside = fields.inside("fingerprint")
-    mark = Fields(inside.path, {"quantization": "", **inside.content}, inside.place).made(Fingerprint)
+    content = {name: value for name, value in inside.content.items() if name != "bos"}  # earlier files have it
+    mark = Fields(inside.path, {"quantization": "", **content}, inside.place).made(Fingerprint)
     _check_provenance(fields)
     return RecordedRun(folder, relation, options, loading, _heads(fields, options, mark), fields.content)
 
@@ -154,12 +155,17 @@ def _options(fields: Fields) -> RunOptions:
     recorded = fields.inside("options")
     recorded.get("heads_file", str | None)
     beside = ("heads_file", "template_text")
-    values = {name: value for name, value in recorded.content.items() if name not in beside}
+    values: dict[str, Any] = {"bos": "one"}  # as it was before the files said so
+    values |= {name: value for name, value in recorded.content.items() if name not in beside}
     if "template_text" in recorded.content:
         try:
             values["template"] = template_from(recorded.content)
         except (KeyError, ValueError) as error:
             raise recorded.error("template_text", error) from error
+    written = values.get("template")
+    template = TEMPLATES.get(written) if isinstance(written, str) else written
+    if isinstance(template, Template) and template.bos == values["bos"]:
+        values["bos"] = None  # as the template says
     options = Fields(recorded.path, values, recorded.place).made(RunOptions)
     if fields.get("seed", int) != options.seed:
         raise fields.error("seed", f"{fields.content['seed']}, but options.seed is {options.seed}; expected one seed.")

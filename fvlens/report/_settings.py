@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from fvlens.find import RANKINGS, Ranking
-from fvlens.models import Backend, load_model
+from fvlens.models import Backend, Bos, check_bos, load_model
 from fvlens.prompts import Template, get_template
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
@@ -58,6 +58,8 @@ class RecipeOptions:
         n_heads: heads in the function vector.
         labels: the corruption on which the saved vector's heads are ranked.
         template: how prompts are written: the name of a built-in template, or a template itself.
+        bos: what stands in front of prompts: what the tokenizer puts there, exactly one BOS, or none; by default as the
+            template says.
     """
 
     n_shots: int = 10
@@ -66,6 +68,7 @@ class RecipeOptions:
     n_heads: int = 10
     labels: Ranking = "permuted"
     template: str | Template = "qa"
+    bos: Bos | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in RANKINGS:
@@ -75,7 +78,9 @@ class RecipeOptions:
             raise ValueError(
                 f"n_corrupted: expected at least 2, got {self.n_corrupted}; a standard error needs two prompts."
             )
-        get_template(self.template)
+        template = get_template(self.template)
+        if self.bos is not None:
+            object.__setattr__(self, "template", template.with_bos(check_bos(self.bos)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
 """
 
 from fvlens.studies._analogies import ANALOGIES
+from fvlens.studies._bos import BOS
 from fvlens.studies._claims import CLAIMS
 from fvlens.studies._claims_size import CLAIMS_SIZE
 from fvlens.studies._compare import COMPARE
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 _LISTED = (
-    UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, MEASURE, CLAIMS, CLAIMS_SIZE, ANALOGIES, COMPARE, *TRAINED,
+    UNIVERSAL, SCREENING, PRECISION, START, COMPUTE, BOS, MEASURE, CLAIMS, CLAIMS_SIZE, ANALOGIES, COMPARE, *TRAINED,
     SENSITIVITY,
 )  # fmt: skip
 STUDIES: dict[str, Study] = {study.name: study for study in _LISTED}

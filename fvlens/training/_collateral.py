@@ -14,7 +14,7 @@ from fvlens.metrics import Interval, best_token, bootstrap_interval, is_best, kl
 from fvlens.prompts import Prompts, Template, build_prompts, render_prompts, template_or
 from fvlens.relations import Pairs, Relation, list_relations, load_relation
 from fvlens.results import Result
-from fvlens.scoring import Scores, score
+from fvlens.scoring import Scores, note_other_bos, score
 from fvlens.showing import span
 from fvlens.training._adaptations import Adaptation, Demonstrations, Steered, Unchanged, read_prompts
 from fvlens.training._adapted import Adapted, as_adaptation
@@ -85,6 +85,7 @@ def evaluate_adapted(
     if isinstance(change, Steered | Unchanged | Demonstrations):
         scores = score(model, prompts, [steering], batch_size=batch_size, check=check, what="evaluate_adapted")
     else:
+        note_other_bos(model, prompts, [change], stacklevel=3)
         scores = _read_scores(model, change, prompts, batch_size)
     (found,) = evaluations(model, prompts, [steering], [1.0], scores, generator)
     if steering is not None:
@@ -237,6 +238,7 @@ def collateral_change(
     change = as_adaptation(adapted)
     if check:
         change.check(model)
+    note_other_bos(model, prompts, [change.steering if isinstance(change, Steered) else change], stacklevel=3)
 
     def logits(of: Adaptation, asked: Prompts) -> Iterator[Tensor]:
         parts = read_prompts(model, of, asked, n_answer=1, batch_size=batch_size, what="collateral_change")

@@ -15,6 +15,7 @@ from fvlens.models import Fingerprint, model_device
 from fvlens.prompts import Prompts, Template
 from fvlens.relations import Pairs, Relation, Split, as_pairs, as_relation, as_relations, named_pairs
 from fvlens.results import Result
+from fvlens.scoring import note_other_bos
 from fvlens.showing import named, number, shortened
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.training._adaptations import Steered
@@ -474,6 +475,7 @@ def _finetune_at(
     trainable = TrainableVector(torch.stack(rows), layer, device=model_device(model))
     what = f"fine-tuning {tasks[0].name or 'a vector'}" if len(tasks) == 1 else f"fine-tuning {len(tasks)} relations"
     prompts = prompts_of(model, tasks, settings.template)
+    note_other_bos(model, prompts, known, stacklevel=5)
     with frozen(model):
         kept = _kept(model, prompts, layer, running, stacklevel=5)
         training = Training(tasks, VectorChange(kept, trainable), settings)
@@ -505,6 +507,7 @@ def _finetune_distributed(
     trainable = TrainableDistributedVector(init).to(model_device(model))
     with frozen(model):
         prompts = prompts_of(model, [task], settings.template)
+        note_other_bos(model, prompts, [init], stacklevel=4)
         kept = _kept(model, prompts, trainable.joins_after, running, stacklevel=4)
         training = Training([task], DistributedChange(kept, trainable), settings)
         trained = _trained(training, running, f"fine-tuning {task.name or 'heads'}")

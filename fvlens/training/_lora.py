@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import acting, hooked
 from fvlens.models import Fingerprint, check_model, fingerprint
+from fvlens.prompts import Template, template_from, template_header
 from fvlens.relations import Pairs
 from fvlens.showing import Shown
 from fvlens.training._adaptations import Adaptation, AdaptationChange
@@ -51,6 +52,7 @@ class LoRA(Adaptation, Shown):
         a_v, b_v: ``A_V`` and ``B_V`` of each of these layers.
         fingerprint: the model that they were made on.
         complete: False if the training was interrupted.
+        template: of the prompts that they were trained on; None if unknown.
     """
 
     layers: tuple[int, ...]
@@ -60,6 +62,7 @@ class LoRA(Adaptation, Shown):
     b_v: Float[Tensor, "adapted rank kv_head d_head"]
     fingerprint: Fingerprint
     complete: bool = True
+    template: Template | None = None
 
     def __post_init__(self) -> None:
         as_flag(self.complete, "LoRA: complete")
@@ -93,6 +96,7 @@ class LoRA(Adaptation, Shown):
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""
         mark = dataclasses.asdict(self.fingerprint)
         header = {"layers": list(self.layers), "fingerprint": mark, "complete": self.complete}
+        header |= template_header(self.template)
         return write_tensors(FilePath(path), {name: getattr(self, name) for name in _PARTS}, header, LORA_FORMAT)
 
     @classmethod
@@ -115,7 +119,8 @@ class LoRA(Adaptation, Shown):
                 raise ValueError(f"{len(layers)} layers and {[list(part.shape) for part in parts]}")
             mark = Fingerprint.from_fields(header["fingerprint"])
             complete = as_flag(header.get("complete", True), "complete")  # earlier files do not say
-            loaded = cls(layers, *parts, fingerprint=mark, complete=complete)
+            template = template_from({"template": "", **header})  # nor this
+            loaded = cls(layers, *parts, fingerprint=mark, complete=complete, template=template)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged low-rank update ({type(error).__name__}: {error}).") from error
         if model is not None:
@@ -204,10 +209,14 @@ class LoRAChange(AdaptationChange):
         return float(self.model.cfg.d_model**-0.5)
 
     def adaptation(self) -> LoRA:
-        return LoRA(self.layers, self.a_q, self.b_q, self.a_v, self.b_v, self.mark)
+        return LoRA(
+            self.layers, self.a_q, self.b_q, self.a_v, self.b_v, self.mark, template=self.prompts.prompts.template
+        )
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> LoRA:
-        return LoRA(self.layers, *filled(self.parameters()[0], values), fingerprint=self.mark)
+        return LoRA(
+            self.layers, *filled(self.parameters()[0], values), self.mark, template=self.prompts.prompts.template
+        )
 
 
 def lora(

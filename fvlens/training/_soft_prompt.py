@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fvlens.files import read_tensors, write_tensors
 from fvlens.interventions import hooked, resid_pre_hook
-from fvlens.models import Fingerprint, check_model, fingerprint
+from fvlens.models import Fingerprint, bos_token_id, check_model, fingerprint
+from fvlens.prompts import Template, template_from, template_header
 from fvlens.relations import Pairs
 from fvlens.showing import Shown
 from fvlens.training._adaptations import Adaptation, AdaptationChange, added
@@ -33,7 +34,7 @@ SOFT_PROMPT_LR = 0.1
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SoftPrompt(Adaptation, Shown):
-    """Tokens whose embeddings are trained, right behind BOS, or in front where there is none.
+    """Tokens whose embeddings are trained, right behind the BOS token of a prompt, or in front where there is none.
 
     Soft token i is the embedding of a token of the vocabulary plus an offset, added to what the first block reads. So
     positions, and any scale or norm of the embeddings, are the model's own, and offsets of zero are ordinary tokens.
@@ -43,12 +44,14 @@ class SoftPrompt(Adaptation, Shown):
         offsets: what is added to their embeddings.
         fingerprint: the model that they were made on.
         complete: False if the training was interrupted.
+        template: of the prompts that they were trained on; None if unknown.
     """
 
     tokens: Int[Tensor, " soft"]
     offsets: Float[Tensor, "soft d_model"]
     fingerprint: Fingerprint
     complete: bool = True
+    template: Template | None = None
 
     def __post_init__(self) -> None:
         as_flag(self.complete, "SoftPrompt: complete")
@@ -62,11 +65,13 @@ class SoftPrompt(Adaptation, Shown):
         return len(self.tokens)
 
     def inserted(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], bos: int | None
     ) -> tuple[Int[Tensor, "batch longer"], Int[Tensor, "batch longer"], Int[Tensor, "batch soft"]]:
         """Tokens and mask with the soft tokens in them, and the columns that these stand in."""
         n = len(self.tokens)
-        first = mask.argmax(dim=1) + int(self.fingerprint.bos == "one")
+        first = mask.argmax(dim=1)
+        if bos is not None:
+            first = first + (tokens.gather(1, first[:, None])[:, 0] == bos)
         columns = torch.arange(tokens.shape[1] + n, device=tokens.device)[None]
         behind = columns >= first[:, None] + n
         old = (columns - n * behind).clamp(max=tokens.shape[1] - 1)  # where a column's token was
@@ -85,7 +90,7 @@ class SoftPrompt(Adaptation, Shown):
                 f"soft_prompt: a prompt is {longest} tokens long with its {len(self.tokens)} soft tokens, but the "
                 f"model's context holds {model.cfg.n_ctx}; use fewer of them or shorter prompts."
             )
-        tokens, mask, places = self.inserted(tokens, mask)
+        tokens, mask, places = self.inserted(tokens, mask, bos_token_id(model))
         where = torch.arange(len(tokens), device=tokens.device)[:, None], places
         with hooked(model, {resid_pre_hook(0): functools.partial(added, where=where, value=self.offsets)}):
             yield tokens, mask
@@ -96,6 +101,7 @@ class SoftPrompt(Adaptation, Shown):
     def save(self, path: str | FilePath) -> FilePath:
         """Write it to one safetensors file, metadata in its header. Replaces an existing file at once."""
         header = {"fingerprint": dataclasses.asdict(self.fingerprint), "complete": self.complete}
+        header |= template_header(self.template)
         return write_tensors(
             FilePath(path), {"tokens": self.tokens, "offsets": self.offsets}, header, SOFT_PROMPT_FORMAT
         )
@@ -118,8 +124,10 @@ class SoftPrompt(Adaptation, Shown):
             tokens, offsets = tensors["tokens"], tensors["offsets"]
             if tokens.ndim != 1 or offsets.shape != (len(tokens), mark.d_model):
                 raise ValueError(f"offsets {list(offsets.shape)} of tokens {list(tokens.shape)}")
-            # earlier files do not say
-            loaded = cls(tokens, offsets, mark, complete=as_flag(header.get("complete", True), "complete"))
+            # earlier files say neither
+            complete = as_flag(header.get("complete", True), "complete")
+            template = template_from({"template": "", **header})
+            loaded = cls(tokens, offsets, mark, complete=complete, template=template)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}: damaged soft prompt ({type(error).__name__}: {error}).") from error
         if model is not None:
@@ -154,10 +162,10 @@ class SoftPromptChange(AdaptationChange):
         return (total / n) ** 0.5
 
     def adaptation(self) -> SoftPrompt:
-        return SoftPrompt(self.soft, self.offsets, self.mark)
+        return SoftPrompt(self.soft, self.offsets, self.mark, template=self.prompts.prompts.template)
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> SoftPrompt:
-        return SoftPrompt(self.soft, values.view(len(self.soft), -1), self.mark)
+        return SoftPrompt(self.soft, values.view(len(self.soft), -1), self.mark, template=self.prompts.prompts.template)
 
 
 def _random_tokens(model: Any, n: int, generator: torch.Generator) -> Int[Tensor, " soft"]:

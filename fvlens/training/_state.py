@@ -124,7 +124,7 @@ class TrainingState(Shown):
         for name, ours in identity.items():
             theirs = self.header.get(name)
             if name == "settings":
-                theirs = _with_whole_template(theirs)
+                theirs = _with_whole_template(theirs, ours, self.header.get("fingerprint"))
             elif name == "method":
                 theirs = _OLD_METHODS.get(theirs, theirs) if isinstance(theirs, str) else theirs
             if theirs != ours and not (name == "fingerprint" and _same_model(ours, theirs)):
@@ -138,12 +138,21 @@ def _check_finite(name: str, numbers: Shaped[Tensor, "..."], *, may_fail: bool) 
         raise ValueError(f"{name}: holds NaN or infinite values")
 
 
-def _with_whole_template(settings: Any) -> Any:
-    """Settings as they are now: version 0.1 wrote the name of the template alone."""
-    if not isinstance(settings, dict) or not isinstance(settings.get("template"), str):
+def _with_whole_template(settings: Any, ours: Any, mark: Any) -> Any:
+    """Settings as they are now: version 0.1 wrote the name of the template alone, and nobody what stands in front.
+
+    That was one BOS token; where the tokenizer had none, which the fingerprint said, what is asked of it is the same.
+    """
+    if not isinstance(settings, dict):
         return settings
-    known = TEMPLATES.get(settings["template"])
-    return settings if known is None else settings | {"template": known.to_json()}
+    template = settings.get("template")
+    if isinstance(template, str):
+        known = TEMPLATES.get(template)
+        template = None if known is None else {k: v for k, v in known.to_json().items() if k != "bos"}
+    if not isinstance(template, dict) or "bos" in template:
+        return settings
+    had_none = isinstance(mark, Mapping) and mark.get("bos") == "none"
+    return settings | {"template": {**template, "bos": ours["template"]["bos"] if had_none else "one"}}
 
 
 def _same_model(ours: Mapping[str, Any], theirs: Any) -> bool:
