@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from conftest import random_model, seeded
+from conftest import TOKENIZER, random_model, seeded
 from evaluations import DEMONSTRATIONS, PAIRS, made_vector, same, steering
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,12 +23,15 @@ from fvlens.evaluation import (
 from fvlens.interventions import resid_hook, z_hook
 from fvlens.metrics import bootstrap_interval
 from fvlens.models import embedded_folder, fingerprint
-from fvlens.prompts import Template, build_prompts
+from fvlens.prompts import AnswerEnd, Template, build_prompts
 from fvlens.relations import Pair, Relation
 from fvlens.suffix import has_hooks
 from fvlens.vectors import distributed_vector
 
 pytestmark = pytest.mark.usefixtures("no_trace")
+
+ENDLESS = Template("endless", "{input} ->{output}", "{input} ->")
+"""A template without a separator, in which only an end token ends an answer."""
 
 # --- oracle 1: plain Hugging Face, one unpadded prompt at a time, text and tokens by hand ---
 
@@ -140,6 +143,12 @@ def hf_continue(plain, prompt, n_new, vector, layer, every):
     return tokens[len(prompt) :]
 
 
+def until_line_break(tokenizer, new):
+    """Text of these tokens up to the first one with a line break in it."""
+    broken = [i for i, token in enumerate(new) if "\n" in tokenizer.decode([token])]
+    return tokenizer.decode(new[: broken[0] + 1] if broken else new)
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_generated_answers_equal_a_plain_hugging_face_model(model, plain, tokenizer, every):
     vector = made_vector(model, layer=1, norm=5.0)
@@ -151,7 +160,7 @@ def test_generated_answers_equal_a_plain_hugging_face_model(model, plain, tokeni
         new = hf_continue(plain, prompt, 5, vector.vector, 1, every)
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
-        assert raw == tokenizer.decode(new)
+        assert raw == until_line_break(tokenizer, new)
 
 
 # --- oracle 2: whole forward passes of the model itself, on every architecture, in double precision ---
@@ -205,7 +214,7 @@ def test_every_architecture_equals_whole_unpadded_forwards(name):
         new = []
         for _ in range(3):
             new.append(int(naive_logits(model, prompt, new, added)[-1].argmax()))
-        assert texts[i] == model.tokenizer.decode(new)
+        assert texts[i] == until_line_break(model.tokenizer, new)
     assert min(steered_late) > 1e-4
     assert not has_hooks(model)
 
@@ -369,14 +378,14 @@ def test_evaluation_as_a_table_and_a_figure(tiny):
 def test_answers_end_where_the_template_or_the_text_ends(tiny, monkeypatch):
     pairs = [Pair("hot", "cold water"), Pair("big", "small"), Pair("up", "The Down"), Pair("dry", "wet")]
     texts = [" cold water\n\nQ: more", " small", "\n small", " wet and dry"]
-    rows = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    width = max(map(len, rows)) + 2
     end = tiny.tokenizer.eos_token_id
-    ids = torch.tensor([row + [end] + rows[0][:1] * (width - len(row) - 1) for row in rows])
-    monkeypatch.setattr(_generate, "_generate", lambda *args: ids)
+    rows = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows[1].append(end)
+    monkeypatch.setattr(_generate, "_generate", lambda *args: rows)
     found = generate_answers(tiny, pairs, generator=seeded())
     assert found.raw_texts == tuple(texts)
     assert found.texts == ("cold water", "small", "", "wet and dry")
+    assert found.ended.tolist() == [True, True, True, False]
     assert found.matches.tolist() == [True, True, False, False]
     assert found.f1_scores.tolist() == pytest.approx([1, 1, 0, 0.5])
     assert found.exact_match == 0.5
@@ -389,22 +398,72 @@ def test_answers_end_where_the_template_or_the_text_ends(tiny, monkeypatch):
     assert "exact_match=0.500" in repr(found)
     table = found.to_dataframe()
     assert table["text"].tolist() == list(found.texts)
+    assert table["ended"].tolist() == found.ended.tolist()
     assert table["exact_match"].tolist() == found.matches.tolist()
     assert list(found.plot().data[0].x) == [found.exact_match, found.f1]
 
 
 @pytest.mark.parametrize(
-    ("demonstration", "end"),
+    ("demonstration", "text", "token"),
     [
-        ("Q:{input}\nA:{output}\n\n", "\n"),
-        ("{input} ->{output}; ", "; "),
-        ("{input} ->{output}", None),
-        ("{input} ->{output} ", None),
-        ("The{output} of{input}.\n", " of"),
+        ("Q:{input}\nA:{output}\n\n", "\n", None),
+        ("{input} ->{output}; ", "; ", None),
+        ("{input} ->{output}", None, None),
+        ("{input} ->{output} ", None, None),
+        ("The{output} of{input}.\n", " of", None),
+        ("<|user|>{input}<|bot|>{output}<|end|>\n", None, "<|end|>"),
+        ("<|user|>{input}<|bot|>{output} <|end|><|user|>", None, "<|end|>"),
     ],
 )
-def test_end_of_an_answer(demonstration, end):
-    assert _generate._end_of_answer(Template("t", demonstration, "{input} ->")) == end
+def test_end_of_an_answer(turns, demonstration, text, token):
+    end = AnswerEnd.of(turns, Template("t", demonstration, "{input} ->"))
+    ends = {turns.eos_token_id, *([] if token is None else turns.convert_tokens_to_ids([token]))}
+    assert (end.text, end.tokens) == (text, ends)
+    assert (
+        AnswerEnd.of(SimpleNamespace(eos_token_id=None), Template("t", "{input}{output}\n", "{input}")).tokens == set()
+    )
+
+
+@pytest.fixture(scope="module")
+def turns():
+    """A tokenizer with tokens for turns."""
+    made = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+    made.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>", "<|end|>"]})
+    return made
+
+
+def test_an_answer_is_the_text_before_its_end(turns):
+    end = AnswerEnd.of(turns, Template("t", "{input}{output}<|end|>\n", "{input}"))
+    ids = turns("\n cold water<|end|> hot", add_special_tokens=False)["input_ids"]
+    kept = end.until(ids)
+    assert turns.decode(kept) == "\n cold water<|end|>"
+    assert [end.reached(ids[:n]) for n in range(len(kept) + 1)] == [False] * len(kept) + [True]
+    assert (end.written(kept), end.answer(kept)) == ("\n cold water", "cold water")
+    assert end.until(ids[: len(kept) - 1]) == ids[: len(kept) - 1]
+    semicolon = AnswerEnd.of(turns, Template("t", "{input}{output};", "{input}"))
+    ids = turns(" cold; hot;", add_special_tokens=False)["input_ids"]
+    assert (semicolon.answer(semicolon.until(ids)), semicolon.answer(ids)) == ("cold", "cold")
+
+
+def test_nothing_is_generated_behind_the_end_of_the_last_answer(tiny):
+    """Each row ends by itself, whatever stands beside it; the model is not run for tokens that nobody sees."""
+    pairs = [*PAIRS, Pair("hot", "cold")]
+    free = generate_answers(tiny, pairs, max_new_tokens=6, template=ENDLESS, generator=seeded())
+    assert not free.ended.any()
+    rows = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in free.raw_texts]
+    stop = tiny.tokenizer.decode(rows[0][2])
+    ending = dataclasses.replace(ENDLESS, demonstration=f"{{input}} ->{{output}}{stop}")
+    for size in (1, 3, len(pairs)):
+        found = generate_answers(tiny, pairs, max_new_tokens=6, template=ending, batch_size=size, generator=seeded())
+        for raw, text, ended, whole in zip(found.raw_texts, found.texts, found.ended, free.raw_texts, strict=True):
+            assert bool(ended) == (stop in whole)
+            assert raw == (whole[: whole.index(stop) + len(stop)] if ended else whole)
+            assert text == whole.split(stop)[0].strip()
+    passes = []
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda x, hook: passes.append(x.shape[1]))]):
+        generate_answers(tiny, pairs[:1], max_new_tokens=6, template=ending, generator=seeded())
+    n = next(i for i in range(1, 7) if stop in tiny.tokenizer.decode(rows[0][:i]))
+    assert len(passes) == n < 6
 
 
 def test_one_new_token_is_the_prediction_of_evaluate(tiny):

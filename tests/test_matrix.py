@@ -188,7 +188,7 @@ class ZeroShot:
     logits: torch.Tensor  # [prompt d_vocab] at the prompt's end
     first: torch.Tensor  # [prompt] first token of each answer
     whole: torch.Tensor  # [prompt] log-probability of each whole answer
-    texts: list[str]  # what is generated, up to the end of text
+    texts: list[str]  # what is generated, up to the end of text or the first line break
 
 
 @functools.cache
@@ -211,7 +211,9 @@ def zero_shot(name):
         first.append(answer[0])
         whole.append(-hf.loss_and_gradient(model, row, answer, direction, LAYER)[0])
         ids = hf.greedy(model, row, N_NEW, direction, LAYER)
-        texts.append(tokenizer.decode(ids[: ids.index(0)] if 0 in ids else ids))
+        ids = ids[: ids.index(0)] if 0 in ids else ids
+        broken = [i for i, token in enumerate(ids) if "\n" in tokenizer.decode([token])]
+        texts.append(tokenizer.decode(ids[: broken[0] + 1] if broken else ids))
     assert len(lengths) > 2
     return ZeroShot(pairs, torch.stack(logits), torch.tensor(first)[:, None], torch.stack(whole), texts)
 

@@ -24,7 +24,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.models import Fingerprint
-from fvlens.prompts import Template
+from fvlens.prompts import Template, answers_behind
 from fvlens.relations import Analogy, Pair, Pairs, as_analogies, as_pairs
 from fvlens.results import Result, check_counts
 from fvlens.showing import Shown, number, span
@@ -494,8 +494,7 @@ class _Asked:
         right = ranks == 0
         for i, one in enumerate(self.analogies):
             if one.alternatives and not right[i]:
-                starts = _first_tokens(queries.model, one.alternatives)
-                right[i] = int(best[i]) in starts
+                right[i] = int(best[i]) in _first_tokens(queries, int(self.first[i]), one.alternatives)
         chosen: list[bool | None] = []
         for i, one in enumerate(self.analogies):
             start = int(self.first[i])
@@ -504,6 +503,10 @@ class _Asked:
         return Scored(name, ranks, right, logs[self.first], tuple(chosen))
 
 
-def _first_tokens(model: Any, words: Sequence[str]) -> set[int]:
-    ids = model.tokenizer([" " + word for word in words], add_special_tokens=False)["input_ids"]
-    return {tokens[0] for tokens in ids if tokens}
+def _first_tokens(queries: Queries, place: int, words: Sequence[str]) -> set[int]:
+    """First tokens of these words as answers to one of the queries."""
+    prompts, tokenizer = queries.prompts, queries.model.tokenizer
+    text = prompts.texts[place]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n = len(words)
+    return {tokens[0] for tokens in answers_behind(tokenizer, prompts.template, [text] * n, [ids] * n, words)}

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fvlens.arguments import check_arguments
 from fvlens.evaluation._answered import Answered, asked
 from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied
 from fvlens.metrics import Interval, best_token, bootstrap_interval, exact_match, token_f1
-from fvlens.prompts import Prompts, Template
+from fvlens.prompts import AnswerEnd, Prompts
 from fvlens.scoring import Batch, changed, context_batches, note_other_bos
 from fvlens.showing import span
 from fvlens.suffix import halving
@@ -28,8 +28,10 @@ class GeneratedAnswers(Answered):
     """Generated answers against the expected ones, one entry a query, in the order of the pairs.
 
     Attributes:
-        texts: the generated answers, cut where the template ends an answer, without white space around them.
-        raw_texts: everything that was generated.
+        texts: the generated answers: what stands before the end, without white space around it.
+        raw_texts: everything that was generated, with the separator but without an end token.
+        ended: True where the answer ended, at the template's separator or an end token; False where it was as long as
+            allowed.
         matches: True where the answer equals the expected one (case, punctuation and articles aside).
         f1_scores: F1 of the words that both share.
         interval: 95% bootstrap interval of :attr:`exact_match`.
@@ -43,6 +45,7 @@ class GeneratedAnswers(Answered):
 
     texts: tuple[str, ...]
     raw_texts: tuple[str, ...]
+    ended: Bool[Tensor, " prompt"]
     matches: Bool[Tensor, " prompt"]
     f1_scores: Float[Tensor, " prompt"]
     interval: Interval
@@ -73,8 +76,13 @@ class GeneratedAnswers(Answered):
         ]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a query: ``query, answer, text, exact_match, f1`` and the setting."""
-        return self._table(text=list(self.texts), exact_match=self.matches.numpy(), f1=self.f1_scores.numpy())
+        """One row a query: ``query, answer, text, ended, exact_match, f1`` and the setting."""
+        return self._table(
+            text=list(self.texts),
+            ended=self.ended.numpy(),
+            exact_match=self.matches.numpy(),
+            f1=self.f1_scores.numpy(),
+        )
 
     def plot(self) -> "go.Figure":
         """Exact match and F1 as bars with their intervals."""
@@ -105,9 +113,16 @@ def generate_answers(
 ) -> GeneratedAnswers:
     """Whole answers: exact match and F1 of what the model writes, greedily, after the prompt.
 
-    The answer is cut at the text that follows ``{output}`` in the template's demonstrations (for a line break: at the
-    first one) and at the end-of-text token. The vector is added at the prompt's last token. The embedded model was
-    trained on answers of one token and not on what follows them: give it ``max_new_tokens=1``.
+    An answer ends at the template's separator, which is the text that follows ``{output}`` in its demonstrations (where
+    that begins with a line break: at the first one), at an end token (the tokenizer's, and a chat format's end of
+    turn), or where it is as long as allowed. Nothing more is generated then, and what stands before the end is compared
+    with the expected answer.
+
+    The vector is added at the prompt's last token alone, as where whole answers are scored (``exact``,
+    ``log_probabilities``) and trained on, so that all three are about one model. It has chosen the answer there; added
+    at each new token too (``every_new_token``), it would ask for an answer again where the separator should stand.
+    ``exact`` asks that the expected tokens are the likeliest ones and not whether anything follows them, so it may be
+    larger than ``exact_match``: ``New York`` starts with ``New``.
 
     Args:
         model: the model.
@@ -150,17 +165,16 @@ def generate_answers(
             f"generate_answers: a prompt is {longest} tokens long, and with max_new_tokens={max_new_tokens} it does "
             f"not fit the model's context of {model.cfg.n_ctx}; generate fewer tokens or use fewer shots."
         )
-    ids = _generate(model, prompts, vector, scale, batch_size, max_new_tokens, every_new_token)
-    end, eos = _end_of_answer(prompts.template), model.tokenizer.eos_token_id
-    kept = [row[: row.index(eos)] if eos in row else row for row in ids.tolist()]
-    raw = tuple(model.tokenizer.batch_decode(kept))
-    texts = tuple((text.split(end)[0] if end else text).strip() for text in raw)
+    end = AnswerEnd.of(model.tokenizer, prompts.template)
+    written = _generate(model, prompts, vector, scale, batch_size, max_new_tokens, every_new_token, end)
+    texts = tuple(end.answer(row) for row in written)
     expected = [pair.output for pair in prompts.queries]
     matches = torch.tensor([exact_match(ours, theirs) for ours, theirs in zip(texts, expected, strict=True)])
     scores = torch.tensor([token_f1(ours, theirs) for ours, theirs in zip(texts, expected, strict=True)])
     return GeneratedAnswers(
         texts=texts,
-        raw_texts=raw,
+        raw_texts=tuple(end.written(row) for row in written),
+        ended=torch.tensor([end.reached(row) for row in written]),
         matches=matches,
         f1_scores=scores,
         interval=bootstrap_interval(matches, generator=copied(generator)),
@@ -178,31 +192,31 @@ def _generate(
     batch_size: int | None,
     max_new_tokens: int,
     every_new_token: bool,
-) -> Int[Tensor, "prompt new"]:
-    """Greedy continuation of each prompt. The model's own ``generate`` guesses where padding is; we know it."""
+    end: AnswerEnd,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt until its answer ends. The model's own ``generate`` guesses where padding is;
+    we know it."""
     extra = torch.full((len(prompts),), max_new_tokens - 1)
 
-    def run(rows: slice, _: int) -> Tensor:
+    def run(rows: slice, _: int) -> list[list[int]]:
         batch = Batch.of(model, prompts, rows, keep=max_new_tokens > 1)
         with contextlib.ExitStack() as block:
             block.enter_context(changed(model, vector, scale, rows, len(prompts)))
-            new = [best_token(batch.first())[:, None]]
+            new = best_token(batch.first())
+            written = [[token] for token in new.tolist()]
             if not every_new_token:
                 block.close()
             for _ in range(max_new_tokens - 1):
-                logits = batch.reader.read(new[-1], torch.ones_like(new[-1]), n_read=1)[:, -1]
-                new.append(best_token(logits)[:, None])
-        return torch.cat(new, dim=1).cpu()
+                waiting = [not end.reached(row) for row in written]
+                if not any(waiting):
+                    break
+                # rows that have ended go on beside the others, and what they write is dropped
+                new = best_token(batch.reader.read(new[:, None], torch.ones_like(new[:, None]), n_read=1)[:, -1])
+                for row, token, goes_on in zip(written, new.tolist(), waiting, strict=True):
+                    if goes_on:
+                        row.append(token)
+        return written
 
     with torch.no_grad():
-        return torch.cat(
-            list(halving(run, context_batches(model, prompts, extra, batch_size), what="generate_answers"))
-        )
-
-
-def _end_of_answer(template: Template) -> str | None:
-    """Text that ends an answer in this template's demonstrations; None if nothing visible follows it."""
-    after = template.demonstration.split("{output}")[1].split("{input}")[0]
-    if after.startswith("\n"):
-        return "\n"
-    return after if after.strip() else None
+        parts = halving(run, context_batches(model, prompts, extra, batch_size), what="generate_answers")
+        return [row for part in parts for row in part]

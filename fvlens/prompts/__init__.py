@@ -1,10 +1,11 @@
 """Prompts: templates as data; clean, corrupted and zero-shot in-context prompts as tokens; what pairs are worth.
 
-A prompt is BOS, then one demonstration per shot, then the query with its answer missing. Words carry a leading space,
-so that the answer is the continuation `` y`` and its first token decides top-1. :func:`check_pairs` says beforehand how
-far that token tells answers apart.
+A prompt is BOS, then one demonstration per shot, then the query with its answer missing. What stands before words is
+the template's: in the built-in ones a space, so that the answer is the continuation `` y`` and its first token decides
+top-1. :func:`check_pairs` says beforehand how far that token tells answers apart.
 """
 
+from fvlens.prompts._answers import AnswerEnd, answers_behind
 from fvlens.prompts._check import AnswerTokens, PairsCheck, check_pairs, checked
 from fvlens.prompts._prompts import (
     LABELS,
@@ -32,12 +33,14 @@ __all__ = [
     "LABELS",
     "PAD_ANSWER",
     "TEMPLATES",
+    "AnswerEnd",
     "AnswerTokens",
     "Labels",
     "PairsCheck",
     "Prompts",
     "Template",
     "TokenClass",
+    "answers_behind",
     "build_prompts",
     "check_pairs",
     "checked",

@@ -1,7 +1,8 @@
 """Prompts: clean, corrupted and zero-shot in-context prompts as tokens.
 
-A prompt is BOS, then one demonstration per shot, then the query with its answer missing. Words carry a leading space,
-so that the answer is the continuation `` y`` and its first token decides top-1.
+A prompt is BOS, then one demonstration per shot, then the query with its answer missing. What stands before words is
+the template's: in the built-in ones a space, so that the answer is the continuation `` y`` and its first token decides
+top-1.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fvlens.arguments import check_arguments
 from fvlens.models import in_front
+from fvlens.prompts._answers import answers_behind
 from fvlens.prompts._refused import check_embedded, check_known, check_length
 from fvlens.prompts._templates import Template, get_template
 from fvlens.relations import Pair, Pairs, Part, list_relations, load_relation, named_pairs, words_of
@@ -295,11 +297,11 @@ def _pieces(template: Template, demonstrations: Sequence[Pair], query: Pair) -> 
         add(
             template.demonstration,
             {
-                "{input}": (" " + pair.input, TokenClass.DEMONSTRATION_INPUT),
-                "{output}": (" " + pair.output, TokenClass.DEMONSTRATION_LABEL),
+                "{input}": (template.asked(pair.input), TokenClass.DEMONSTRATION_INPUT),
+                "{output}": (template.answered(pair.output), TokenClass.DEMONSTRATION_LABEL),
             },
         )
-    add(template.query, {"{input}": (" " + query.input, TokenClass.QUERY)})
+    add(template.query, {"{input}": (template.asked(query.input), TokenClass.QUERY)})
     return [(text, kind) for text, kind in pieces if text]
 
 
@@ -334,11 +336,9 @@ def render_prompts(
     pieces = [_pieces(template, d, q) for d, q in zip(demonstrations, queries, strict=True)]
     texts = ["".join(text for text, _ in row) for row in pieces]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    whole = [text + " " + query.output for text, query in zip(texts, queries, strict=True)]
-    full = tokenizer(whole, add_special_tokens=False)
+    answers = answers_behind(tokenizer, template, texts, encoded["input_ids"], [query.output for query in queries])
     rows: list[list[int]] = []
     classes: list[list[int]] = []
-    answers: list[list[int]] = []
     for i, text in enumerate(texts):
         ids = list(encoded["input_ids"][i])
         spans = list(encoded["offset_mapping"][i])
@@ -346,18 +346,16 @@ def render_prompts(
         kinds[-1] = int(TokenClass.PREDICTIVE)
         # the one place where BOS comes in front; a text that begins with it, as chat formats write it, gets no second
         front = in_front(model, template.bos, ids)
+        if not front and ids[0] == tokenizer.bos_token_id:
+            kinds[0] = int(TokenClass.BOS)
         ids, kinds = [*front, *ids], [int(TokenClass.BOS)] * len(front) + kinds
-        continuation = list(full["input_ids"][i])
-        n_text = len(encoded["input_ids"][i])
-        if continuation[:n_text] == list(encoded["input_ids"][i]) and len(continuation) > n_text:
-            answers.append(continuation[n_text:])
-        else:  # the tokenizer merges across the border: take the answer's own tokens
-            answers.append(list(tokenizer(" " + queries[i].output, add_special_tokens=False)["input_ids"]))
         rows.append(ids)
         classes.append(kinds)
-        check_length(model, len(ids) + len(answers[-1]), n_shots, template, text)
+        check_length(model, len(ids) + len(answers[i]), n_shots, template, text)
     check_embedded(model, [*rows, *answers])
-    check_known(tokenizer, whole, full["input_ids"], queries, demonstrations)
+    whole = [text + template.answered(query.output) for text, query in zip(texts, queries, strict=True)]
+    ids_of_whole = [[*ids, *own] for ids, own in zip(encoded["input_ids"], answers, strict=True)]
+    check_known(tokenizer, template, whole, ids_of_whole, queries, demonstrations)
     width = max(map(len, rows))
     pad = next(
         (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), 0

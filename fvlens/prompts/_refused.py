@@ -34,6 +34,7 @@ def check_embedded(model: Any, rows: Sequence[Sequence[int]]) -> None:
 
 def check_known(
     tokenizer: Any,
+    template: Template,
     texts: Sequence[str],
     rows: Sequence[Sequence[int]],
     queries: Sequence[Pair],
@@ -43,6 +44,7 @@ def check_known(
 
     Args:
         tokenizer: the tokenizer.
+        template: how prompts are written.
         texts: prompts with their answers.
         rows: their tokens.
         queries, demonstrations: their words.
@@ -56,7 +58,7 @@ def check_known(
     words = dict.fromkeys(
         word for pair in [*queries, *(pair for own in demonstrations for pair in own)] for word in pair
     )
-    found = [word for word in words if unknown in tokenizer(" " + word, add_special_tokens=False)["input_ids"]]
+    found = [word for word in words if unknown in tokenizer(template.asked(word), add_special_tokens=False)["input_ids"]]
     if not found:
         raise ValueError(
             f"the tokenizer does not know some of the template's text and writes it as {tokenizer.unk_token!r}; use "

@@ -19,12 +19,15 @@ class Template:
 
     Attributes:
         name: the template's name.
-        demonstration: one demonstration; ``{input}`` and ``{output}`` stand for `` x`` and `` y`` with their leading
-            space.
+        demonstration: one demonstration; ``{input}`` and ``{output}`` stand for the words x and y with what belongs
+            before them.
         query: the query; ends where the answer begins.
         prefix: text before the first demonstration.
         bos: what stands in front of the prompt: ``"tokenizer"``, what the tokenizer puts in front of a text that it
             encodes; ``"one"``, exactly one BOS token where the tokenizer has one; ``"none"``. Never two.
+        before_input, before_output: the white space that belongs to a word and to an answer, one space by default: an
+            answer's first token is that of `` y``. Empty where the model would write ``y`` itself, as in most chat
+            formats.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Template:
     query: str
     prefix: str = ""
     bos: Bos = DEFAULT_BOS
+    before_input: str = " "
+    before_output: str = " "
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,21 +57,37 @@ class Template:
         if "{output}" in self.query:
             raise ValueError(f"template {self.name!r}: the query must end before the answer, got {self.query!r}.")
         check_bos(self.bos, f"template {self.name!r}: ")
+        for field_name in ("before_input", "before_output"):
+            text = getattr(self, field_name)
+            if text.strip():
+                raise ValueError(
+                    f"template {self.name!r}: expected {field_name} as white space or empty, got {text!r}; other text "
+                    "belongs into demonstration and query."
+                )
 
     def __str__(self) -> str:
         return self.name
 
+    def asked(self, word: str) -> str:
+        """A word as prompts hold it, with what belongs before it."""
+        return self.before_input + word
+
+    def answered(self, word: str) -> str:
+        """An answer as it continues a prompt, with what belongs before it; top-1 is about its first token."""
+        return self.before_output + word
+
     def bare(self, word: str) -> str:
         """A prompt that asks for one word without demonstrations."""
-        return self.prefix + self.query.replace("{input}", f" {word}")
+        return self.prefix + self.query.replace("{input}", self.asked(word))
 
     def with_bos(self, bos: Bos) -> "Template":
         """The same, with something else in front of the prompt."""
         return dataclasses.replace(self, bos=bos)
 
     def to_json(self) -> dict[str, str]:
-        """The whole template as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The whole template as plain JSON values; what stands before words only where it is not one space."""
+        values = dataclasses.asdict(self)
+        return {name: text for name, text in values.items() if not (name.startswith("before_") and text == " ")}
 
     @classmethod
     def from_json(cls, value: Any, bos: Bos = DEFAULT_BOS) -> "Template":
@@ -78,7 +99,7 @@ class Template:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(value, Mapping) or not {*names} >= {*value} >= {"name", "demonstration", "query"}:
             raise ValueError(
-                f"expected a template as an object with {', '.join(names)} (prefix and bos may be left out), got "
+                f"expected a template as an object with {', '.join(names)} (all after query may be left out), got "
                 f"{json.dumps(value, default=repr)[:80]}."
             )
         return cls(**{"bos": bos, **value})
@@ -109,7 +130,7 @@ def get_template(template: str | Template) -> Template:
 
 
 def read_template(path: str | Path) -> Template:
-    """A template from a JSON file with an object of its texts: ``name, demonstration, query``, perhaps ``prefix, bos``.
+    """A template from a JSON file with an object of its texts: ``name, demonstration, query``, perhaps the other ones.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or holds no template.

@@ -298,7 +298,7 @@ class Training:
         """What must be the same for a state to fit."""
         if self._identity_now is None:
             self._identity_now = {
-                "settings": dataclasses.asdict(self.settings),
+                "settings": self.settings.to_json(),
                 "relations": [task.name for task in self.tasks],
                 "n_train": [len(task.train) for task in self.tasks],
                 "data_hash": self.change.prompts.prompts.data_hash,

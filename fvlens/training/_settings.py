@@ -1,8 +1,9 @@
 """How a training is done, and the curves that it leaves."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -63,6 +64,10 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"finetune: expected {name} of at least 1, got {value}.")
         object.__setattr__(self, "template", get_template(self.template))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of them as plain JSON values, of the template the whole."""
+        return dataclasses.asdict(self) | {"template": get_template(self.template).to_json()}
 
     def factor(self, epoch: int) -> float:
         """Of the learning rate in an epoch, counted from 0."""
