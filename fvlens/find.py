@@ -22,7 +22,7 @@ from fvlens.arguments import check_arguments
 from fvlens.attribution import IndirectEffects, Method, indirect_effects
 from fvlens.evaluation import SCALES, Evaluation, LayerScaleSweep, copied, layer_scale_sweep
 from fvlens.models import Fingerprint
-from fvlens.prompts import LABELS, Labels, Template, build_prompts, template_or
+from fvlens.prompts import LABELS, Labels, Template, build_prompts, template_for, template_or
 from fvlens.relations import Pair, Pairs, Split, as_relation
 from fvlens.results import Result
 from fvlens.showing import named
@@ -230,7 +230,7 @@ def find_vector(
             f"find_vector: expected n_corrupted and n_shots of at least 1, got {n_corrupted} and {n_shots}."
         )
     split, name = _split_of(pairs, relation, generator)
-    written = template_or(template, None if means is None else means.template)
+    written = template_for(model, template_or(template, None if means is None else means.template))
     shared: dict[str, Any] = {"path": path, "max_memory": max_memory, "progress": progress}
 
     effects = None

@@ -212,7 +212,7 @@ def test_help_is_what_the_docstring_says_of_each_field(options_of):
         in told
     )
     assert "In which way. [default: fast]" in told
-    assert "How it is written. Built in are qa, arrow, colon; one of your own is a JSON file. [default: qa]" in told
+    assert "How it is written. Built in are qa, arrow, colon, chat; one of your own is a JSON file. [default:" in told
     assert "--always Without asking. --" in told
 
 

@@ -47,22 +47,33 @@ def test_inject_shows_a_prompt_with_and_without_the_vector(call, model, saved, p
     assert rows[1:] == [[str(i + 1), plain[i], steered[i]] for i in range(n)]
 
 
-def test_inject_generates_what_follows(call, model, saved):
-    """Greedy tokens; only the prompt's last token is steered, so later tokens follow from the text alone plus the
-    first steered step's keys and values."""
+def generated(model, text, n, vector=None):
+    """Tokens written greedily, as text; the vector stays at the last token of the prompt."""
+    prompt = [model.tokenizer.bos_token_id, *model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    new = []
+
+    def add(resid, hook):
+        return resid + vector.vector * (torch.arange(resid.shape[1]) == len(prompt) - 1)[:, None]
+
+    hooks = [] if vector is None else [(f"blocks.{vector.layer}.hook_resid_post", add)]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        for _ in range(n):
+            new.append(int(model(torch.tensor([prompt + new]))[0, -1].argmax()))
+    ended = new.index(model.tokenizer.eos_token_id) if model.tokenizer.eos_token_id in new else n
+    return model.tokenizer.decode(new[:ended])
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("hot", "Q: hot\nA:"), ("Q: hot\nA:", "Q: hot\nA:")])
+@pytest.mark.parametrize("n", [1, 4])
+def test_inject_generates_until_the_answer_ends(call, model, saved, prompt, text, n):
+    """Only the prompt's last token is steered. An answer to a word ends where the template's does, at a line break; a
+    text of one's own goes on."""
     vector = FunctionVector.load(saved)
-    code, out, err = call("inject", saved, "hot", "--generate", 1)
+    code, out, err = call("inject", saved, "--generate", n, "--", prompt)
     assert (code, err) == (0, "")
-    lines = out.splitlines()
-    for line, name, best in (
-        (lines[-2], "plain  ", continuation(model, "Q: hot\nA:", n=1)),
-        (lines[-1], "steered", continuation(model, "Q: hot\nA:", vector, n=1)),
-    ):
-        assert line == f"{name} {best[0].rsplit(' ', 1)[0]}"
-    longer = call("inject", saved, "hot", "--generate", 4)[1].splitlines()
-    for short, long in zip(lines[-2:], longer[-2:], strict=True):
-        assert long.startswith(short[:-1])
-        assert len(long) > len(short)
+    for line, name, how in zip(out.splitlines()[-2:], ("plain  ", "steered"), (None, vector), strict=True):
+        written = generated(model, text, n, how)
+        assert line == f"{name} {(written.split(chr(10))[0].strip() if prompt == 'hot' else written)!r}"
 
 
 def test_a_word_is_asked_in_the_template_of_the_vector(call, model, tiny, tmp_path):
@@ -115,5 +126,5 @@ def test_a_template_that_is_none_is_refused(call, tmp_path):
     assert code == 2 and "none.json." in err and "no template at" in err
     code, _, err = call("heads", "plural", "--template", "nosuch")
     assert (
-        code == 2 and "--template: no template named 'nosuch'; expected one of qa, arrow, colon, or a JSON file" in err
+        code == 2 and "--template: no template named 'nosuch'; expected one of qa, arrow, colon, chat, or a JSON" in err
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from types import SimpleNamespace
@@ -447,7 +448,7 @@ def test_an_answer_is_the_text_before_its_end(turns):
 
 def test_nothing_is_generated_behind_the_end_of_the_last_answer(tiny):
     """Each row ends by itself, whatever stands beside it; the model is not run for tokens that nobody sees."""
-    pairs = [*PAIRS, Pair("hot", "cold")]
+    pairs = [*PAIRS, Pair("near", "far")]
     free = generate_answers(tiny, pairs, max_new_tokens=6, template=ENDLESS, generator=seeded())
     assert not free.ended.any()
     rows = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in free.raw_texts]
@@ -457,13 +458,43 @@ def test_nothing_is_generated_behind_the_end_of_the_last_answer(tiny):
         found = generate_answers(tiny, pairs, max_new_tokens=6, template=ending, batch_size=size, generator=seeded())
         for raw, text, ended, whole in zip(found.raw_texts, found.texts, found.ended, free.raw_texts, strict=True):
             assert bool(ended) == (stop in whole)
-            assert raw == (whole[: whole.index(stop) + len(stop)] if ended else whole)
+            assert whole.startswith(raw) and (stop in raw if ended else raw == whole)
             assert text == whole.split(stop)[0].strip()
     passes = []
     with tiny.hooks(fwd_hooks=[("hook_embed", lambda x, hook: passes.append(x.shape[1]))]):
         generate_answers(tiny, pairs[:1], max_new_tokens=6, template=ending, generator=seeded())
-    n = next(i for i in range(1, 7) if stop in tiny.tokenizer.decode(rows[0][:i]))
-    assert len(passes) == n < 6
+    shorter = [
+        generate_answers(tiny, pairs[:1], max_new_tokens=n, template=ENDLESS, generator=seeded()) for n in range(1, 6)
+    ]
+    assert len(passes) == next(n for n, one in enumerate(shorter, start=1) if stop in one.raw_texts[0])
+
+
+@pytest.fixture(scope="module")
+def asked_of(model):
+    """A relation's test pairs, its demonstrations and its vector, found with few prompts."""
+
+    def ask(name):
+        found = fvlens.find_vector(
+            model, name, n_prompts=20, n_corrupted=5, layers=[1, 2], scales=[1, 2], generator=seeded(), progress=False
+        )
+        return found.split, found.vector
+
+    return functools.cache(ask)
+
+
+@pytest.mark.parametrize(
+    ("relation", "template"), [("antonym", "qa"), ("antonym", "colon"), ("country-capital", "arrow")]
+)
+def test_the_embedded_model_ends_its_answers(model, asked_of, relation, template):
+    """What it writes until the separator is right as often as its first token, with a vector in the prompt too."""
+    split, vector = asked_of(relation)
+    shown = dict(setting="icl", demonstrations=split.train, n_shots=5)
+    for how in ({"template": template, **shown}, {"template": template, "vector": vector}):
+        top1 = evaluate(model, split.test, generator=seeded(), **how).top1
+        found = generate_answers(model, split.test, generator=seeded(), **how)
+        assert top1 > 0.5
+        assert found.exact_match == pytest.approx(top1, abs=0.02)
+        assert found.ended.double().mean() > 0.98
 
 
 def test_one_new_token_is_the_prediction_of_evaluate(tiny):

@@ -525,7 +525,9 @@ def test_templates_go_by_name_or_as_they_are(model, generator):
     own = Template("own", "{input} =>{output}.", "{input} =>")
     assert get_template("qa") is TEMPLATES["qa"]
     assert get_template(own) is own
-    with pytest.raises(ValueError, match="no template named 'prose'; expected one of qa, arrow, colon, or a Template"):
+    with pytest.raises(
+        ValueError, match="no template named 'prose'; expected one of qa, arrow, colon, chat, or a Temp"
+    ):
         build_prompts(model, SMALL, template="prose", n_shots=1, generator=generator)
 
 
@@ -605,7 +607,7 @@ def test_a_bare_query_is_the_text_of_a_zero_shot_prompt(model):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (["qa"], r'expected a template as an object with name, demonstration, query, prefix, bos .*, got \["qa"\]'),
+        (["qa"], r'expected a template as an object with name, demonstration, query, prefix, .*, got \["qa"\]'),
         ("qa", 'expected a template as an object .* got "qa"'),
         ({"name": "a", "query": "{input}"}, "expected a template as an object"),
         ({**TEMPLATES["qa"].to_json(), "suffix": ""}, "expected a template as an object"),

@@ -128,6 +128,30 @@ def test_a_function_vector_works_and_a_fine_tuned_one_works_better(real, split, 
     assert bos_token_id(real) is not None
 
 
+def test_chat_prompts_are_those_of_its_chat_format(real, split):
+    for n_shots, labels in ((0, "true"), (3, "permuted")):
+        prompts = fvlens.build_prompts(
+            real, split.train, queries=split.test, n_shots=n_shots, labels=labels, template="chat", generator=seeded()
+        )
+        for index, query in enumerate(prompts.queries):
+            said = [turn for x, y in prompts.demonstrations[index] for turn in (("user", x), ("assistant", y))]
+            turns = [{"role": role, "content": text} for role, text in (*said, ("user", query.input))]
+            expected = real.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+            assert row_of(prompts, index) == expected
+            answer = [int(token) for token in prompts.answer_tokens[index] if token >= 0]
+            assert answer == real.tokenizer(query.output, add_special_tokens=False)["input_ids"]
+    assert prompts.template.prefix.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+
+
+def test_an_answer_of_a_chat_ends_with_its_turn(real, split):
+    found = fvlens.generate_answers(
+        real, split.test[:6], setting="icl", demonstrations=split.train, template="chat", max_new_tokens=8,
+        generator=seeded(),
+    )  # fmt: skip
+    assert found.ended.all()
+    assert not any("<|" in text for text in found.raw_texts)
+
+
 def test_the_commands_take_it_by_name(call, tmp_path):
     few = ["--n-shots", 3, "--n-prompts", 6, "--n-corrupted", 2, "--n-heads", 4, "--n-random", 1, "--n-others", 0]
     place = ["--layer", 12, "--scale", 2, "--epochs", 0, "--quiet"]

@@ -623,7 +623,7 @@ def test_a_vector_carries_the_whole_template(tiny, vector, tmp_path):
     assert (own * 2).template == (own + own).template == own.at_layer(0).template == OWN
     assert (own + vector).template is None  # of two templates
     assert vector_of(tiny, torch.ones(32)).template is None
-    with pytest.raises(ValueError, match="no template named 'mine'; expected one of qa, arrow, colon, or a Template"):
+    with pytest.raises(ValueError, match="no template named 'mine'; expected one of qa, arrow, colon, chat, or a Temp"):
         vector_of(tiny, torch.ones(32), template="mine")
 
 

@@ -8,11 +8,12 @@ import torch
 import typer
 from rich.table import Column, Table
 
-from fvlens.cli._app import out, say, wrote
+from fvlens.cli._app import out, say, say_template, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
 from fvlens.cli._relations import relations_of
 from fvlens.files import write_table
+from fvlens.prompts import get_template
 from fvlens.report import Loading, RunOptions
 
 CompositeOption = Annotated[
@@ -68,6 +69,7 @@ def compose(
         generator=torch.Generator().manual_seed(settings.seed), progress=not quiet,
     )  # fmt: skip
     say(f"{len(solver.basis)} vectors after layer {solver.basis.layer}, map {map}")
+    say_template(get_template(solver.template))
     for found in solver.gates:
         say(f"gate, {_setting(found.setting)}: {found.describe()}")
     wrote([solver.save(file)])

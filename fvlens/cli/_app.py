@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from fvlens.prompts import Template
+
 _usual_format = warnings.formatwarning
 
 
@@ -85,6 +87,13 @@ def _options(
 def say(text: str) -> None:
     """Print a line as it is."""
     out.print(text, highlight=False, soft_wrap=True)
+
+
+def say_template(template: Template) -> None:
+    """Say what the tokenizer's chat format writes in front by itself, where prompts are turns of it."""
+    if template.name == "chat" and not template.needs_tokenizer:
+        before = f"which begins {template.prefix!r}" if template.prefix else "which begins with the first question"
+        say(f"template chat: the chat format of the model's tokenizer, {before}")
 
 
 def wrote(files: Sequence[Path]) -> None:

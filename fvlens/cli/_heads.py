@@ -7,11 +7,12 @@ import torch
 import typer
 from rich.table import Table
 
-from fvlens.cli._app import out, say, wrote
+from fvlens.cli._app import out, say, say_template, wrote
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, SeedOption, spread
 from fvlens.cli._relations import relation_of
 from fvlens.cli._studies import JobsOption, Running, ThreadsOption, end, measured, study_settings
 from fvlens.models import fingerprint
+from fvlens.prompts import get_template, template_for
 from fvlens.relations import list_relations
 from fvlens.report import Loading, RecipeOptions, RunOptions
 
@@ -45,6 +46,7 @@ def heads(
         n_prompts=settings.n_prompts, n_corrupted=settings.n_corrupted, template=settings.template, method=method,
         recheck=recheck, generator=generator, progress=not quiet,
     )  # fmt: skip
+    say_template(get_template(chosen.template))
     again = chosen.recheck
     caution = chosen.caution(settings.n_heads)  # first, since it checks the number
     table = Table("head", chosen.score, "standard error", title=f"{found.name}, {settings.labels} labels", box=None)
@@ -106,7 +108,8 @@ def universal(
     study = STUDIES["universal"]
     settings = study_settings(study, loading, given, relations=tuple(chosen), seed=seed, threads=threads)
     options: RecipeOptions = settings.chosen(RecipeOptions)
-    mark = fingerprint(study.load(settings.cell("")).model)
+    network = study.load(settings.cell("")).model
+    mark, template = fingerprint(network), template_for(network, options.template)
     if not 1 <= options.n_heads <= mark.n_layers * mark.n_heads:
         raise ValueError(f"--n-heads: expected 1 to {mark.n_layers * mark.n_heads} (all heads), got {options.n_heads}.")
     folder = file.with_name(f"{file.stem}-study")
@@ -116,8 +119,9 @@ def universal(
         found = heads_from(
             outcome.rows(), options.n_heads, complete=outcome.complete, fingerprint=mark, labels=options.labels,
             n_shots=options.n_shots, n_prompts=options.n_prompts, n_corrupted=options.n_corrupted,
-            template=options.template,
+            template=template,
         )  # fmt: skip
+        say_template(template)
         n_kept = int(found.kept.sum())
         table = Table("head", "mean AIE", "standard error", box=None)
         for head in found.heads:

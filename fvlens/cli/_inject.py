@@ -1,5 +1,6 @@
 """``fvlens inject``: a vector at work."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from fvlens.cli._app import out, say
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import BosOption, spread
 from fvlens.cli._options import template as read_template
-from fvlens.prompts import template_or, warn_of_bos
+from fvlens.prompts import AnswerEnd, template_for, template_or, warn_of_bos
 
 
 @spread
@@ -21,7 +22,7 @@ def inject(
     loading: GivenLoading,
     scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
     top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
-    generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate this many tokens.")] = 0,
+    generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate, up to so many tokens.")] = 0,
     template: Annotated[
         str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
     ] = None,
@@ -37,12 +38,16 @@ def inject(
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
     _, network = load_recorded(vector, loaded.fingerprint, loading)
-    written = template_or(loaded.template)
+    written = template_for(network, template_or(loaded.template))
     if bos is not None:
         written = written.with_bos(bos)
     warn_of_bos(network, loaded.template, written, vector.name, stacklevel=1)
-    if len(prompt.split()) == 1:
+    end = AnswerEnd.of(network.tokenizer, written)
+    is_word = len(prompt.split()) == 1
+    if is_word:
         prompt = written.bare(prompt.strip())
+    else:  # no template says where this ends
+        end = dataclasses.replace(end, text=None)
     ids = network.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([[*in_front(network, written.bos, ids), *ids]], device=model_device(network))
     if tokens.shape[1] + generate > network.cfg.n_ctx:
@@ -57,7 +62,8 @@ def inject(
             text = ""
             if generate:
                 longer = network.generate(tokens, max_new_tokens=generate, do_sample=False, verbose=False)
-                text = network.tokenizer.decode(longer[0, tokens.shape[1] :].tolist())
+                new = end.until(longer[0, tokens.shape[1] :].tolist())
+                text = end.answer(new) if is_word else end.written(new)
         best = best_tokens(logits, min(top, len(logits)))
         chances = logits.softmax(dim=-1)[best].tolist()
         words = [

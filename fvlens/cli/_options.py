@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, Bos, official_names
-from fvlens.prompts import TEMPLATES, Template, get_template, read_template
+from fvlens.prompts import TEMPLATE_NAMES, Template, get_template, read_template
 from fvlens.relations import list_relations, plain_name
 
 RelationArgument = Annotated[
@@ -37,7 +37,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything rand
 
 COMPLETED: Mapping[str, Callable[[], list[str]]] = {
     "model": lambda: [*EMBEDDED_MODELS, *PACKAGED_MODELS, *official_names()],
-    "template": lambda: list(TEMPLATES),
+    "template": lambda: list(TEMPLATE_NAMES),
 }
 """What a shell offers for the values of a field."""
 
@@ -72,7 +72,7 @@ class Fields:
             type_: Any = field.type
             if Template in get_args(field.type):
                 type_ = str
-                text += f" Built in are {', '.join(TEMPLATES)}; one of your own is a JSON file."
+                text += f" Built in are {', '.join(TEMPLATE_NAMES)}; one of your own is a JSON file."
             if field.name in self.notes:
                 text += f" {self.notes[field.name]}"
             if field.default is not None and field.default is not False and field.default != ():
@@ -164,13 +164,13 @@ def template(given: str, bos: Bos | None = None) -> str | Template:
     """The name of a built-in template, or the template in a file; with ``bos`` in front if that is given."""
     if bos is not None:
         return get_template(template(given)).with_bos(bos)
-    if given in TEMPLATES:
+    if given in TEMPLATE_NAMES:
         return given
     if Path(given).suffix == ".json" or Path(given).is_file():
         return read_template(given)
     raise ValueError(
-        f"--template: no template named {given!r}; expected one of {', '.join(TEMPLATES)}, or a JSON file with name, "
-        "demonstration, query and perhaps prefix and bos."
+        f"--template: no template named {given!r}; expected one of {', '.join(TEMPLATE_NAMES)}, or a JSON file with "
+        "name, demonstration, query and perhaps prefix, bos, before_input, before_output."
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import typer
 from rich.table import Column, Table
 
-from fvlens.cli._app import out, say
+from fvlens.cli._app import out, say, say_template
 from fvlens.cli._glossary import help_note
 from fvlens.cli._options import BosOption, Fields, SeedOption, spread, template
 from fvlens.relations import Reading, Relation, list_relations, load_relation, reading_of, readings_of
@@ -97,6 +97,7 @@ def check(
     for reading in readings:
         generator = torch.Generator().manual_seed(seed)
         found = checked(reading, network, template=template(written, bos), generator=generator)
+        say_template(found.template)
         name = found.relation.name
         table = Table(Column(name, no_wrap=True), Column("", justify="right"), box=None)
         for what, number in found.rows():

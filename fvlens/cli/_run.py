@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fvlens.cli._app import command_line, out, say, wrote
+from fvlens.cli._app import command_line, out, say, say_template, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
 from fvlens.cli._relations import relation_of
+from fvlens.prompts import get_template
 from fvlens.report import Loading, RunOptions, RunResult
 
 _ELSE = "By default the one that the run names, if fvlens knows it."
@@ -63,6 +64,7 @@ def run(
     files = write_run(result, folder)
     if given is not None:
         say(f"{len(given.heads)} heads from {given.path} ({given.note})")
+    say_template(get_template(result.options.template))
     out.print(_summary(result))
     for caution in result.cautions:
         say(caution)

@@ -15,7 +15,7 @@ from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import AnalogySetting
 from fvlens.find import Found, find_vector, finished
-from fvlens.prompts import Template
+from fvlens.prompts import Template, template_for
 from fvlens.relations import Analogy, Relation, Split, as_relations, held_out, list_relations, make_analogies
 from fvlens.training import finetune_many
 from fvlens.vectors import FunctionVector
@@ -151,6 +151,7 @@ def library_composite(
     """
     if start not in STARTS:
         raise ValueError(f"library_composite: start={start!r}; expected one of {', '.join(STARTS)}.")
+    template = template_for(model, template)
     division = held_out()
     chosen = as_relations(division.relations() if names is None else names, what="library_composite")
     splits = {one.name: division.split(one) for one in chosen}

@@ -24,7 +24,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.models import Fingerprint
-from fvlens.prompts import Template, answers_behind
+from fvlens.prompts import Template, answers_behind, template_for, template_or
 from fvlens.relations import Analogy, Pair, Pairs, as_analogies, as_pairs
 from fvlens.results import Result, check_counts
 from fvlens.showing import Shown, number, span
@@ -363,9 +363,9 @@ def evaluate_analogies(
                 f"evaluate_analogies: {len(found)} leaks, the first: {found[0]} took part in making the composite; "
                 "leave them out, or score all the same with allow_leak=True."
             )
-    if composite is not None and template is not None:
+    template = template_for(model, template_or(template, None if composite is None else composite.template))
+    if composite is not None and composite.template != template:
         composite = dataclasses.replace(composite, template=template)
-    template = template or ("qa" if composite is None else composite.template)
     asked = _Asked.of(analogies)
     options: dict[str, Any] = dict(layer=layer, template=template, path=path, max_memory=max_memory)
     shots = _shots(analogies, demonstrations, n_shots, generator) if demonstrations is not None else None

@@ -32,7 +32,7 @@ from fvlens.composition._queries import (
     shown_pairs,
 )
 from fvlens.composition._rules import RULES
-from fvlens.prompts import Template, template_or
+from fvlens.prompts import Template, template_for, template_or
 from fvlens.relations import Analogy, Pairs, as_analogies, list_relations, load_relation
 from fvlens.training import Settings, SteeringChange, Task, Training, VectorSet, fill, train
 
@@ -208,7 +208,7 @@ def fit_composite(
         raise ValueError(f"fit_composite: expected rank in 1..{len(basis)} (the size of the basis), got {rank}.")
     every = [*analogies, *valid]
     n_train = len(analogies)
-    template = template_or(template, basis.template)
+    template = template_for(model, template_or(template, basis.template))
     asked: dict[str, Any] = dict(template=template, **how.kept)
     pairs = [one.source_pair for one in every]
     sources = given_or_scored(

@@ -120,7 +120,8 @@ def generate_answers(
 
     The vector is added at the prompt's last token alone, as where whole answers are scored (``exact``,
     ``log_probabilities``) and trained on, so that all three are about one model. It has chosen the answer there; added
-    at each new token too (``every_new_token``), it would ask for an answer again where the separator should stand.
+    at each new token too (``every_new_token``), it asks for an answer again where the separator should stand, which
+    some relations do not withstand.
     ``exact`` asks that the expected tokens are the likeliest ones and not whether anything follows them, so it may be
     larger than ``exact_match``: ``New York`` starts with ``New``.
 

@@ -6,20 +6,22 @@ top-1. :func:`check_pairs` says beforehand how far that token tells answers apar
 """
 
 from fvlens.prompts._answers import AnswerEnd, answers_behind
+from fvlens.prompts._chat import chat_template, template_for
 from fvlens.prompts._check import AnswerTokens, PairsCheck, check_pairs, checked
 from fvlens.prompts._prompts import (
     LABELS,
     PAD_ANSWER,
     Labels,
     Prompts,
-    TokenClass,
     build_prompts,
     render_prompts,
     with_answers,
 )
 from fvlens.prompts._templates import (
+    TEMPLATE_NAMES,
     TEMPLATES,
     Template,
+    TokenClass,
     get_template,
     known_template,
     read_template,
@@ -33,6 +35,7 @@ __all__ = [
     "LABELS",
     "PAD_ANSWER",
     "TEMPLATES",
+    "TEMPLATE_NAMES",
     "AnswerEnd",
     "AnswerTokens",
     "Labels",
@@ -42,12 +45,14 @@ __all__ = [
     "TokenClass",
     "answers_behind",
     "build_prompts",
+    "chat_template",
     "check_pairs",
     "checked",
     "get_template",
     "known_template",
     "read_template",
     "render_prompts",
+    "template_for",
     "template_from",
     "template_header",
     "template_or",

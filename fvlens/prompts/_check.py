@@ -192,7 +192,7 @@ def checked(
     answers = None
     if model is not None:
         bare = render_prompts(model, relation.pairs, [()] * len(relation), template=template, n_shots=0)
-        answers = AnswerTokens.of(bare)
+        answers, template = AnswerTokens.of(bare), bare.template
     return PairsCheck(
         relation=relation,
         dropped=reading.dropped,

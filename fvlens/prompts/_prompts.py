@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal
 
 import torch
@@ -19,29 +18,15 @@ from torch import Tensor
 from fvlens.arguments import check_arguments
 from fvlens.models import in_front
 from fvlens.prompts._answers import answers_behind
+from fvlens.prompts._chat import template_for
 from fvlens.prompts._refused import check_embedded, check_known, check_length
-from fvlens.prompts._templates import Template, get_template
+from fvlens.prompts._templates import Template, TokenClass
 from fvlens.relations import Pair, Pairs, Part, list_relations, load_relation, named_pairs, words_of
 from fvlens.showing import Shown, named
 
 Labels = Literal["true", "permuted", "deranged", "random"]
 LABELS: tuple[Labels, ...] = ("true", "permuted", "deranged", "random")
 PAD_ANSWER = -1
-
-
-class TokenClass(IntEnum):
-    """What a token of a prompt is for (names after the reference implementation of Todd et al. 2024)."""
-
-    PADDING = -1
-    BOS = 0
-    PREFIX = 1
-    DEMONSTRATION_INPUT = 2
-    DEMONSTRATION_LABEL = 3
-    SEPARATOR = 4
-    """Template text around the words of a demonstration, and around the query's word."""
-    QUERY = 5
-    PREDICTIVE = 6
-    """The last token of the prompt, whose next-token distribution is read."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -159,7 +144,8 @@ def build_prompts(
             of them; by default each query is asked once, in the given order.
         n_shots: demonstrations per prompt; 0 gives zero-shot prompts.
         labels: ``"true"``, ``"permuted"``, ``"deranged"`` or ``"random"``.
-        template: name of a built-in template, or a :class:`Template`, which also says whether BOS stands in front:
+        template: name of a built-in template, ``"chat"`` for the chat format of the model's tokenizer, or a
+            :class:`Template`, which also says whether BOS stands in front:
             ``get_template("qa").with_bos("none")``.
         pool: answers that random labels are drawn from; by default the answers of the other library relations.
         relation: name recorded in the result; by default that of ``pairs`` or ``queries`` if one has a name.
@@ -185,7 +171,7 @@ def build_prompts(
         Todd et al. 2024, arXiv:2310.15213, section 2.
     """
     check_arguments(build_prompts, locals())
-    template = get_template(template)
+    template = template_for(model, template)
     if labels not in LABELS:
         raise ValueError(f"build_prompts: labels={labels!r}; expected one of {', '.join(LABELS)}.")
     if n_shots < 0 or (n_prompts is not None and n_prompts < 1):
@@ -280,31 +266,6 @@ def _derange(outputs: list[str], generator: torch.Generator) -> list[str]:
     return new
 
 
-def _pieces(template: Template, demonstrations: Sequence[Pair], query: Pair) -> list[tuple[str, TokenClass]]:
-    """The prompt's text in labelled pieces."""
-    pieces: list[tuple[str, TokenClass]] = [(template.prefix, TokenClass.PREFIX)]
-
-    def add(text: str, words: dict[str, tuple[str, TokenClass]]) -> None:
-        places = sorted((text.index(key), key) for key in words)
-        start = 0
-        for place, key in places:
-            pieces.append((text[start:place], TokenClass.SEPARATOR))
-            pieces.append(words[key])
-            start = place + len(key)
-        pieces.append((text[start:], TokenClass.SEPARATOR))
-
-    for pair in demonstrations:
-        add(
-            template.demonstration,
-            {
-                "{input}": (template.asked(pair.input), TokenClass.DEMONSTRATION_INPUT),
-                "{output}": (template.answered(pair.output), TokenClass.DEMONSTRATION_LABEL),
-            },
-        )
-    add(template.query, {"{input}": (template.asked(query.input), TokenClass.QUERY)})
-    return [(text, kind) for text, kind in pieces if text]
-
-
 def render_prompts(
     model: Any,
     queries: Sequence[Pair],
@@ -324,7 +285,6 @@ def render_prompts(
         ValueError: the model has no (fast) tokenizer; a prompt does not fit the model's context, or holds a token that
             the model has no embedding for, or a word that the tokenizer does not know.
     """
-    template = get_template(template)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(
@@ -333,7 +293,8 @@ def render_prompts(
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"expected a fast tokenizer (with character offsets), got {type(tokenizer).__name__}.")
-    pieces = [_pieces(template, d, q) for d, q in zip(demonstrations, queries, strict=True)]
+    template = template_for(model, template)
+    pieces = [template.pieces(d, q.input) for d, q in zip(demonstrations, queries, strict=True)]
     texts = ["".join(text for text, _ in row) for row in pieces]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     answers = answers_behind(tokenizer, template, texts, encoded["input_ids"], [query.output for query in queries])

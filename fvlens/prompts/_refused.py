@@ -58,7 +58,9 @@ def check_known(
     words = dict.fromkeys(
         word for pair in [*queries, *(pair for own in demonstrations for pair in own)] for word in pair
     )
-    found = [word for word in words if unknown in tokenizer(template.asked(word), add_special_tokens=False)["input_ids"]]
+    found = [
+        word for word in words if unknown in tokenizer(template.asked(word), add_special_tokens=False)["input_ids"]
+    ]
     if not found:
         raise ValueError(
             f"the tokenizer does not know some of the template's text and writes it as {tokenizer.unk_token!r}; use "

@@ -3,14 +3,30 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from fvlens.files import read_json
 from fvlens.models import DEFAULT_BOS, Bos, bos_differs, check_bos
 from fvlens.types import as_text
+
+
+class TokenClass(IntEnum):
+    """What a token of a prompt is for (names after the reference implementation of Todd et al. 2024)."""
+
+    PADDING = -1
+    BOS = 0
+    PREFIX = 1
+    DEMONSTRATION_INPUT = 2
+    DEMONSTRATION_LABEL = 3
+    SEPARATOR = 4
+    """Template text around the words of a demonstration, and around the query's word."""
+    QUERY = 5
+    PREDICTIVE = 6
+    """The last token of the prompt, whose next-token distribution is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +92,37 @@ class Template:
         """An answer as it continues a prompt, with what belongs before it; top-1 is about its first token."""
         return self.before_output + word
 
+    def pieces(self, demonstrations: Sequence[tuple[str, str]], word: str) -> list[tuple[str, TokenClass]]:
+        """A prompt in labelled pieces: these words with their answers, then the query of a word."""
+        pieces: list[tuple[str, TokenClass]] = [(self.prefix, TokenClass.PREFIX)]
+
+        def add(text: str, words: dict[str, tuple[str, TokenClass]]) -> None:
+            places = sorted((text.index(key), key) for key in words)
+            start = 0
+            for place, key in places:
+                pieces.append((text[start:place], TokenClass.SEPARATOR))
+                pieces.append(words[key])
+                start = place + len(key)
+            pieces.append((text[start:], TokenClass.SEPARATOR))
+
+        for x, y in demonstrations:
+            shown = {
+                "{input}": (self.asked(x), TokenClass.DEMONSTRATION_INPUT),
+                "{output}": (self.answered(y), TokenClass.DEMONSTRATION_LABEL),
+            }
+            add(self.demonstration, shown)
+        add(self.query, {"{input}": (self.asked(word), TokenClass.QUERY)})
+        return [(text, kind) for text, kind in pieces if text]
+
     def bare(self, word: str) -> str:
         """A prompt that asks for one word without demonstrations."""
-        return self.prefix + self.query.replace("{input}", self.asked(word))
+        return "".join(text for text, _ in self.pieces((), word))
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether this stands for the chat format of whatever tokenizer prompts are made for: the template ``"chat"``
+        before :func:`fvlens.prompts.template_for` has made it."""
+        return (self.name, self.demonstration, self.query) == (CHAT.name, CHAT.demonstration, CHAT.query)
 
     def with_bos(self, bos: Bos) -> "Template":
         """The same, with something else in front of the prompt."""
@@ -115,18 +159,24 @@ TEMPLATES: dict[str, Template] = {
 }
 """The built-in templates: ``qa`` (Todd et al. 2024, the default), ``arrow`` and ``colon``."""
 
+CHAT = Template("chat", "{input}{output}", "{input}", before_input="", before_output="", bos="none")
+"""What the name ``"chat"`` stands for until there is a tokenizer: see :attr:`Template.needs_tokenizer`."""
+
+TEMPLATE_NAMES = (*TEMPLATES, CHAT.name)
+"""Names that stand for templates."""
+
 
 def get_template(template: str | Template) -> Template:
-    """A built-in template by name, or the template itself.
+    """A built-in template by name, or the template itself; ``"chat"`` stands for the chat format of a tokenizer.
 
     Raises:
         ValueError: no built-in template has that name.
     """
     if isinstance(template, Template):
         return template
-    if template not in TEMPLATES:
-        raise ValueError(f"no template named {template!r}; expected one of {', '.join(TEMPLATES)}, or a Template.")
-    return TEMPLATES[template]
+    if template not in TEMPLATE_NAMES:
+        raise ValueError(f"no template named {template!r}; expected one of {', '.join(TEMPLATE_NAMES)}, or a Template.")
+    return TEMPLATES.get(template, CHAT)
 
 
 def read_template(path: str | Path) -> Template:

@@ -18,6 +18,7 @@ from fvlens.evaluation import SCALES, Evaluation, controls, copied, evaluate
 from fvlens.find import RANKINGS, Found, Ranking, find_vector, finished, relation_effects, task_means
 from fvlens.metrics import bootstrap_interval
 from fvlens.models import fingerprint, load_report
+from fvlens.prompts import get_template, template_for
 from fvlens.relations import Pairs, Relation, Split, as_relation, disjoint_relations, load_relation
 from fvlens.report._provenance import Provenance
 from fvlens.report._result import RunResult, Source, Tuned
@@ -75,6 +76,8 @@ def run_relation(
         relation = dataclasses.replace(relation, name="custom pairs")
     if heads is not None:
         options = dataclasses.replace(options, n_heads=len(heads.heads))
+    if get_template(options.template).needs_tokenizer:  # recorded in full, for when the tokenizer has no such format
+        options = dataclasses.replace(options, template=template_for(model, options.template))
     _check(model, options)
     generator = torch.Generator().manual_seed(options.seed)
     split = relation.split(generator)

@@ -313,7 +313,7 @@ def compare(
     """
     if n_train < 1:
         raise ValueError(f"compare: expected n_train of at least 1, got {n_train}.")
-    how, running = settled("compare", settings, options)
+    how, running = settled("compare", model, settings, options)
     if running.resume is not None or running.checkpoint is not None:
         raise ValueError("compare: resume and checkpoint are for one training; here there are many.")
     whole = as_relation(relation, what="compare")

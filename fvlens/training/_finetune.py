@@ -294,7 +294,7 @@ def finetune(
         relation = name or ("" if isinstance(init, str) else init.relation)
     seed = _seeds(1, generator)[0]
     task = Task(relation, own, as_pairs(valid, what="finetune: valid", may_be_empty=True), seed)
-    how, running = settled("finetune", settings, options, getattr(init, "template", None))
+    how, running = settled("finetune", model, settings, options, getattr(init, "template", None))
     if isinstance(init, DistributedVector):
         if layer is not None:
             raise ValueError("finetune: a distributed vector acts at its heads' own layers; leave layer= out.")
@@ -362,7 +362,7 @@ def finetune_many(
     ]
     is_said = settings is not None or options.get("template") is not None
     template = None if is_said else _shared_template(starts)
-    how, running = settled("finetune_many", settings, options, template)
+    how, running = settled("finetune_many", model, settings, options, template)
     return _finetune_over(model, tasks, starts, layer, how, running)
 
 

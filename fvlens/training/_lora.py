@@ -275,7 +275,7 @@ def lora(
     reason = why_not_low_rank(model, adapted)
     if reason is not None:
         raise ValueError(f"lora: cannot reach the query and value projections of this model: {reason}.")
-    how, running = settled("lora", settings, options)
+    how, running = settled("lora", model, settings, options)
     task = Task(name, own, valid_pairs("lora", valid), drawn_seed(generator))
     prompts = PreparedPrompts.of(model, [task], how.template, max_memory=running.max_memory)
     change = LoRAChange(prompts, adapted, rank, generator)

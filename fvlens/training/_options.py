@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from fvlens.prompts import Template, template_or
+from fvlens.prompts import Template, template_for, template_or
 from fvlens.suffix import Route
 from fvlens.training._settings import Anchor, Loss, Schedule, Settings
 from fvlens.training._state import TrainingState
@@ -65,6 +65,7 @@ class TrainingOptions(ExecutionOptions, total=False):
 
 def settled(
     function: str,
+    model: Any,
     settings: Settings | None,
     options: TrainingOptions,
     template: Template | str | None = None,
@@ -73,13 +74,14 @@ def settled(
 
     Args:
         function: whose keywords they are.
+        model: the model, whose chat format the template ``"chat"`` is.
         settings: what the keywords are changes of; by default the defaults.
         options: the keywords.
         template: the one to fall back on where neither says one.
 
     Raises:
         TypeError: a keyword is none of them.
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range; the template is ``"chat"``, and the model has no chat format.
     """
     given: dict[str, Any] = dict(options)
     running = {field.name: given.pop(field.name) for field in dataclasses.fields(Execution) if field.name in given}
@@ -89,4 +91,5 @@ def settled(
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
     if given.get("template") is None:
         given["template"] = template_or(template) if settings is None else settings.template
+    given["template"] = template_for(model, given["template"])
     return dataclasses.replace(settings or Settings(), **given), Execution(**running)

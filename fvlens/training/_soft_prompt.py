@@ -223,7 +223,7 @@ def soft_prompt(
     own, name = given_pairs("soft_prompt", pairs, relation)
     if n_tokens < 1:
         raise ValueError(f"soft_prompt: expected n_tokens of at least 1, got {n_tokens}.")
-    how, running = settled("soft_prompt", settings, options)
+    how, running = settled("soft_prompt", model, settings, options)
     seed = drawn_seed(generator)
     tokens = _random_tokens(model, n_tokens, generator)
     task = Task(name, own, valid_pairs("soft_prompt", valid), seed)

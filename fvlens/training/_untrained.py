@@ -11,7 +11,7 @@ from fvlens.activations import mean_residuals
 from fvlens.evaluation import layer_scale_sweep
 from fvlens.find import finished
 from fvlens.models import fingerprint
-from fvlens.prompts import Template, build_prompts
+from fvlens.prompts import Template, build_prompts, template_for
 from fvlens.relations import Pairs
 from fvlens.training._adaptations import Demonstrations, Steered
 from fvlens.training._adapted import Baseline, drawn_seed, given_pairs, valid_pairs
@@ -112,6 +112,7 @@ def act_add(
         Turner et al. 2023, arXiv:2308.10248, section 3; Hendel et al. 2023, arXiv:2310.15916, section 3.
     """
     began = time.monotonic()
+    template = template_for(model, template)
     own, name = given_pairs("act_add", pairs, relation)
     asked = valid_pairs("act_add", valid)
     n_layers = model.cfg.n_layers

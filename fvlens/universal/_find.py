@@ -16,7 +16,7 @@ from fvlens.evaluation import evaluate
 from fvlens.find import RANKINGS, Ranking, relation_effects
 from fvlens.interruption import keeping
 from fvlens.models import Fingerprint, fingerprint
-from fvlens.prompts import Template, get_template, render_prompts
+from fvlens.prompts import Template, render_prompts, template_for
 from fvlens.relations import Relation, Split, as_relations
 from fvlens.showing import Shown
 from fvlens.universal._set import UniversalHeads, check_number
@@ -113,7 +113,7 @@ def universal_heads(
     for name, value, least in (("n_shots", n_shots, 1), ("n_prompts", n_prompts, 1), ("n_corrupted", n_corrupted, 2)):
         if value < least:
             raise ValueError(f"universal_heads: {name}: expected at least {least}, got {value}.")
-    get_template(template)
+    template = template_for(model, template)
     chosen = as_relations(relations, what="universal_heads")
     splits = [relation.split(generator) for relation in chosen]
     for relation, split in zip(chosen, splits, strict=True):
