@@ -524,7 +524,7 @@ def test_one_new_token_is_the_prediction_of_evaluate(tiny):
             r"labels='true'; expected one of permuted, deranged, random",
         ),
         ({"batch_size": 0}, r"expected batch_size of at least 1, got 0"),
-        ({"vector": torch.zeros(32)}, r"inject: expected a Steering .* got Tensor"),
+        ({"vector": torch.zeros(32)}, r"vector: expected a Steering or None, got a Tensor"),
         (
             {"vector": SimpleNamespace(additions=lambda: {resid_hook(0): torch.ones(3, 32)}, check=lambda model: None)},
             r"blocks.0.hook_resid_post has a batch axis of 3, but there are 8 pairs; give one row a pair",
