@@ -272,9 +272,10 @@ class _Reading:
             return float(plain)
         if hint is str:
             return as_text(plain, name)
-        if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        named = getattr(hint, "_fields", None)  # of a named tuple
+        if isinstance(hint, type) and issubclass(hint, tuple) and named is not None:
             hints = typing.get_type_hints(hint)
-            return hint(*self._tuple(tuple(hints[field] for field in hint._fields), plain, name))
+            return hint(*self._tuple(tuple(hints[field] for field in named), plain, name))
         return self._object(hint, plain, name)
 
     def _part(self, hint: Any, place: Any, name: str) -> Any:
@@ -323,7 +324,7 @@ class _Reading:
         if not isinstance(plain, dict):
             raise TypeError(f"{name}: expected a {getattr(hint, '__name__', hint)}, got {json.dumps(plain)[:60]}")
         said = plain["class"]
-        own = hint if dataclasses.is_dataclass(hint) and hint.__name__ == said else self._kinds.get(said)
+        own: Any = hint if getattr(hint, "__name__", None) == said else self._kinds.get(said)
         if own is None or not dataclasses.is_dataclass(own):
             raise ValueError(f"{name}: expected a {getattr(hint, '__name__', hint)}, got a {said!r}")
         hints = typing.get_type_hints(own)

@@ -327,6 +327,8 @@ def test_the_study_s_differences_are_paired_by_relation():
     assert (row.top1_gain, row.top1_low, row.top1_high) == (0.125, -0.25, 0.5)
     assert (row.log_probability_gain, row.log_probability_low) == (-0.125, -0.5)
     assert tables["relations"][["top1_one", "top1_none"]].to_numpy().tolist() == [[0.75, 0.25], [0.25, 0.5]]
+    begun = STUDIES["bos"].tables(rows[:5])["policies"].iloc[0]  # of b there is one policy so far
+    assert (begun.top1_gain, begun.top1_low, begun.top1_high) == (0.5, 0.5, 0.5)
 
 
 # --- odd tokenizers ---

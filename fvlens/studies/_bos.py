@@ -83,16 +83,20 @@ def _tables(rows: Sequence[Row]) -> "dict[str, pd.DataFrame]":
     """A line for each way: of all relations with intervals, and of each relation."""
     import pandas as pd
 
-    frame = pd.DataFrame([dict(row) for row in rows])
-    ways, names = list(dict.fromkeys(frame["prompt"])), list(dict.fromkeys(frame["relation"]))
-    means = frame.groupby(["prompt", "relation", "bos"])[list(SCORES)].mean()
+    ways, names = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in ("prompt", "relation"))
+
+    def mean(score: str, *of: str) -> float:
+        """Over seeds, of a way, a relation and a policy; NaN as long as none is finished."""
+        found = [float(row[score]) for row in rows if (row["prompt"], row["relation"], row["bos"]) == of]
+        return sum(found) / len(found) if found else float("nan")
+
     both: list[dict[str, Any]] = []
     single: list[dict[str, Any]] = []
     for way in ways:
         line: dict[str, Any] = {"prompt": way}
         each: list[dict[str, Any]] = [{"relation": name, "prompt": way} for name in names]
         for score in SCORES:
-            values = {policy: [float(means.loc[(way, name, policy), score]) for name in names] for policy in POLICIES}
+            values = {policy: [mean(score, way, name, policy) for name in names] for policy in POLICIES}
             gains = [one - none for one, none in zip(*(values[policy] for policy in POLICIES), strict=True)]
             for policy in POLICIES:
                 line[f"{score}_{policy}"] = sum(values[policy]) / len(names)

@@ -215,7 +215,10 @@ class LoRAChange(AdaptationChange):
 
     def result(self, place: int, task: Task, values: Float[Tensor, " number"]) -> LoRA:
         return LoRA(
-            self.layers, *filled(self.parameters()[0], values), self.mark, template=self.prompts.prompts.template
+            self.layers,
+            *filled(self.parameters()[0], values),
+            fingerprint=self.mark,
+            template=self.prompts.prompts.template,
         )
 
 
