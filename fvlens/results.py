@@ -345,7 +345,8 @@ class _Reading:
                         f"{_joined(name, key)}: expected {hints[key].__name__} beside the others, got shape "
                         f"{list(value.shape)}"
                     )
-        made = own(**values)
+        kind: Any = own
+        made = kind(**values)
         if isinstance(hint, type) and not isinstance(made, hint):
             raise ValueError(f"{name}: expected a {hint.__name__}, got a {said}")
         return made
