@@ -30,12 +30,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.interruption import keeping
 from fvlens.interventions import checked_additions, hooked, inject, resid_hook, resid_pre_hook, z_hook
 from fvlens.metrics import best_token, is_best, log_probability, rank
 from fvlens.models import model_device
+from fvlens.progress import tqdm
 from fvlens.prompts import Prompts, Template, warn_of_bos, with_answers
 from fvlens.results import Result
 from fvlens.showing import number

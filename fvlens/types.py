@@ -11,6 +11,7 @@ Axis legend (jaxtyping names used in every signature)
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -30,7 +31,8 @@ class Head(NamedTuple):
         return f"L{self.layer}H{self.head}"
 
 
-HeadLike = Head | tuple[int, int] | list[int]
+HeadLike = Head | tuple[int, int] | list[int] | str
+"""A head as it may be given: a :class:`Head`, a pair (layer, head), or its name, such as ``"L1H2"``."""
 
 
 @runtime_checkable
@@ -148,16 +150,41 @@ def as_texts(values: Any, what: str) -> tuple[str, ...]:
     return tuple(as_text(value, what) for value in as_list(values, what))
 
 
+_NAME = re.compile(r"\s*L(\d{1,6})\s*H(\d{1,6})\s*", re.ASCII | re.IGNORECASE)
+
+
+def named_heads(text: str) -> list[Head] | None:
+    """The heads of a text such as ``"L1H2, L3H4"``; None if it is no list of such names.
+
+    Example:
+        >>> named_heads("L1H2,L3H4")
+        [Head(layer=1, head=2), Head(layer=3, head=4)]
+    """
+    found = [_NAME.fullmatch(name) for name in text.split(",")]
+    return [Head(int(one[1]), int(one[2])) for one in found if one] if all(found) else None
+
+
 def as_heads(heads: Iterable[HeadLike], n_layers: int, n_heads: int, what: str = "heads") -> list[Head]:
-    """Turn ``Head``s or ``(layer, head)`` pairs into checked ``Head``s; ``what`` they are, for messages.
+    """Turn ``Head``s, ``(layer, head)`` pairs or names such as ``"L1H2"`` into checked ``Head``s.
+
+    ``what`` they are is for messages.
 
     Raises:
-        ValueError: an entry is not a pair of integers, lies outside the model, or occurs twice.
+        ValueError: an entry is neither a pair of integers nor such a name, lies outside the model, or occurs twice.
+
+    Example:
+        >>> as_heads("L1H2, L0H3", n_layers=2, n_heads=4)
+        [Head(layer=1, head=2), Head(layer=0, head=3)]
     """
     result: list[Head] = []
-    for entry in heads:
+    for entry in heads.split(",") if isinstance(heads, str) else heads:
+        named = named_heads(entry) if isinstance(entry, str) else None
+        if named is not None and len(named) == 1:
+            entry = named[0]
         if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(map(_is_index, entry)):
-            raise ValueError(f"{what}: expected (layer, head) pairs of integers, got {entry!r}.")
+            raise ValueError(
+                f"{what}: expected (layer, head) pairs of integers, got {entry!r}; by name a head is 'L1H2'."
+            )
         head = Head(int(entry[0]), int(entry[1]))
         if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
             raise ValueError(

@@ -490,6 +490,7 @@ def test_progress_bar_counts_prompts_and_heads(models, generator, monkeypatch, p
             bars.append((self, self.disable))
 
     monkeypatch.setattr(_mediation, "tqdm", Bar)
+    monkeypatch.setattr("fvlens.progress.is_drawn", lambda: True)  # as on a terminal
     fvlens.indirect_effects(model, prompts, means, path=path, progress=True)
     assert [(bar.n, bar.total, off) for bar, off in bars] == [(12 * len(prompts), 12 * len(prompts), False)]
 

@@ -24,10 +24,10 @@ def composite_file(model, tmp_path_factory):
 
 
 def test_analogy_prints_answer_weights_and_the_unsteered_answer(call, composite_file):
-    code, text, _ = call("analogy", "cow", "calf", "bear", "--composite", composite_file, "--choices", "den, cub,paw")
-    assert code == 0
+    code, text, err = call("analogy", "cow", "calf", "bear", "--composite", composite_file, "--choices", "den, cub,paw")
+    assert (code, err) == (0, "small.safetensors names the model rel-small\n")
     lines = text.splitlines()
-    assert lines[:2] == ["small.safetensors names the model rel-small", "cow : calf :: bear : cub"]
+    assert lines[0] == "cow : calf :: bear : cub"
     assert any(re.match(r" *unsteered, one-shot +cub \d\.\d\d, ", line) for line in lines)
     assert any(re.fullmatch(r" *animal-young +[01]\.\d{3} *", line) for line in lines)
     assert any(re.search(r"gate, one-shot prompt: [01]\.00 of the composite is injected", line) for line in lines)
@@ -59,9 +59,8 @@ def test_a_composite_says_how_its_model_is_loaded(call, refused, tmp_path):
     made = library_composite(half, names=names, epochs=1, generator=seeded(), progress=False)
     asked = ("analogy", "cow", "calf", "bear", "--composite", made.save(tmp_path / "half.safetensors"))
     code, out, err = call(*asked, "--device", "cpu")
-    assert (code, err) == (0, "") and out.startswith(
-        "half.safetensors names the model rel-small\ncow : calf :: bear : "
-    )
+    assert (code, err) == (0, "half.safetensors names the model rel-small\n")
+    assert out.startswith("cow : calf :: bear : ")
     message = refused(*asked, "--dtype", "float32")
     assert "dtype: bfloat16 / float32); leave out --dtype: the file says how its model is loaded." in message
 
@@ -73,8 +72,10 @@ def test_analogies_evaluates_a_file(call, composite_file, tmp_path):
     given = ("analogies", file, "--composite", composite_file, "--quiet")
     code, _, err = call(*given)
     assert (code, "took part in making the composite" in err) == (2, True)
-    code, text, _ = call(*given, "--allow-leak", "--out", folder)
-    assert code == 0
+    assert err.endswith("score all the same with --allow-leak.\n")
+    code, text, err = call(*given, "--allow-leak", "--out", folder)
+    assert code == 0 and f"{file} is read as tsv; --format decides\n" in err
+    assert "is read as" not in call(*given, "--allow-leak", "--format", "tsv", "--limit", 1)[2]
     assert re.search(r"unsteered, one-shot +2 +1\.000 +\[1\.000, 1\.000\]", text)
     assert set(pd.read_csv(folder / "summary.csv")["way"]) >= {"composite, one-shot", "gated composite, one-shot"}
     assert len(pd.read_csv(folder / "analogies.csv")["analogy"].unique()) == 2
@@ -127,7 +128,7 @@ def test_a_changed_composite_is_another_cell(composite_file, tmp_path):
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_compose_writes_what_analogy_reads(call, refused, monkeypatch, model, tmp_path):
+def test_compose_writes_what_analogy_reads(call, monkeypatch, model, tmp_path):
     from fvlens import composition
 
     asked = {}
@@ -148,6 +149,7 @@ def test_compose_writes_what_analogy_reads(call, refused, monkeypatch, model, tm
         and asked["generator"].initial_seed() == 3
     )
     assert composition.CompositeMap.load(file, model=model).basis.names == ("animal-young", "animal-home")
-    assert "expected a name for a file in a folder that exists" in refused("compose", "--out", tmp_path)
     call("compose", "--out", file, "--start", "vector", "--layer", "0", "--n-train", "2", "--quiet")
     assert asked["start"] == "vector"
+    err = call("compose", "--out", file, "--n-train", "2", "--quiet")[2]
+    assert err == "layer 1 was chosen, a third of the way up; --layer decides\n"

@@ -37,9 +37,9 @@ def continuation(model, text, vector=None, scale=1.0, n=5):
 def test_inject_shows_a_prompt_with_and_without_the_vector(call, model, saved, prompt, text, options, scale, n):
     vector = FunctionVector.load(saved)
     code, out, err = call("inject", saved, *options, "--", prompt)
-    assert (code, err) == (0, "")
-    named, first, rest = out.split("\n", 2)
-    assert (named, first) == ("antonym.safetensors names the model rel-small", f"prompt {text!r}")
+    assert code == 0 and err.splitlines()[0] == "antonym.safetensors names the model rel-small"
+    first, rest = out.split("\n", 1)
+    assert first == f"prompt {text!r}"
     plain, steered = continuation(model, text, n=n), continuation(model, text, vector, scale, n)
     assert plain != steered
     rows = cells(rest)
@@ -70,7 +70,7 @@ def test_inject_generates_until_the_answer_ends(call, model, saved, prompt, text
     text of one's own goes on."""
     vector = FunctionVector.load(saved)
     code, out, err = call("inject", saved, "--generate", n, "--", prompt)
-    assert (code, err) == (0, "")
+    assert code == 0 and len(err.splitlines()) <= 1  # what was guessed
     for line, name, how in zip(out.splitlines()[-2:], ("plain  ", "steered"), (None, vector), strict=True):
         written = generated(model, text, n, how)
         assert line == f"{name} {(written.split(chr(10))[0].strip() if prompt == 'hot' else written)!r}"
@@ -81,22 +81,19 @@ def test_a_word_is_asked_in_the_template_of_the_vector(call, model, tiny, tmp_pa
         fields = dict(layer=0, heads=(), relation="", fingerprint=fingerprint(model), template=template)
         return FunctionVector(vector=torch.zeros(model.cfg.d_model), **fields).save(tmp_path / "v.safetensors")
 
-    named = "v.safetensors names the model rel-small\n"
-    assert call("inject", file("arrow"), "hot")[1].startswith(f"{named}prompt ' hot ->'\n")
+    assert call("inject", file("arrow"), "hot")[1].startswith("prompt ' hot ->'\n")
     code, out, _ = call("inject", file(""), "hot")
     assert code == 0
-    assert out.startswith(f"{named}prompt 'Q: hot\\nA:'\n")
+    assert out.startswith("prompt 'Q: hot\\nA:'\n")
     rows = cells(out)[3:]
     assert all(before == after for _, before, after in rows)  # a zero vector changes nothing
     assert "with vector after layer 0" in out
     own = Template("my own", "{input} is to{output};\n", "{input} is to", prefix="Pairs {x}:\n")
-    assert call("inject", file(own), "hot")[1].startswith(f"{named}prompt 'Pairs {{x}}:\\n hot is to'\n")
+    assert call("inject", file(own), "hot")[1].startswith("prompt 'Pairs {x}:\\n hot is to'\n")
     written = tmp_path / "own.json"
     written.write_text(json.dumps(own.to_json()))
-    assert call("inject", file("qa"), "hot", "--template", written)[1].startswith(
-        f"{named}prompt 'Pairs {{x}}:\\n hot is to'\n"
-    )
-    assert call("inject", file(own), "hot", "--template", "arrow")[1].startswith(f"{named}prompt ' hot ->'\n")
+    assert call("inject", file("qa"), "hot", "--template", written)[1].startswith("prompt 'Pairs {x}:\\n hot is to'\n")
+    assert call("inject", file(own), "hot", "--template", "arrow")[1].startswith("prompt ' hot ->'\n")
 
 
 def test_a_run_in_an_own_template_and_again(call, tmp_path):

@@ -121,8 +121,9 @@ def test_a_results_file_names_no_file_of_pairs_as_its_relation(ran, tmp_path, mi
 
 def test_files_and_folders_are_taken_wherever_relations_are(call, mine, folder, tmp_path, monkeypatch):
     few = (*FEW[:-1], "--n-corrupted", 3, "--quiet")
-    code, out, _ = call("heads", mine, *few)
-    assert code == 0 and "my words, permuted labels" in out and "my words: line 1 ('Wort'" in out
+    code, out, err = call("heads", mine, *few)
+    assert code == 0 and "my words, permuted labels" in out and "my words: line 1 ('Wort'" in err
+    assert err.startswith(f"{mine}: a file of 44 word pairs, the relation my words\n")
     options = ("--n-train", 4, "--epochs", 1, "--quiet")
     code, out, _ = call("compose", folder, *options, "--out", tmp_path / "own.safetensors")
     assert code == 0 and "2 vectors after layer" in out

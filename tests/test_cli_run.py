@@ -188,10 +188,9 @@ def run_folder(tmp_path_factory):
 
 def test_rerun_gives_the_same_run(call, run_folder, tmp_path):
     code, out, err = call("rerun", run_folder, "--quiet")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"{run_folder / 'results.json'} names the model rel-small\n")
     lines = out.splitlines()
     again = run_folder.with_name("[1] run-rerun")
-    assert lines.pop(0) == f"{run_folder / 'results.json'} names the model rel-small"
     assert lines[0] == "changed since the first run: nothing that the numbers depend on"
     n = 1 + len(FILES)
     assert lines[1:n] == [f"wrote {again / name}" for name in FILES]
@@ -211,11 +210,10 @@ def test_rerun_says_what_differs(call, run_folder, tmp_path):
     (folder / "results.json").write_text(json.dumps(content))
     out_folder = tmp_path / "out"
     code, out, err = call("rerun", folder, "--out", out_folder, "--quiet")
-    assert (code, err) == (1, "")
-    named, first, *_, last = out.splitlines()
-    assert named == f"{folder / 'results.json'} names the model rel-small"
+    assert (code, err) == (1, f"{folder / 'results.json'} names the model rel-small\n")
+    first, *_, last = out.splitlines()
     assert first == "changed since the first run: data data_hash, version versions.torch"
-    rows = cells(out)[2:]
+    rows = cells(out)[1:]
     assert rows[:2] == [[str(folder)], ["what differs", "first run", "this run", "difference"]]
     now = fvlens.load_relation("plural").data_hash
     assert rows[2:7] == [
@@ -270,12 +268,14 @@ def test_a_vector_says_how_its_model_is_loaded(call, refused, half_folder):
     mark = FunctionVector.load(file).fingerprint
     assert (mark.source, mark.dtype, mark.backend) == ("rel-small", "bfloat16", "hooked" if HAS_HOOKED else "bridge")
     code, out, err = call("inject", file, "dog")
-    assert (code, err) == (0, "")
-    assert out.startswith("vector.safetensors names the model rel-small\nprompt 'Q: dog\\nA:'\n")
+    named = "vector.safetensors names the model rel-small\n"
+    assert (code, err) == (0, f"{named}the prompt 'dog' is a word, asked in template qa; --raw takes it as text\n")
+    assert out.startswith("prompt 'Q: dog\\nA:'\n")
     message = refused("inject", file, "dog", "--dtype", "float32")
     assert "vector.safetensors was made on model 'rel-small', not on this one (file / model: " in message
     assert "dtype: bfloat16 / float32" in message
-    assert message.endswith("); leave out --dtype: the file says how its model is loaded.")
+    remedy = "leave out --dtype: the file says how its model is loaded, or use it all the same with --no-check."
+    assert message.endswith(f"); {remedy}")
 
 
 def test_heads_say_how_their_model_is_loaded(call, refused, tmp_path):
@@ -286,7 +286,7 @@ def test_heads_say_how_their_model_is_loaded(call, refused, tmp_path):
     code, _, err = call(
         "run", "plural", "--heads", path, "--out", folder, "--epochs", 0, "--n-others", 0, "--n-random", 1, *few
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "heads.json names the model rel-small\n")
     loading = json.loads((folder / "results.json").read_text())["loading"]
     assert (loading["model"], loading["dtype"], loading["device"]) == ("rel-small", "bfloat16", "cpu")
     message = refused("run", "plural", "--heads", path, "--dtype", "float64", "--model", "rel-small", *few)
@@ -313,4 +313,7 @@ def test_a_model_that_has_changed_since_is_refused(refused, model, tmp_path):
     vector = FunctionVector(torch.ones(model.cfg.d_model), layer=0, heads=(), relation="", fingerprint=mark)
     message = refused("inject", vector.save(tmp_path / "v.safetensors"), "dog")
     assert "weights: 0123456789abcdef / " in message
-    assert "the model has changed since, so make the file again, or say with --model where the old one is." in message
+    assert (
+        "the model has changed since, so make the file again, or say with --model where the old one is, or use it "
+        in message
+    )

@@ -11,6 +11,7 @@ from fake_study import FAKE
 
 import fvlens.studies
 from fvlens.cli._options import field_docs
+from fvlens.cli._studies import study_settings
 from fvlens.prompts import Template
 from fvlens.studies import STUDIES, Settings, run_study
 
@@ -68,9 +69,9 @@ def test_a_study_prints_and_writes_its_tables(call, tmp_path):
 
 def test_failures_are_listed_and_end_the_command(call, refused, mood, tmp_path):
     (mood / "plural").write_text("fail")
-    code, out, _ = call("study", "fake", "--out", tmp_path / "out", "--jobs", 1)
+    code, out, err = call("study", "fake", "--out", tmp_path / "out", "--jobs", 1)
     assert code == 1 and "4 of 6 cells." in out
-    assert "failed: plural, seed 0, step 2: RuntimeError: it broke" in out
+    assert "failed: plural, seed 0, step 2: RuntimeError: it broke\n" in err and "failed: " not in out
     code, _, err = call("study", "fake", "--relations", "plural", "--out", tmp_path / "none")
     assert code == 2 and "study fake: 0 of 2 cells finished; the first error is RuntimeError: it broke" in err
 
@@ -94,8 +95,8 @@ def test_write_keeps_the_tables_with_the_project(call, tmp_path, monkeypatch):
 
 
 def test_relations_can_be_named_in_one_go(call, mood, tmp_path):
-    code, out, _ = call("study", "fake", "plural", "antonym", "--out", tmp_path / "out", "--quiet")
-    assert code == 0 and "of 4 cells:" not in out
+    code, out, err = call("study", "fake", "plural", "antonym", "--out", tmp_path / "out", "--quiet")
+    assert (code, err) == (0, "") and "of 4 cells:" not in out
     assert (mood / "runs").read_text().splitlines()[:2] == ["plural, seed 0, step 1", "antonym, seed 0, step 1"]
 
 
@@ -109,6 +110,21 @@ def test_what_a_study_does_not_take_is_refused(refused, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert "is a file; give a folder" in refused("study", "fake", "--out", file)
+
+
+@pytest.mark.parametrize("name", ["compare", "sensitivity", "analogies", "universal", "precision"])
+def test_an_adapters_base_and_trust_reach_the_model_and_no_file(monkeypatch, name):
+    study, seen = STUDIES[name], []
+    monkeypatch.setattr("fvlens.report._settings.load_model", lambda model, **how: seen.append((model, how)))
+    given = {"model": "an/adapter", "device": "cpu", "base": "some/base", "trust": True}
+    settings = study_settings(study, given, {}, relations=None, seed=0, threads=1)
+    cell = study.cells(settings)[0]
+    assert cell.load() is None and seen == [
+        ("an/adapter", {"device": "cpu", "base": "some/base", "trust": True})
+    ]  # fmt: skip
+    without = dataclasses.replace(cell, loading=(("device", "cpu"),))
+    assert cell.recorded() == dataclasses.asdict(without) and "base" not in json.dumps(cell.recorded()["loading"])
+    assert cell.key(study, {"weights": "x"}, "data") == without.key(study, {"weights": "x"}, "data")
 
 
 # --- studies of trained vectors ---
@@ -140,8 +156,8 @@ def test_a_study_of_trained_vectors_prints_and_writes_its_points(call, tmp_path)
     assert set(table.cells) == {"2 of 2 cells"}
     assert "Layer of the vector: plural" in (folder / "layer.html").read_text(encoding="utf-8")
     # what is there is not done again
-    code, out, _ = call("study", "layer", "plural", "--out", folder, *given, *FEW[:-1])
-    assert code == 0 and "2 of 2 cells were finished before" in out
+    code, out, err = call("study", "layer", "plural", "--out", folder, *given, *FEW[:-1])
+    assert code == 0 and "2 of 2 cells were finished before" in err
 
 
 def test_loading_and_templates_reach_the_cells(call, tmp_path):

@@ -89,7 +89,9 @@ def test_a_base_that_is_not_at_hand_is_said(adapter, tmp_path):
     with pytest.raises(ValueError, match=r"is a PEFT adapter to '.*gone', which is not at hand \(load_model: .*--base"):
         load_model(folder, trust=True)
     rewrite(folder / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(ValueError, match=r"whose file names no base; say where its base is with base= \(--base\)\."):
+    with pytest.raises(
+        ValueError, match=r"whose file names no base; say where its base is with --base \(in Python, base=\)\."
+    ):
         load_model(folder, trust=True)
 
 

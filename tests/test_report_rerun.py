@@ -341,7 +341,7 @@ def test_runs_of_earlier_versions_name_no_base(folder, first, model, remembered)
         ({"versions__torch": []}, "versions.torch: expected a text or a number, got []."),
         ({"platform__threads": {}}, "platform.threads: expected a text or a number, got {}."),
         ({"code_hash": edit}, "code_hash: the field is missing."),
-        ({"heads_source": "other"}, "heads_source: expected one of 'ranking', 'file', got 'other'."),
+        ({"heads_source": "other"}, "heads_source: expected one of 'ranking', 'file', 'named', got 'other'."),
         ({"heads_source": "file"}, "heads_source is 'file', but options.heads_file or data.heads_file is null."),
     ],
 )  # fmt: skip
@@ -360,7 +360,7 @@ def test_results_that_do_not_fit_are_refused(folder, changes, message):
         (3, "heads: expected list, got 3."),
         ([[9, 0, None, None]] * 4, "heads: L9H0 does not exist"),
         ([[0, 1, None, None], [0, 1, None, None]], "heads: L0H1 is listed twice"),
-        ([[0], [1]], "heads: expected (layer, head) pairs of integers, got [0]."),
+        ([[0], [1]], "heads: expected (layer, head) pairs of integers, got [0]; by name a head is 'L1H2'."),
         ([[0, 1, None, None]], "heads: expected options.n_heads, 4 heads, got 1."),
     ],
 )

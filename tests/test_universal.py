@@ -516,9 +516,9 @@ def test_heads_are_read_from_a_set_and_from_plain_lists(model, tiny, found, tmp_
         (7, "got 7."),
         ([[0, 1], [3, 0]], "heads: L3H0 does not exist: the model has layers 0..2 and heads 0..3."),
         ([[0, 1], [0, 1]], "heads: L0H1 is listed twice; give each head once."),
-        ([[0, 1.5]], "heads: expected (layer, head) pairs of integers, got [0, 1.5]."),
-        ([[0, 1, 0.3]], "heads: expected (layer, head) pairs of integers, got [0, 1, 0.3]."),
-        (["L0H1"], "heads: expected (layer, head) pairs of integers, got 'L0H1'."),
+        ([[0, 1.5]], "heads: expected (layer, head) pairs of integers, got [0, 1.5]; by name a head is 'L1H2'."),
+        ([[0, 1, 0.3]], "heads: expected (layer, head) pairs of integers, got [0, 1, 0.3]; by name a head is 'L1H2'."),
+        (["L0"], "heads: expected (layer, head) pairs of integers, got 'L0'; by name a head is 'L1H2'."),
         ({"format": "other", "heads": [[0, 1]]}, "not written by fvlens (format 'other'"),
     ],
 )

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.models import model_device
+from fvlens.progress import tqdm
 from fvlens.prompts import Prompts
 from fvlens.suffix import halving, watch_prompts
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.activations import HeadMeans, Positions, position_mask
 from fvlens.arguments import check_arguments
@@ -18,6 +17,7 @@ from fvlens.interruption import keeping
 from fvlens.interventions import hooked, z_hook
 from fvlens.metrics import log_probability
 from fvlens.models import fingerprint, model_device, told_apart
+from fvlens.progress import tqdm
 from fvlens.prompts import Prompts, TokenClass, warn_of_bos, with_answers
 from fvlens.screens import SCREENS, Request, Screening
 from fvlens.suffix import (

@@ -3,8 +3,9 @@
 
 One file holds a group of commands. Options are made from the dataclasses of settings that they fill (``_options.py``);
 whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Words are explained in
-one place (``_glossary.py``), which help pages end with. Errors are one line with
-a hint and exit code 2; ``--debug``, anywhere on the line, shows the traceback instead.
+one place (``_glossary.py``), which help pages end with. What a command found goes to standard output, what it guessed
+and how far it is to standard error. Errors are one line with a hint and exit code 2, in the words of the command line
+(``_errors.py``); ``--debug``, anywhere on the line, shows the traceback instead.
 """
 
 import typer

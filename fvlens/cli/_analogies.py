@@ -8,11 +8,11 @@ import torch
 import typer
 from rich.table import Column, Table
 
-from fvlens.cli._app import out, say, say_template, wrote
+from fvlens.cli._app import note, out, say, say_template, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
 from fvlens.cli._relations import relations_of
-from fvlens.files import write_table
+from fvlens.files import as_path, check_destination, write_table
 from fvlens.prompts import get_template
 from fvlens.report import Loading, RunOptions
 
@@ -60,8 +60,7 @@ def compose(
     """A basis of the library's or your own relations with a map and a gate, for `fvlens analogy --composite`."""
     from fvlens.composition import library_composite
 
-    if file.is_dir() or not file.parent.is_dir():
-        raise ValueError(f"--out {file}: expected a name for a file in a folder that exists.")
+    file = check_destination(file, suffix=".safetensors")
     chosen = relations_of(names) if names else None
     solver = library_composite(
         loading.load(), names=chosen, layer=layer, start=start, n_train=settings.n_train, map=map, setting=setting,
@@ -70,6 +69,9 @@ def compose(
     )  # fmt: skip
     say(f"{len(solver.basis)} vectors after layer {solver.basis.layer}, map {map}")
     say_template(get_template(solver.template))
+    if layer is None:
+        how = "a third of the way up" if start == "zero" else "where function vectors do best together"
+        note(f"layer {solver.basis.layer} was chosen, {how}; --layer decides")
     for found in solver.gates:
         say(f"gate, {_setting(found.setting)}: {found.describe()}")
     wrote([solver.save(file)])
@@ -132,11 +134,13 @@ def analogies(
     """Evaluate the analogies of a file: unsteered, with the composite, with its controls."""
     from fvlens.composition import evaluate_analogies
     from fvlens.pages import write_figure
-    from fvlens.relations import read_analogies
+    from fvlens.relations import guess_format, read_analogies
 
-    if folder is not None:
-        result_folder(folder)
+    folder = None if folder is None else result_folder(folder)
     generator = torch.Generator().manual_seed(seed)
+    if format is None:
+        format = guess_format(as_path(file))
+        note(f"{file} is read as {format}; --format decides")
     read = read_analogies(file, format=format, n=limit, generator=generator)
     network, solver = _composite(loading, composite, seed, quiet)
     found = evaluate_analogies(
@@ -169,4 +173,5 @@ def _composite(loading: Mapping[str, Any], file: Path | None, seed: int, quiet: 
         solver = CompositeMap.load(file)
         return load_recorded(file, solver.basis.fingerprint, loading)[1], solver
     network = made(Loading, loading).load()
+    note("no --composite, so one of the library's relations is trained first")
     return network, library_composite(network, generator=torch.Generator().manual_seed(seed), progress=not quiet)

@@ -1,18 +1,22 @@
 """The command line itself: what it prints to, and how errors and interruptions end it."""
 
 import importlib.metadata
+import itertools
 import platform
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
+from fvlens.cli._terminal import readable
 from fvlens.prompts import Template
 
 _usual_format = warnings.formatwarning
@@ -85,8 +89,33 @@ def _options(
 
 
 def say(text: str) -> None:
-    """Print a line as it is."""
-    out.print(text, highlight=False, soft_wrap=True)
+    """Print lines as they are, those that are longer than the terminal is wide in several, broken between words."""
+    lines = text.split("\n")
+    folded = [line if len(line) <= out.width else _folded(line) for line in lines]
+    out.print("\n".join(folded), highlight=False, soft_wrap=True)
+
+
+def _folded(line: str) -> str:
+    return textwrap.fill(line, out.width, break_long_words=False, break_on_hyphens=False)
+
+
+def say_page(text: str) -> None:
+    """Print a page in Markdown as it is; its tables are folded where they are wider than the terminal."""
+    for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("| ")):
+        rows = list(lines)
+        if not is_table or max(map(len, rows)) <= out.width:
+            say("\n".join(rows))
+            continue
+        heading, _, *body = [row.strip().strip("|").split("|") for row in rows]
+        table = Table(*(cell.strip() for cell in heading), box=None)
+        for row in body:
+            table.add_row(*(cell.strip() for cell in row))
+        out.print(table)
+
+
+def note(text: str) -> None:
+    """Print a line about how the line was understood, or how far it is, beside what it gives: to standard error."""
+    err.print(text, highlight=False, soft_wrap=True)
 
 
 def say_template(template: Template) -> None:
@@ -99,7 +128,7 @@ def say_template(template: Template) -> None:
 def wrote(files: Sequence[Path]) -> None:
     """Name the files that were written."""
     for file in files:
-        say(f"wrote {file}")
+        out.print(f"wrote {file}", highlight=False, soft_wrap=True)  # in one line, whatever its name
 
 
 def _in_one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -119,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = typer_main.get_command(app)
     command_line.set(["fvlens", *args])
     warnings.formatwarning = _in_one_line
+    with readable():
+        _run(command, args, debug)
+
+
+def _run(command: Any, args: list[str], debug: bool) -> NoReturn:
+    """Run the app and leave the process."""
     try:
         code = command.main(args=args, prog_name="fvlens", standalone_mode=False)
     except (KeyboardInterrupt, EOFError):

@@ -11,6 +11,7 @@ from fvlens.cli._app import out, say, say_template, wrote
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, SeedOption, spread
 from fvlens.cli._relations import relation_of
 from fvlens.cli._studies import JobsOption, Running, ThreadsOption, end, measured, study_settings
+from fvlens.files import check_destination
 from fvlens.models import fingerprint
 from fvlens.prompts import get_template, template_for
 from fvlens.relations import list_relations
@@ -100,10 +101,9 @@ def universal(
             "relations are named, so --category and --family have nothing to choose; give one or the other."
         )
     chosen = list(names or list_relations(category, family=family))[:limit]
-    if file.is_dir() or file.suffix == ".html":
-        raise ValueError(f"--out {file}: expected a name for a JSON file, such as heads.json.")
-    if not file.parent.is_dir():
-        raise ValueError(f"--out {file}: folder {file.parent} does not exist; create it first.")
+    file = check_destination(file, suffix=".json")
+    figure = check_destination(file.with_suffix(".html"), "the figure beside --out,", suffix=".html")
+    folder = check_destination(file.with_name(f"{file.stem}-study"), "the study's folder beside --out,")
     # the model is asked first, so that a number of heads that it does not have is refused before hours of work
     study = STUDIES["universal"]
     settings = study_settings(study, loading, given, relations=tuple(chosen), seed=seed, threads=threads)
@@ -112,7 +112,6 @@ def universal(
     mark, template = fingerprint(network), template_for(network, options.template)
     if not 1 <= options.n_heads <= mark.n_layers * mark.n_heads:
         raise ValueError(f"--n-heads: expected 1 to {mark.n_layers * mark.n_heads} (all heads), got {options.n_heads}.")
-    folder = file.with_name(f"{file.stem}-study")
     outcome = measured(study, settings, folder, Running(jobs, quiet))
     written = []
     if outcome.kept:
@@ -133,6 +132,6 @@ def universal(
         left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
         if left_out:
             say(f"left out, {options.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
-        written = [found.save(file), write_figure(file.with_suffix(".html"), found.plot()), *outcome.save(folder)]
+        written = [found.save(file), write_figure(figure, found.plot()), *outcome.save(folder)]
     wrote(written)
     end(outcome, list)

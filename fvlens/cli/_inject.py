@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.table import Table
 
-from fvlens.cli._app import out, say
+from fvlens.cli._app import note, out, say
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import BosOption, spread
 from fvlens.cli._options import template as read_template
@@ -18,7 +18,9 @@ from fvlens.prompts import AnswerEnd, template_for, template_or, warn_of_bos
 @spread
 def inject(
     vector: Annotated[Path, typer.Argument(help="A vector file written by `fvlens run`.")],
-    prompt: Annotated[str, typer.Argument(help="Text; a single word is asked in the vector's own template.")],
+    prompt: Annotated[
+        str, typer.Argument(help="Text, or a word to ask; by default a single word is asked, and more is text.")
+    ],
     loading: GivenLoading,
     scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
     top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
@@ -27,6 +29,15 @@ def inject(
         str | None, typer.Option("--template", help="Instead of the vector's own: a name, or a JSON file.")
     ] = None,
     bos: BosOption = None,
+    word: Annotated[
+        bool | None,
+        typer.Option(
+            "--word/--raw", help="Ask PROMPT in the vector's template, or take it as it is.", show_default=False
+        ),
+    ] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Also inject into a model that the vector was not made on.")
+    ] = False,
 ) -> None:
     """What a prompt continues with, without and with a vector injected at its last token."""
     from fvlens.interventions import inject as injecting
@@ -37,14 +48,22 @@ def inject(
     loaded = FunctionVector.load(vector, template=None if template is None else read_template(template))
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text.")
-    _, network = load_recorded(vector, loaded.fingerprint, loading)
+    _, network = load_recorded(vector, loaded.fingerprint, loading, check=not no_check)
     written = template_for(network, template_or(loaded.template))
     if bos is not None:
         written = written.with_bos(bos)
     warn_of_bos(network, loaded.template, written, vector.name, stacklevel=1)
     end = AnswerEnd.of(network.tokenizer, written)
-    is_word = len(prompt.split()) == 1
-    if is_word:
+    asked = len(prompt.split()) == 1 if word is None else word
+    guessed = ""
+    if word is None:
+        taken = (
+            f"a word, asked in template {written.name}; --raw takes it as text"
+            if asked
+            else (f"text, as it is; --word asks it in template {written.name}")
+        )
+        guessed = f"the prompt {prompt!r} is {taken}"
+    if asked:
         prompt = written.bare(prompt.strip())
     else:  # no template says where this ends
         end = dataclasses.replace(end, text=None)
@@ -63,7 +82,7 @@ def inject(
             if generate:
                 longer = network.generate(tokens, max_new_tokens=generate, do_sample=False, verbose=False)
                 new = end.until(longer[0, tokens.shape[1] :].tolist())
-                text = end.answer(new) if is_word else end.written(new)
+                text = end.answer(new) if asked else end.written(new)
         best = best_tokens(logits, min(top, len(logits)))
         chances = logits.softmax(dim=-1)[best].tolist()
         words = [
@@ -72,8 +91,10 @@ def inject(
         ]
         return words, text
 
+    if guessed:
+        note(guessed)
     plain, plain_text = answer()
-    with injecting(network, loaded, scale=scale):
+    with injecting(network, loaded, scale=scale, check=not no_check):
         steered, steered_text = answer()
     say(f"prompt {prompt!r}")
     table = Table("rank", "plain", f"with {loaded.relation or 'vector'} after layer {loaded.layer}", box=None)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from fvlens.cli._app import say
+from fvlens.cli._app import note
 from fvlens.cli._options import Fields, made, option_name
 from fvlens.models import Fingerprint, fingerprint, is_known, refuse_retrained
 from fvlens.report import Loading
@@ -44,12 +44,18 @@ def allowed_loading(name: str, mark: Fingerprint, given: Mapping[str, Any]) -> L
             f"{name} names the model {loading.model!r}, and a file does not choose what is loaded; say --model "
             f"{loading.model} if you mean that one, or --trust to load what files name."
         )
-    say(f"{name} names the model {loading.model}")
+    note(f"{name} names the model {loading.model}")
     return loading
 
 
-def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tuple[Loading, Any]:
+def load_recorded(
+    file: Path, mark: Fingerprint, given: Mapping[str, Any], *, check: bool | None = None
+) -> tuple[Loading, Any]:
     """The model of a file, and how it was loaded.
+
+    Args:
+        file, mark, given: the file, what it was made on, and what stands on the line.
+        check: whether another model is refused, or only said; None where the command has no option for that.
 
     Raises:
         ValueError: as for :func:`allowed_loading`; it cannot be loaded, or is not the model that the file was made on;
@@ -67,7 +73,12 @@ def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tu
         ) from error
     refuse_retrained(mark, fingerprint(network), file.name, again="the command that wrote it")
     differences = mark.differences(fingerprint(network))
-    if differences:
+    if differences and check is False:
+        note(
+            f"{file.name} was made on model {mark.name!r}, not on this one (file / model: {'; '.join(differences)}); "
+            "it is used all the same."
+        )
+    elif differences:
         asked = [option_name(name) for name in _OF_FILES if name in given]
         remedy = (
             f"leave out {' and '.join(asked)}: the file says how its model is loaded"
@@ -76,8 +87,8 @@ def load_recorded(file: Path, mark: Fingerprint, given: Mapping[str, Any]) -> tu
         )
         raise ValueError(
             f"{file.name} was made on model {mark.name!r}, not on this one (file / model: {'; '.join(differences)}); "
-            f"{remedy}."
+            f"{remedy}{', or use it all the same with --no-check' if check else ''}."
         )
     if "model" not in given and is_known(loading.model):
-        say(f"{file.name} names the model {loading.model}")
+        note(f"{file.name} names the model {loading.model}")
     return loading, network

@@ -1,7 +1,8 @@
 """Options of the command line, made from dataclasses of settings, and those that many commands share.
 
 :func:`spread` turns a command's parameter that is such a dataclass into one option a field. The help is the field's
-line in the class's docstring, the default the field's, and the class's own checks refuse bad values.
+line in the class's docstring, the default the field's, and the class's own checks refuse bad values. Errors that name
+arguments name options (``_errors.py``).
 """
 
 import dataclasses
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.models import OptionInfo
 
+from fvlens.cli._errors import in_options, option_name
+from fvlens.files import check_destination
 from fvlens.models import EMBEDDED_MODELS, PACKAGED_MODELS, Bos, official_names
 from fvlens.prompts import TEMPLATE_NAMES, Template, get_template, read_template
 from fvlens.relations import list_relations, plain_name
@@ -98,8 +102,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         options = [parameter] if name not in parts else parts[name].options()
         parameters += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in options]
 
-    @functools.wraps(command)
-    def flat(**given: Any) -> None:
+    options = set(filter(None, map(_option_of, parameters)))
+
+    def filled(given: dict[str, Any]) -> dict[str, Any]:
         for name, part in parts.items():
             values = {field.name: given.pop(field.name) for field in part.chosen()}
             on_line = {
@@ -109,7 +114,17 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             }
             as_dict = get_args(signature.parameters[name].annotation)[:1] == (dict[str, Any],)
             given[name] = on_line if as_dict else made(part.kind, on_line)
-        command(**given)
+        return given
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        try:
+            command(**filled(given))
+        except ValueError as error:
+            told = in_options(str(error), options)
+            if told == str(error):
+                raise
+            raise ValueError(told) from error
 
     flat.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return flat
@@ -129,11 +144,6 @@ def made(kind: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         if begun is None or begun[1] not in values:
             raise
         raise ValueError(f"{option_name(begun[1])}{str(error)[begun.end() :]}") from error
-
-
-def option_name(field: str) -> str:
-    """The option of a field."""
-    return f"--{field.replace('_', '-')}"
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -175,11 +185,17 @@ def template(given: str, bos: Bos | None = None) -> str | Template:
 
 
 def result_folder(given: Path | None, relation: str = "") -> Path:
-    """The folder for results: as given, or named after the relation; no file may be in its place."""
-    folder = given or Path(f"fvlens-{plain_name(relation)}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder.")
-    return folder
+    """The folder for results, as given or named after the relation, if it can be written to."""
+    return check_destination(given or Path(f"fvlens-{plain_name(relation)}"))
+
+
+def _option_of(parameter: inspect.Parameter) -> str | None:
+    """An option as Python would write it, ``allow_leak`` for ``--allow-leak``; None for an argument."""
+    declared = next((one for one in get_args(parameter.annotation)[1:] if hasattr(one, "param_decls")), None)
+    if not isinstance(declared, OptionInfo):
+        return None
+    names = declared.param_decls or (option_name(parameter.name),)
+    return names[0].removeprefix("--").partition("/")[0].replace("-", "_")
 
 
 def _part(annotation: Any) -> Fields | None:

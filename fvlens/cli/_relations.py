@@ -1,13 +1,14 @@
 """Relations on the command line: names of the library, files and folders; what reading them changed is said."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Column, Table
 
-from fvlens.cli._app import out, say, say_template
+from fvlens.cli._app import note, out, say, say_template
 from fvlens.cli._glossary import help_note
 from fvlens.cli._options import BosOption, Fields, SeedOption, spread, template
 from fvlens.relations import Reading, Relation, list_relations, load_relation, reading_of, readings_of
@@ -24,7 +25,7 @@ _SHOWN = 10
 def relation_of(given: str) -> Relation:
     """A relation by name, or from a file; what reading it changed is printed."""
     reading = reading_of(given, what="")
-    _say_notes(reading)
+    _say_notes(reading, given)
     return reading.relation
 
 
@@ -33,6 +34,8 @@ def relations_of(given: Sequence[str]) -> list[Relation]:
     readings = readings_of(given)
     for reading in readings:
         _say_notes(reading)
+    for name in given:
+        _say_library(name)
     return [reading.relation for reading in readings]
 
 
@@ -41,9 +44,19 @@ def names_of(given: Sequence[str]) -> list[str]:
     return [found.path or found.name for found in relations_of(given)]
 
 
-def _say_notes(reading: Reading) -> None:
-    for note in reading.notes:
-        say(f"{reading.relation.name}: {note}")
+def _say_notes(reading: Reading, given: str = "") -> None:
+    relation = reading.relation
+    if relation.path:
+        note(f"{relation.path}: a file of {len(relation)} word pairs, the relation {relation.name}")
+    for text in reading.notes:
+        note(f"{relation.name}: {text}")
+    _say_library(given)
+
+
+def _say_library(given: str) -> None:
+    """What is meant by a name that stands for two things."""
+    if given in list_relations() and Path(given).exists():
+        note(f"{given} is the library's relation; what is here under that name is given as ./{given}")
 
 
 def _listed(names: list[str] | None, **filters: Any) -> None:
@@ -77,7 +90,7 @@ def relations(
 @spread
 def check(
     file: Annotated[str, typer.Argument(help="A file of word pairs, a folder of them, or a library relation.")],
-    loading: Annotated[dict[str, Any], Fields(Loading, ("device", "dtype", "revision", "backend"))],
+    loading: Annotated[dict[str, Any], Fields(Loading, ("device", "dtype", "revision", "backend", "base", "trust"))],
     model: Annotated[
         str | None, typer.Option("--model", help="Also count tokens, with the tokenizer of this model.")
     ] = None,
@@ -107,5 +120,5 @@ def check(
             say(f"dropped, {one.place}: {' -> '.join(one.pair)} ({one.why})")
         if len(found.dropped) > _SHOWN:
             say(f"dropped, and {len(found.dropped) - _SHOWN} more")
-        for text in (*(f"{note}." for note in found.notes), *found.cautions):
+        for text in (*(f"{text}." for text in found.notes), *found.cautions):
             say(text)

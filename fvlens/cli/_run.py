@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from fvlens.cli._app import command_line, out, say, say_template, wrote
+from fvlens.cli._app import command_line, note, out, say, say_template, wrote
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
 from fvlens.cli._relations import relation_of
 from fvlens.prompts import get_template
 from fvlens.report import Loading, RunOptions, RunResult
+from fvlens.types import named_heads
 
 _ELSE = "By default the one that the run names, if fvlens knows it."
 
@@ -26,24 +27,28 @@ def run(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for the results [default: fvlens-RELATION].")
     ] = None,
-    heads_file: Annotated[
-        Path | None,
-        typer.Option("--heads", help="Take the heads of this file (`fvlens universal`, or a JSON list); rank none."),
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            help="Take these heads, as L1H2,L3H4, or those of a file (`fvlens universal`, or a JSON list); rank none.",
+        ),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """The whole chain on one relation: heads, function vector, fine-tuning, controls, report."""
     from fvlens.report import run_relation, write_run
-    from fvlens.universal import made_on, read_heads
+    from fvlens.universal import made_on, name_heads, read_heads
 
     found = relation_of(relation)
     options = made(RunOptions, settings)
     ranked = [name for name in ("n_heads", "labels", "both_labels") if name in settings]
-    if heads_file is not None and ranked:
+    if heads is not None and ranked:
         raise ValueError(
-            f"{option_name(ranked[0])} says how to rank heads, but --heads {heads_file} gives them; leave one of them "
-            "out."
+            f"{option_name(ranked[0])} says how to rank heads, but --heads {heads} gives them; leave one of them out."
         )
+    named = None if heads is None else named_heads(heads)
+    heads_file = None if heads is None or named is not None else Path(heads)
     folder = result_folder(folder, found.name)
     mark = None if heads_file is None else made_on(heads_file)
     if heads_file is None or mark is None:
@@ -52,6 +57,8 @@ def run(
     else:
         how, network = load_recorded(heads_file, mark, loading)
     given = None if heads_file is None else read_heads(heads_file, network)
+    if named is not None:
+        given = name_heads(named, network)
     result = run_relation(
         network,
         found,
@@ -63,7 +70,7 @@ def run(
     )
     files = write_run(result, folder)
     if given is not None:
-        say(f"{len(given.heads)} heads from {given.path} ({given.note})")
+        say(f"{len(given.heads)} heads {f'from {given.path} ({given.note})' if given.path else given.note}")
     say_template(get_template(result.options.template))
     out.print(_summary(result))
     for caution in result.cautions:
@@ -98,7 +105,7 @@ def rerun(
     def announce(changes: Sequence[Any]) -> None:
         told = ", ".join(f"{one.kind} {one.name}" for one in changes) or "nothing that the numbers depend on"
         if how is None and recorded is not None:
-            say(f"{folder / RESULTS_FILE} names the model {recorded.model}")
+            note(f"{folder / RESULTS_FILE} names the model {recorded.model}")
         say(f"changed since the first run: {told}")
 
     done = run_again(

@@ -1,5 +1,6 @@
 """``fvlens study``: the list of studies, and a command for each with the options of that study alone."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from fvlens.cli._app import say, wrote
+from fvlens.cli._app import note, say, say_page, wrote
 from fvlens.cli._glossary import help_note
 from fvlens.cli._loading import allowed_loading
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
@@ -75,7 +76,7 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
         outcome = measured(study, settings, folder, Running(jobs, quiet))
         if outcome.kept:
             text = study.markdown(outcome.tables())
-            say(text)
+            say_page(text)
             page = write_text(folder / f"{study.name}.md", f"{text}\n")
             figures = [write_figure(folder / f"{name}.html", figure) for name, figure in outcome.figures().items()]
             wrote([*outcome.save(folder), page, *figures])
@@ -100,8 +101,8 @@ def study_settings(study: "Study", loading: Mapping[str, Any], given: Mapping[st
     mark = study.made_on(options)
     how = dict(loading)
     if mark is not None:
-        recorded = allowed_loading("the study's file", mark, loading).recorded().items()
-        how = {name: value for name, value in recorded if value is not None}
+        recorded = dataclasses.asdict(allowed_loading("the study's file", mark, loading)).items()
+        how = {name: value for name, value in recorded if value not in (None, False)}
     model = how.pop("model", "rel-small")
     return Settings(model=model, loading=tuple(how.items()), options=options, **others)
 
@@ -114,7 +115,7 @@ def measured(study: "Study", settings: Any, folder: Path, running: Running) -> "
     """
     from fvlens.studies import run_study
 
-    say_cell = _log.info if running.quiet else say
+    say_cell = _log.info if running.quiet else note
     outcome = run_study(study, study.cells(settings), folder, jobs=running.jobs, say=say_cell)
     if not outcome.kept and outcome.failed:
         raise ValueError(f"study {study.name}: {outcome.standing} finished; the first error is {outcome.failed[0][1]}")
@@ -128,7 +129,7 @@ def end(outcome: "Outcome", write: Callable[[], list[Path]]) -> None:
         Exit: not all cells are finished.
     """
     for cell, error in outcome.failed:
-        say(f"failed: {cell}: {error}")
+        note(f"failed: {cell}: {error}")
     if len(outcome.kept) + len(outcome.failed) < outcome.n_cells:
         raise typer.Exit(130)
     wrote(write())

@@ -6,7 +6,6 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from fvlens.composition._evaluate import plain_pair
 from fvlens.composition._fit_gate import fit_gate
@@ -15,6 +14,7 @@ from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import AnalogySetting
 from fvlens.find import Found, find_vector, finished
+from fvlens.progress import tqdm
 from fvlens.prompts import Template, template_for
 from fvlens.relations import Analogy, Relation, Split, as_relations, held_out, list_relations, make_analogies
 from fvlens.training import finetune_many

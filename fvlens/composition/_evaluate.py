@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.arguments import check_arguments
 from fvlens.composition._fit_gate import gate_signals
@@ -24,6 +23,7 @@ from fvlens.composition._queries import (
 from fvlens.composition._rules import RULES
 from fvlens.metrics import Difference, Interval, best_token, bootstrap_interval, paired_difference, rank
 from fvlens.models import Fingerprint
+from fvlens.progress import tqdm
 from fvlens.prompts import Template, answers_behind, template_for, template_or
 from fvlens.relations import Analogy, Pair, Pairs, as_analogies, as_pairs
 from fvlens.results import Result, check_counts

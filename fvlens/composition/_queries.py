@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.metrics import is_best
+from fvlens.progress import tqdm
 from fvlens.prompts import Template, render_prompts, template_or, warn_of_bos
 from fvlens.relations import Pair, Pairs, named_pairs
 from fvlens.showing import Shown, number

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.composition._evaluate import Unseen, evaluate_analogies
 from fvlens.composition._fit_map import fit_composite
@@ -17,6 +16,7 @@ from fvlens.composition._queries import AnalogySetting
 from fvlens.find import finished
 from fvlens.metrics import Difference, Interval, bootstrap_interval, paired_difference
 from fvlens.models import Fingerprint
+from fvlens.progress import tqdm
 from fvlens.relations import Analogy, list_relations, load_relation
 from fvlens.results import Result
 from fvlens.showing import Shown, number, span

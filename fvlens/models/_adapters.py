@@ -64,7 +64,8 @@ def without_adapter(folder: Path) -> Iterator[Path]:
                 except OSError as error:  # no links on this system
                     raise ValueError(
                         f"load_model: {folder} holds a base and an adapter, which this system cannot tell apart "
-                        f"({error}); put the adapter's files into a folder of their own and give base=."
+                        f"({error}); put the adapter's files into a folder of their own and say --base "
+                        "(in Python, base=)."
                     ) from error
         yield Path(temporary)
 

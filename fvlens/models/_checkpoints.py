@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fvlens.files import as_path, path_hint
 from fvlens.models import _adapters, _gguf
 from fvlens.models._gguf_file import GgufHead, is_gguf
 from fvlens.models._named_files import INDEXES, check_named_files
@@ -98,7 +99,7 @@ def find_checkpoint(
             that is not on the hub; an adapter whose base is not given; a ``base`` of something that is no adapter.
     """
     text = str(name_or_path)
-    place = Path(name_or_path)
+    place = as_path(name_or_path)
     if text in EMBEDDED_MODELS:
         place = embedded_folder(text)
     elif text in PACKAGED_MODELS:
@@ -122,7 +123,7 @@ def find_checkpoint(
     if path is None:
         raise ValueError(
             f"load_model: {text!r} is neither a folder nor a model TransformerLens knows; "
-            f"{_nearest(text) or 'see `fvlens models`.'}"
+            f"{_nearest(text) or 'see `fvlens models`.'}{path_hint(text)}"
         )
     return Checkpoint(path, path.split("/")[-1], revision, local=False)
 
@@ -165,17 +166,17 @@ def _find_adapted(folder: Path, revision: str | None, base: str | Path | None, t
         asked = base if base is not None else named if named is not None and (trust or is_known(named)) else None
         if asked is None:
             says = "names no base" if named is None else f"names the base {named!r}"
-            also = "" if named is None else ", or load what it names with trust=True (--trust)"
+            also = "" if named is None else ", or load what it names with --trust (in Python, trust=True)"
             raise ValueError(
-                f"load_model: {folder} is a PEFT adapter, whose file {says}; say where its base is with base= "
-                f"(--base){also}."
+                f"load_model: {folder} is a PEFT adapter, whose file {says}; say where its base is with --base "
+                f"(in Python, base=){also}."
             )
         try:
             under = find_checkpoint(asked, revision)
         except ValueError as error:
             raise ValueError(
                 f"load_model: {folder} is a PEFT adapter to {str(asked)!r}, which is not at hand ({error}) Say where "
-                "it is with base= (--base)."
+                "it is with --base (in Python, base=)."
             ) from error
     return dataclasses.replace(under, name=folder.resolve().name, adapter=folder)
 

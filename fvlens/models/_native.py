@@ -60,7 +60,7 @@ def read_native(checkpoint: Checkpoint, *, dtype: torch.dtype, trust: bool) -> t
         if named not in TOKENIZERS and not trust:
             raise ValueError(
                 f"load_model: {checkpoint.path} names the tokenizer of another repository, {named!r}; expected one of "
-                f"{', '.join(TOKENIZERS)}. Load it all the same with trust=True (--trust)."
+                f"{', '.join(TOKENIZERS)}. Load it all the same with --trust (in Python, trust=True)."
             )
         with explained(Checkpoint(named, named, None, local=False)):
             tokenizer = AutoTokenizer.from_pretrained(named, padding_side="left", trust_remote_code=False)

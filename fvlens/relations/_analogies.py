@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from fvlens.files import read_text
+from fvlens.files import as_path, read_text
 from fvlens.relations._relation import Pair, Relation
 from fvlens.relations._words import words_of
 from fvlens.types import as_text, as_texts
@@ -266,7 +266,7 @@ def read_google(path: str | Path) -> list[Analogy]:
     Raises:
         ValueError: a line that is neither; a question before any category; no question.
     """
-    path = Path(path)
+    path = as_path(path)
     made, category = [], ""
     for number, line in _lines(path):
         if line.startswith(":"):
@@ -295,7 +295,7 @@ def read_bats(folder: str | Path) -> list[Relation]:
     Raises:
         ValueError: no such folder or no such files in it; a line that is not a word, a tab and answers.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder.name}; expected BATS files 'Lnn [name].txt' in it or its subfolders.")
     made = []
@@ -327,7 +327,7 @@ def read_sat(path: str | Path) -> list[Analogy]:
     Raises:
         ValueError: a block of another number of lines, a pair without its parts of speech, a letter out of a to e.
     """
-    path = Path(path)
+    path = as_path(path)
     made: list[Analogy] = []
     block: list[tuple[int, str]] = []
     for number, line in [*_lines(path), (0, "")]:
@@ -399,7 +399,7 @@ def read_semeval(path: str | Path, *, min_rating: float = 0.0) -> list[Relation]
     Raises:
         ValueError: a column is missing; a row of another length or without a number for its rating; nothing is left.
     """
-    path = Path(path)
+    path = as_path(path)
     rated: dict[tuple[str, str, str], list[tuple[float, Pair]]] = defaultdict(list)
     columns = ("subcat", "class", "subclass", "word1", "word2", "gold_maxdiff")
     for number, row in _table(path, "\t", columns):
@@ -428,7 +428,7 @@ def read_scan(path: str | Path) -> list[Analogy]:
     Raises:
         ValueError: a column is missing; a row of another length or with a blank word.
     """
-    path = Path(path)
+    path = as_path(path)
     columns = ("target", "source", "targ_word", "src_word", "alternatives", "analogy_type")
     made = [
         _row(
@@ -447,7 +447,7 @@ def read_vat(path: str | Path) -> list[Analogy]:
     Raises:
         ValueError: a column is missing; a row of another length or with a blank word.
     """
-    path = Path(path)
+    path = as_path(path)
     made = [
         _row(
             path, number, a=row["A"], b=row["B"], c=row["C"], d=row["D"], foils=(row["D'"],) if row["D'"] else (),
@@ -466,7 +466,7 @@ def read_tsv(path: str | Path) -> list[Analogy]:
     Raises:
         ValueError: a line of another number of cells, with a blank word, or of another kind than near and far.
     """
-    path = Path(path)
+    path = as_path(path)
     made = []
     for number, line in _lines(path):
         if line.startswith("#") or not line.strip():
@@ -499,7 +499,7 @@ def guess_format(path: str | Path) -> str:
     Raises:
         ValueError: it looks like none of them.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         return "bats"
     lines = [line for _, line in itertools.islice(_lines(path), 200) if line.strip() and not line.startswith("#")]
@@ -518,7 +518,10 @@ def guess_format(path: str | Path) -> str:
     if len(lines) >= 8 and lines[7].strip() in tuple("abcde"):
         return "sat"
     known = ", ".join(READERS)
-    raise ValueError(f"{path.name}: not a format that is known by its looks; give one of {known}.")
+    raise ValueError(
+        f"{path.name}: not a format that is known by its looks; say with --format (in Python, format=) which it is of "
+        f"{known}."
+    )
 
 
 def read_analogies(
@@ -535,7 +538,7 @@ def read_analogies(
     Raises:
         ValueError: an unknown format; whatever the reader finds wrong.
     """
-    path = Path(path)
+    path = as_path(path)
     format = format or guess_format(path)
     if format not in READERS:
         raise ValueError(f"read_analogies: format={format!r}; expected one of {', '.join(READERS)}.")

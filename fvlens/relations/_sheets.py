@@ -42,8 +42,8 @@ def read_sheet(data: bytes, name: str, sheet: str | None = None) -> tuple[list[t
         raise ValueError(f"{name}: expected rows of two words, got an empty workbook.")
     if len(filled) > 1:
         raise ValueError(
-            f"{name}: expected one sheet with pairs, got {len(names)}: {_listed(names)}; keep one in the file, or name "
-            f"it, read_pairs({name!r}, sheet={names[0]!r})."
+            f"{name}: expected one sheet with pairs, got {len(names)}: {_listed(names)}; keep one in the file "
+            f"(in Python, read_pairs({name!r}, sheet={names[0]!r}) takes one of them)."
         )
     (chosen,) = filled
     if chosen.max_row > MOST_PAIRS:

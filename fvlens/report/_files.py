@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fvlens.files import write_json, write_table
+from fvlens.files import as_path, write_json, write_table
 from fvlens.report._numbers import results_json
 from fvlens.report._page import write_report
 from fvlens.report._result import RunResult
@@ -27,7 +27,7 @@ def write_run(result: RunResult, folder: str | Path) -> list[Path]:
     Returns:
         The files written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [result.vector.save(folder / VECTOR_FILE)]
     if result.tuned is not None:

@@ -74,7 +74,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "ffv_cosine": None if tuned is None else tuned.vector.cosine(result.vector),
         "fv_norm": result.vector.norm(),
         "ffv_norm": None if tuned is None else tuned.vector.norm(),
-        "heads_source": "ranking" if given is None else "file",
+        "heads_source": "ranking" if given is None else "file" if given.path else "named",
         "heads": heads(result.source),
         "n_test": result.n_test,
         # the intervals of the scores, and what each ranking alone gave
@@ -123,7 +123,7 @@ def results_json(result: RunResult) -> dict[str, Any]:
         "data": {
             "relations": provenance.relations,
             "library": provenance.library_hash,
-            "heads_file": None if given is None else given.hash,
+            "heads_file": None if given is None else given.hash or None,
         },
         "pairs": _pairs(result.data),
         "heads_note": None if given is None else given.note,
@@ -188,7 +188,7 @@ def options_json(result: RunResult) -> dict[str, Any]:
     built_in = TEMPLATES.get(template.name)
     if built_in is None or built_in.with_bos(template.bos) != template:
         values["template_text"] = template.to_json()
-    return values | {"heads_file": None if result.given is None else result.given.path}
+    return values | {"heads_file": None if result.given is None else result.given.path or None}
 
 
 def _choice(sweep: LayerScaleSweep) -> dict[str, Any]:

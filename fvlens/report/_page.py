@@ -184,7 +184,8 @@ def _provenance(result: RunResult, folder: Path) -> dict[str, str]:
     }
     if result.given is not None:
         names = ", ".join(map(str, result.given.heads))
-        rows["heads"] = f"{names}, from {result.given.path} (file {result.given.hash}; {result.given.note})"
+        file = f"from {result.given.path} (file {result.given.hash}; {result.given.note})"
+        rows["heads"] = f"{names}, {file if result.given.path else result.given.note}"
 
     # settings and vectors
     rows["options"] = json.dumps(options_json(result))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from fvlens.files import read_json
+from fvlens.files import as_path, read_json
 from fvlens.models import Fingerprint, fingerprint
 from fvlens.prompts import TEMPLATES, Template, template_from
 from fvlens.relations import Relation, from_recorded, library_relation, list_relations
@@ -77,7 +77,7 @@ class RecordedRun(Shown):
         return differences(old, new)
 
     def _heads_file_now(self, trust: bool) -> str | None:
-        if self.heads is None:
+        if self.heads is None or not self.heads.path:
             return None
         if not trust and self.folder.resolve() not in Path(self.heads.path).resolve().parents:
             return UNSEEN
@@ -100,7 +100,7 @@ def read_run(folder: str | Path) -> RecordedRun:
         ValueError: no such file; not JSON; another schema than ours; a field that is missing or of the wrong type; a
             setting out of range; or a relation that the library does not have. The message names file and field.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     fields = _read(folder / RESULTS_FILE)
     relation = _relation(fields)
     options = _options(fields)
@@ -206,11 +206,14 @@ def _check_provenance(fields: Fields) -> None:
 
 
 def _heads(fields: Fields, options: RunOptions, mark: Fingerprint) -> GivenHeads | None:
-    """The heads that a file gave, None if they were ranked."""
-    if fields.get("heads_source", Literal["ranking", "file"]) == "ranking":
+    """The heads that a file gave or that were named, None if they were ranked."""
+    source = fields.get("heads_source", Literal["ranking", "file", "named"])
+    if source == "ranking":
         return None
     path, digest = fields.content["options"]["heads_file"], fields.content["data"]["heads_file"]
-    if path is None or digest is None:
+    if source == "named":
+        path = digest = ""
+    elif path is None or digest is None:
         raise ValueError(f"{fields.path}: heads_source is 'file', but options.heads_file or data.heads_file is null.")
     # an entry is a head with its effect and standard error, which are null here
     entries = fields.get("heads", list)

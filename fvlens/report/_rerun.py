@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fvlens.files import as_path, check_destination
 from fvlens.models import is_known
 from fvlens.report._differences import RunDifference, comparable, count_numbers, differences, vector_differences
 from fvlens.report._fields import Fields
@@ -109,7 +110,7 @@ def rerun(
             knows, without ``trust``; or a model that cannot be loaded.
     """
     # everything that can be refused is read and checked before the model is loaded and run
-    folder = Path(folder)
+    folder = as_path(folder)
     recorded = read_run(folder)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"rerun: tolerance: expected a number of at least 0, got {tolerance}.")
@@ -151,11 +152,9 @@ def _folder_of_second(folder: Path, out: str | Path | None) -> Path:
         # ".." has no name of its own
         whole = folder.resolve() if folder.name in ("", "..") else folder
         out = whole.with_name(f"{whole.name}-rerun")
-    out = Path(out)
+    out = check_destination(out, "rerun:")
     if out.resolve() == folder.resolve():
         raise ValueError(f"rerun: {out} holds the run itself; give another folder for the second one.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"rerun: {out} is a file; give a folder.")
     return out
 
 
@@ -164,13 +163,13 @@ def _model_of(recorded: RecordedRun, trust: bool) -> Any:
     if recorded.loading is None:
         raise ValueError(
             f"{recorded.folder / RESULTS_FILE}: loading: the run was started from Python and names no model to load; "
-            "call fvlens.report.rerun(folder, model=model)."
+            "say which one it was with --model (in Python, model=)."
         )
     named = [name for name in (recorded.loading.model, recorded.loading.base) if name is not None]
     if not trust and not all(map(is_known, named)):
         raise ValueError(
             f"{recorded.folder / RESULTS_FILE}: loading: the file names the model {' and '.join(map(repr, named))}, "
-            "and a file does not choose what is loaded; say it yourself (--model, or loading=), or load what the file "
-            "names with --trust (trust=True)."
+            "and a file does not choose what is loaded; say it yourself with --model (in Python, loading=), or load "
+            "what the file names with --trust (in Python, trust=True)."
         )
     return dataclasses.replace(recorded.loading, trust=trust).load()

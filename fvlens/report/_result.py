@@ -1,7 +1,6 @@
 """What a run found."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fvlens.attribution import IndirectEffects
@@ -147,7 +146,7 @@ class RunResult(Shown):
         """Where heads come from, in words."""
         if self.given is None or source != "file":
             return f"heads by {source} labels"
-        return f"heads from {Path(self.given.path).name}"
+        return self.given.described
 
     @property
     def n_test(self) -> int:

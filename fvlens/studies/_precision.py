@@ -163,5 +163,5 @@ PRECISION = Study(
     markdown=_markdown,
     load=_load,
     loading=("backend",),
-    takes=("device", "revision"),
+    takes=("device", "revision", "base", "trust"),
 )

@@ -14,7 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def _differing(study: Study, cell: Cell) -> str:
     kind = study.options
     own = {} if kind is None else dict(plain(kind(), [name for name in field_names(kind) if name not in given]))
     values = [(name, value) for name, value in given.items() if name not in own or own[name] != value]
-    return " ".join(f"{name}={value}" for name, value in (*values, *cell.loading))
+    return " ".join(f"{name}={value}" for name, value in (*values, *cell.recorded_loading))
 
 
 # --- one cell ---
@@ -201,7 +201,7 @@ class _Bench:
             "format": FORMAT,
             "study": self.study.name,
             "hash": key,
-            "cell": asdict(cell),
+            "cell": cell.recorded(),
             "weights": str(loaded.fingerprint["weights"]),
             "data_hash": self.study.data_hash(cell),
             "fvlens": importlib.metadata.version("fvlens"),
@@ -328,7 +328,7 @@ def run_study(
     def n_finished() -> int:
         # an interruption can come before the last models were loaded; what is finished on these counts, too
         there = _recorded(files)
-        for _ in unfinished([cell for cell in cells if cell not in keys and _content(asdict(cell)) in there]):
+        for _ in unfinished([cell for cell in cells if cell not in keys and _content(cell.recorded()) in there]):
             pass
         return len(kept)
 

@@ -26,8 +26,12 @@ Row = Mapping[str, Value]
 Named = tuple[tuple[str, Value | None], ...]
 """Plain values by their names, in a form that can be compared and hashed."""
 
-LOADING = ("device", "dtype", "revision", "backend")
+LOADING = ("device", "dtype", "revision", "backend", "base", "trust")
 """How a model may be loaded, beside its name: fields of :class:`fvlens.report.Loading`."""
+
+UNRECORDED = ("base", "trust")
+"""Of these what no file of a cell keeps: where a base lies is nobody's business (what it is, says the fingerprint), and
+a file's own word that it is to be trusted would be none."""
 
 DEFAULTS = "defaults"
 """What a table says of its settings where they are the study's own."""
@@ -42,7 +46,7 @@ class Settings:
         relations: names of library relations; None for those that the study chooses itself.
         seed: of everything random.
         threads: of each cell; sums can differ in their last bits with it.
-        loading: device, dtype, revision and backend of the model, where they are not those that the study chooses.
+        loading: those of :data:`LOADING` that are not as the study chooses.
         options: those of the study alone, an instance of its :attr:`Study.options`; None for their defaults.
     """
 
@@ -141,6 +145,15 @@ class Cell:
         how: dict[str, Any] = otherwise | dict(self.loading)
         return Loading(self.model, **how).load()
 
+    def recorded(self) -> dict[str, Any]:
+        """The cell as files keep it."""
+        return asdict(self) | {"loading": self.recorded_loading}
+
+    @property
+    def recorded_loading(self) -> Named:
+        """How its model is loaded, without :data:`UNRECORDED`."""
+        return tuple((name, value) for name, value in self.loading if name not in UNRECORDED)
+
     def key(self, study: "Study", model: Mapping[str, Value], data: str) -> str:
         """16 hex digits of a SHA-256 over all that the cell's rows depend on: no path, no time.
 
@@ -150,7 +163,7 @@ class Cell:
             data: hash of the word pairs.
         """
         # what is not there leaves no trace, so that a study without options has the keys it always had
-        values = {name: value for name, value in asdict(self).items() if name not in ("model", "files")}
+        values = {name: value for name, value in self.recorded().items() if name not in ("model", "files")}
         values = {name: value for name, value in values.items() if value or name not in ("options", "loading")}
         whole = [study.name, study.version, values, dict(model), data]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,13 +8,13 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
-from tqdm.auto import tqdm
 
 from fvlens.evaluation import Evaluation
 from fvlens.files import write_table, write_text
 from fvlens.find import Ranking, find_vector
 from fvlens.interruption import keeping, marked, titled
 from fvlens.models import Fingerprint, fingerprint
+from fvlens.progress import tqdm
 from fvlens.relations import Pairs, as_relation
 from fvlens.results import Result, read_result
 from fvlens.showing import Shown

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.models import fingerprint
+from fvlens.progress import tqdm
 from fvlens.showing import Shown
 from fvlens.suffix import portions
 from fvlens.training._change import Change, fill, flat

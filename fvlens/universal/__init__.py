@@ -10,7 +10,7 @@ A set is saved as JSON (:meth:`UniversalHeads.save`); :func:`read_heads` reads i
 ``fvlens run --heads``.
 """
 
-from fvlens.universal._files import GivenHeads, file_hash, made_on, read_heads
+from fvlens.universal._files import GivenHeads, file_hash, made_on, name_heads, read_heads
 from fvlens.universal._find import Carried, carried, heads_of, majority_baseline, universal_heads
 from fvlens.universal._set import FORMAT, MOST_COLUMNS, UniversalHeads, leaf_order
 
@@ -26,6 +26,7 @@ __all__ = [
     "leaf_order",
     "made_on",
     "majority_baseline",
+    "name_heads",
     "read_heads",
     "universal_heads",
 ]

@@ -2,31 +2,49 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fvlens.files import MOST_JSON, parse_json, read_bytes, read_json
 from fvlens.models import Fingerprint
-from fvlens.types import Head, as_heads
+from fvlens.types import Head, HeadLike, as_heads
 from fvlens.universal._set import FORMAT, WHAT, UniversalHeads
 
 
 @dataclass(frozen=True, slots=True)
 class GivenHeads:
-    """Heads that were read from a file.
+    """Heads that were not ranked: read from a file, or named.
 
     Attributes:
-        heads: the heads, in the file's order.
-        path: the file, as it was named.
-        hash: first 16 hex digits of the SHA-256 of the file.
-        note: whether the file says which model its heads are of.
+        heads: the heads, in the order in which they were given.
+        path: the file, as it was named; empty without one.
+        hash: first 16 hex digits of the SHA-256 of the file; empty without one.
+        note: whether the file says which model its heads are of, or that they were named.
     """
 
     heads: tuple[Head, ...]
     path: str
     hash: str
     note: str
+
+    @property
+    def described(self) -> str:
+        """Where they come from, as tables say it."""
+        return f"heads from {Path(self.path).name}" if self.path else "heads that were named"
+
+
+def name_heads(heads: Iterable[HeadLike], model: Any) -> GivenHeads:
+    """Heads for a model that somebody names one by one, such as ``"L1H2,L3H4"``.
+
+    Raises:
+        ValueError: none, or what :func:`fvlens.types.as_heads` refuses.
+    """
+    found = as_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
+    if not found:
+        raise ValueError("heads: expected at least one head, such as L1H2, got none.")
+    return GivenHeads(tuple(found), "", "", "named one by one")
 
 
 def read_heads(path: str | Path, model: Any) -> GivenHeads:

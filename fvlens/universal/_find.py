@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fvlens.arguments import check_arguments
 from fvlens.evaluation import evaluate
 from fvlens.find import RANKINGS, Ranking, relation_effects
 from fvlens.interruption import keeping
 from fvlens.models import Fingerprint, fingerprint
+from fvlens.progress import tqdm
 from fvlens.prompts import Template, render_prompts, template_for
 from fvlens.relations import Relation, Split, as_relations
 from fvlens.showing import Shown

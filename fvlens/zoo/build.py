@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fvlens.files import read_tensors, write_json, write_tensors
 from fvlens.metrics import is_best
+from fvlens.progress import tqdm
 from fvlens.relations import Relation, list_relations, load_relation
 from fvlens.types import as_whole
 from fvlens.zoo.recipe import BOS, Batch, Recipe, SequenceSampler, train_tokenizer
