@@ -92,7 +92,8 @@ def test_universal_takes_the_library_or_a_part_of_it(call, monkeypatch, tmp_path
     ]  # fmt: skip
     assert {cell.seed for cell in seen[0][0]} == {0} and str(seen[0][1]) == "heads-study"
     assert dict(seen[2][0][0].options) == {
-        "n_shots": 10, "n_prompts": 100, "n_corrupted": 25, "labels": "random", "template": "arrow"
+        "n_shots": 10, "n_prompts": 100, "n_corrupted": 25, "labels": "random", "template": "arrow",
+        "bos": None,
     }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

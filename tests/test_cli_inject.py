@@ -70,7 +70,7 @@ def test_inject_generates_until_the_answer_ends(call, model, saved, prompt, text
     text of one's own goes on."""
     vector = FunctionVector.load(saved)
     code, out, err = call("inject", saved, "--generate", n, "--", prompt)
-    assert code == 0 and len(err.splitlines()) <= 1  # what was guessed
+    assert code == 0 and "Traceback" not in err
     for line, name, how in zip(out.splitlines()[-2:], ("plain  ", "steered"), (None, vector), strict=True):
         written = generated(model, text, n, how)
         assert line == f"{name} {(written.split(chr(10))[0].strip() if prompt == 'hot' else written)!r}"

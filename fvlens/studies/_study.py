@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fvlens.models import INFORMATIVE, Fingerprint, fingerprint
-from fvlens.prompts import Template
+from fvlens.prompts import Template, get_template
 from fvlens.relations import list_relations, load_relation
 from fvlens.report import Loading
 
@@ -133,11 +133,14 @@ class Cell:
         return kind(**self.given())
 
     def given(self) -> dict[str, Any]:
-        """The options by name."""
+        """The options by name, the policy of BOS in the template."""
         values: dict[str, Any] = dict(self.options)
         text = values.get("template")
         if text is not None and text.startswith("{"):
             values["template"] = Template.from_json(json.loads(text))
+        bos = values.pop("bos", None)
+        if bos is not None:
+            values["template"] = get_template(values["template"]).with_bos(bos)
         return values
 
     def load(self, **otherwise: Any) -> Any:
