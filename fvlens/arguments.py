@@ -113,7 +113,8 @@ def _check(what: str, name: str, hint: Any, value: Any) -> None:
             _check_model(what, value)
         return
     if not _fits(hint, value):
-        raise ValueError(f"{what}: expected {_said(hint)}, got {_shown(value)}.")
+        remedy = "; put them into a list" if isinstance(value, str) and " a list" in f" {_said(hint)}" else ""
+        raise ValueError(f"{what}: expected {_said(hint)}, got {_shown(value)}{remedy}.")
     if name in _COUNTS and isinstance(value, Integral) and int(value) > MOST:
         raise ValueError(f"{what}: expected at most {MOST}, got {value}.")
     if isinstance(value, torch.Generator) and value.device.type != "cpu":
@@ -206,4 +207,8 @@ def _shown(value: Any) -> str:
     """A value for a message: short ones as they are, others by their class."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)[:80]
+    if isinstance(value, list | tuple) and all(
+        one is None or isinstance(one, bool | int | float | str) for one in value
+    ):
+        return repr(list(value))[:80]
     return f"a {type(value).__name__}"

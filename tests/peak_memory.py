@@ -62,7 +62,7 @@ def settled():
 
 def measured(run, prompts, bounds):
     """Pairs of a bound and the peak of ``run(prompts, bound)``."""
-    run(prompts.select([0]), None)  # whatever is made once
+    run(prompts, bounds[0])  # whatever is made once
     found = []
     for bound in bounds:
         before = settled()

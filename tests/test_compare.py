@@ -143,7 +143,7 @@ def test_an_interrupted_table_keeps_what_is_finished(model, table, monkeypatch, 
         assert torch.equal(ours.evaluation.ranks, theirs.evaluation.ranks)
         assert torch.equal(ours.collateral.divergences, theirs.collateral.divergences)
         assert ours.collateral.interval == theirs.collateral.interval
-    page, values = part.save(tmp_path)
+    page, values, _ = part.save(tmp_path)
     assert "Interrupted: the methods that are not here were not reached." in page.read_text(encoding="utf-8")
     assert not pd.read_csv(values).complete.any()
     assert "complete" not in table.to_dataframe() and "Interrupted" not in table.describe()

@@ -196,6 +196,6 @@ def test_bad_pairs_are_refused_everywhere_by_name(model, unchecked, part):
         with pytest.raises(ValueError, match=f"finetune: {name}, pair 1: expected .*{message}"):
             finetune(model, given["pairs"], valid=given["demonstrations"], **how)
     with pytest.raises(
-        ValueError, match="build_prompts: pool: expected a list of words, got 'ab'; put them into a list"
+        ValueError, match="build_prompts: pool: expected a list of texts or None, got 'ab'; put them into a list"
     ):
         build_prompts(model, good, n_shots=1, labels="random", pool="ab", generator=seeded())

@@ -306,7 +306,7 @@ def test_intervals_move_nothing_that_is_drawn_later(tiny):
         (dict(layers=[]), "layer_scale_sweep: expected at least one layer, got none."),
         (dict(layers=[3]), "layer_scale_sweep: no vector for layer 3; the model has layers 0..2"),
         (dict(scales=[]), "layer_scale_sweep: expected at least one scale, all finite, got []."),
-        (dict(scales=[float("inf")]), "layer_scale_sweep: expected at least one scale, all finite, got [inf]."),
+        (dict(scales=[float("inf")]), "find_vector: scales: expected a list of finite numbers, got [inf]."),
         (dict(template="nosuch"), "nosuch"),
         (dict(path="fast"), "fast"),
     ],

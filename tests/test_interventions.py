@@ -371,7 +371,7 @@ def test_inject_refuses_a_scale_that_is_not_finite(tiny, scale):
 
 
 def test_inject_refuses_what_is_not_a_steering(tiny, unchecked):
-    with pytest.raises(ValueError, match=r"inject: expected a Steering .* got Tensor"):
+    with pytest.raises(ValueError, match=r"inject: steering: expected a Steering, got a Tensor"):
         opened(inject(tiny, torch.ones(32)))
 
 

@@ -504,7 +504,7 @@ def test_figures_of_patterns_show_the_numbers(tiny, generator):
     for arguments, message in (
         (dict(head=(0, 1)), "is for one prompt's pattern; give prompt=, too"),
         (dict(prompt=3), r"plot: expected a prompt in 0\.\.2, got 3"),
-        (dict(prompt=0, head=(1, 1)), r"plot: head=\(1, 1\): no such head; there are L2H3, L0H1, L2H0"),
+        (dict(prompt=0, head=(1, 1)), r"plot: head=L1H1: no such head; there are L2H3, L0H1, L2H0"),
     ):
         with pytest.raises(ValueError, match=message):
             found.plot(**arguments)

@@ -111,7 +111,7 @@ def test_every_number_follows_from_the_parts(model, result, numbers):
         "options": {
             "seed": 0, "n_shots": 10, "n_prompts": 20, "n_corrupted": 8, "n_heads": 10, "labels": "permuted",
             "both_labels": True, "layer": None, "scale": None, "template": "qa", "n_random": 2, "n_others": 1,
-            "n_train": 20, "epochs": 20, "heads_file": None,
+            "n_train": 20, "epochs": 20, "heads_file": None, "bos": "one",
         },
         "loading": None,
         "command": None,

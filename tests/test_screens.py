@@ -562,7 +562,7 @@ def test_screens_of_the_embedded_model(model, labels):
     overlap = {m: sum(q.overlap for q in found) / len(found) for m, found in quality.items()}
     assert spearman["atp"] > 0.7 and spearman["ig"] > 0.8
     assert min(spearman["atp"], spearman["ig"]) > spearman["lrp"] > 0.1
-    assert min(overlap["atp"], overlap["ig"]) >= 0.8
+    assert min(overlap["atp"], overlap["ig"]) > 0.8 - 1e-9
 
 
 # --- the table ---

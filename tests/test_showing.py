@@ -23,8 +23,8 @@ PLAIN = {
     "AnswerTokens", "Analogy", "Dropped", "Edit", "Execution", "Fingerprint", "Fitting", "GivenHeads", "LoadReport",
     "Loading", "Pieces", "Provenance", "RecipeOptions", "RunOptions", "Settings", "Task", "Template", "TensorFile",
     # parts of engines and of plans, which nobody is handed
-    "Batch", "Budget", "Cell", "FigureBlock", "Loaded", "Planned", "Readout", "Request", "Rules", "Screen", "Screening",
-    "Slices", "Study", "SuffixRun", "Wants",
+    "AnswerEnd", "Batch", "Budget", "Cell", "FigureBlock", "Loaded", "Planned", "Readout", "Request", "Rules", "Screen",
+    "Screening", "Slices", "Study", "SuffixRun", "Wants",
 }  # fmt: skip
 
 

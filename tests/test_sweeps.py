@@ -236,7 +236,7 @@ def test_an_interrupted_sweep_keeps_the_finished_queries(tiny, means, monkeypatc
         ),
         ("map", [0, 1], r"no vector for layer 1; .* there are vectors for \[0\]"),
         ("outside", None, r"no vector for layer 7; the model has layers 0\.\.2"),
-        ("distributed", None, r"expected a vector with at_layer\(\), or a map from layer to vector, got Distributed"),
+        ("distributed", None, "expected a FunctionVector or a mapping, got a DistributedVector"),
     ],
 )
 def test_bad_layers_are_refused(tiny, means, unchecked, vector, layers, message):

@@ -149,8 +149,8 @@ class IndirectEffects(Result):
                 f"IndirectEffects: expected cie of {mark.n_layers} layers x {mark.n_heads} heads and at least one "
                 f"prompt, got {tuple(self.cie.shape)}."
             )
-        if self.method not in METHODS:
-            raise ValueError(f"IndirectEffects: method={self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.method != "exact" and self.method not in SCREENS:
+            raise ValueError(f"IndirectEffects: method={self.method!r}; expected one of exact, {', '.join(SCREENS)}.")
         if self.answer not in ("first", "whole"):
             raise ValueError(f"IndirectEffects: answer={self.answer!r}; expected first or whole.")
         if self.recheck is not None:

@@ -201,11 +201,12 @@ class AttentionPatterns(Result):
         if head is None:
             values, rows, title = self.last[prompt][:, columns], list(map(str, self.heads)), "the last token"
         else:
-            if tuple(head) not in self.heads or self.full is None:
+            one = as_heads([head], self.fingerprint.n_layers, self.fingerprint.n_heads, "plot: head")[0]
+            if one not in self.heads or self.full is None:
                 why = "attention from all tokens was not asked for (full=True)" if self.full is None else "no such head"
-                raise ValueError(f"plot: head={tuple(head)}: {why}; there are {', '.join(map(str, self.heads))}.")
-            values = self.full[prompt, self.heads.index(Head(*head))][columns][:, columns]
-            rows, title = words, f"each token, {Head(*head)}"
+                raise ValueError(f"plot: head={one}: {why}; there are {', '.join(map(str, self.heads))}.")
+            values = self.full[prompt, self.heads.index(one)][columns][:, columns]
+            rows, title = words, f"each token, {one}"
         return plots.shares(
             values,
             rows,

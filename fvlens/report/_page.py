@@ -93,7 +93,7 @@ def _training(result: RunResult, tuned: Tuned) -> str:
 
 def _differing(rows: Sequence[Row]) -> list[float] | None:
     """Shares of whole answers that are right; None where all are as top-1."""
-    return [row.exact for row in rows] if any(row.exact != row.top1 for row in rows) else None
+    return [row.exact for row in rows] if any(abs(row.exact - row.top1) > 1e-9 for row in rows) else None
 
 
 def _tuned_rows(result: RunResult, tuned: Tuned) -> list[Row]:

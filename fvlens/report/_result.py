@@ -169,7 +169,7 @@ class RunResult(Shown):
     def exact(self) -> list[float] | None:
         """Share of whole answers that are right, a number for each row of :meth:`summary`; None if all are as top-1."""
         rows = self._rows()
-        return [row.exact for row in rows] if any(row.exact != row.top1 for row in rows) else None
+        return [row.exact for row in rows] if any(abs(row.exact - row.top1) > 1e-9 for row in rows) else None
 
     def _rows(self) -> list[Row]:
         shots = self.options.n_shots

@@ -173,7 +173,7 @@ def _run(cell: Cell, model: Any, shelf: Shelf) -> list[dict[str, Value]]:
 def _found(name: str, cell: Cell, model: Any) -> tuple[Found, torch.Generator]:
     """A relation's function vector and all that led to it, and the generator as it is then."""
     options: ClaimsOptions = cell.chosen(ClaimsOptions)
-    recipe = {field: getattr(options, field) for field in field_names(RecipeOptions)}
+    recipe = {field: getattr(options, field) for field in field_names(RecipeOptions) if field != "bos"}
     generator = torch.Generator().manual_seed(cell.seed)
     split = load_relation(name).split(generator)
     found = find_vector(

@@ -227,7 +227,7 @@ def test_layer_of_many_is_the_best_on_average(small):
 
 def test_test_pairs_change_nothing_and_validation_pairs_decide(model):
     split = fvlens.load_relation("antonym").split(seeded())
-    settings = dict(init="zero", layer=1, lr=10.0, epochs=3, progress=False)
+    settings = dict(init="zero", layer=1, lr=5.0, epochs=3, progress=False)
 
     def trained(valid, test):
         runs = finetune_many(model, {"a": split_of(split.train[:10], valid, test)}, generator=seeded(), **settings)
