@@ -273,7 +273,7 @@ def test_a_run_without_bos_and_again(call, model, tmp_path):
         other = call("inject", file, "dog", "--bos", "one")
     for (code, out, err), front in ((bare, []), (other, [model.tokenizer.bos_token_id])):
         best = model(torch.tensor([[*front, *ids]]))[0, -1].argmax()
-        assert (code, err) == (0, "") and f"{model.tokenizer.decode([best])!r} " in out
+        assert code == 0 and "warning" not in err.lower() and f"{model.tokenizer.decode([best])!r} " in out
     assert bare[1] != other[1]
 
     options = fvlens.report.read_run(folder).options

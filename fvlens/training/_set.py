@@ -211,7 +211,10 @@ class VectorSet(Shown):
         shared = {"fingerprint": header["fingerprint"]} if "fingerprint" in header else {}
         each = zip(rows, entries, strict=True)
         vectors = tuple(vector_from(row, {**shared, **entry}, template) for row, entry in each)
-        return cls(vectors, as_texts(header["categories"], "categories"))
+        categories = as_texts(header["categories"], "categories")
+        if len(categories) != len(vectors):  # none at all would be looked up
+            raise ValueError(f"{len(vectors)} vectors, but {len(categories)} categories")
+        return cls(vectors, categories)
 
     @classmethod
     def load(cls, path: str | FilePath, *, model: Any = None, template: Template | str | None = None) -> "VectorSet":
