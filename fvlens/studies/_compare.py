@@ -80,7 +80,8 @@ def _markdown(tables: "Mapping[str, pd.DataFrame]") -> str:
         if n == 1
         else ""
     )
-    caution = f" Heads: {first['caution']}" if first["caution"] else ""
+    # an empty text is no text once it was in a file
+    caution = f" Heads: {first['caution']}" if isinstance(first["caution"], str) and first["caution"] else ""
     below = (
         f"{place}No demonstrations unless the method is demonstrations. Trained: numbers that were trained. KL: "
         "collateral change of the next token after prompts of other relations, in nats. Intervals: 95% bootstrap over "
