@@ -121,7 +121,7 @@ def path_hint(given: str | Path) -> str:
 # --- writing ---
 
 
-KINDS = (".json", ".safetensors", ".html", ".csv", ".md")
+KINDS = (".json", ".safetensors", ".html", ".csv", ".md", ".svg", ".pdf", ".png")
 """Ends of the names of files that fvlens writes."""
 
 

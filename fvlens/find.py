@@ -32,7 +32,8 @@ from fvlens.vectors import FunctionVector, function_vector
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 Ranking = Literal["permuted", "random"]
 """The corruption on which heads are ranked, of those that the commands offer."""
@@ -132,7 +133,7 @@ class Found(Result):
         """The sweep's: one row a layer and scale."""
         return self.sweep.to_dataframe()
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """The sweep's: top-1 over layers, a line a scale."""
         return self.sweep.plot()
 

@@ -44,6 +44,17 @@ def named(relation: str) -> str:
     return relation or "custom pairs"
 
 
+def as_said(name: str) -> str:
+    """A setting's name as people say it, for titles and tables.
+
+    Example:
+        >>> as_said("zero_shot"), as_said("icl")
+        ('zero-shot', 'demonstrations')
+    """
+    said = {"icl": "demonstrations", "shuffled": "shuffled demonstrations"}
+    return said.get(name, name.replace("_", "-"))
+
+
 def number(value: float | int | None, digits: int = 3) -> str:
     """A number for a table or a line; a dash for one that is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -252,7 +252,7 @@ TITLES = dict(x_title="Pairs", y_title="Top-1")
 
 
 def test_curves_draw_every_line_with_its_own_look_and_its_band():
-    figure = curves([1, 5, 20], LINES, BANDS, **TITLES, note="Bands: words")
+    figure = curves([1, 5, 20], LINES, BANDS, **TITLES, title="Curves", note="Bands: words")
     train, band, test = figure.data
     assert (train.name, list(train.x), list(train.y)) == ("train", [1, 5, 20], LINES["train"])
     assert (test.name, list(test.y)) == ("test", LINES["test"])

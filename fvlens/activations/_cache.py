@@ -21,7 +21,8 @@ from fvlens.showing import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -350,7 +351,7 @@ class ActivationCache(Shown):
 
     def plot(
         self, site: str | None = None, *, layer: int | None = None, head: int | None = None, prompt: int | None = None
-    ) -> "go.Figure":
+    ) -> "Figure":
         """A figure of one site: attention of a head, or the norms of what is kept.
 
         Of ``"pattern"``: one head's attention on one prompt, with its tokens. Of sites with heads: the mean norm of

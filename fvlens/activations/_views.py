@@ -13,7 +13,8 @@ from fvlens.prompts import TokenClass
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 _ROW_BYTES = 80
 """Bytes that a row of the table takes: up to ten columns."""
@@ -67,7 +68,7 @@ def _site_table(cache: ActivationCache, site: str) -> "pd.DataFrame":
 # --- figures ---
 
 
-def figure(cache: ActivationCache, site: str, layer: int | None, head: int | None, prompt: int | None) -> "go.Figure":
+def figure(cache: ActivationCache, site: str, layer: int | None, head: int | None, prompt: int | None) -> "Figure":
     """A figure of one site; see :meth:`ActivationCache.plot`."""
     if prompt is not None and not 0 <= prompt < len(cache):
         raise ValueError(f"plot: expected a prompt in 0..{len(cache) - 1}, got {prompt}.")
@@ -80,7 +81,7 @@ def figure(cache: ActivationCache, site: str, layer: int | None, head: int | Non
     return _norms(cache, site) if prompt is None else _token_norms(cache, site, prompt)
 
 
-def _attention(cache: ActivationCache, layer: int, head: int, prompt: int) -> "go.Figure":
+def _attention(cache: ActivationCache, layer: int, head: int, prompt: int) -> "Figure":
     from fvlens import plots
 
     n_heads = cache.store.shapes["pattern"][0]
@@ -105,7 +106,7 @@ def _norm_sums(cache: ActivationCache, site: str) -> Float[Tensor, " layer *head
     return torch.stack(found)
 
 
-def _head_norms(cache: ActivationCache, site: str, prompt: int | None) -> "go.Figure":
+def _head_norms(cache: ActivationCache, site: str, prompt: int | None) -> "Figure":
     from fvlens import plots
 
     norms = _norm_sums(cache if prompt is None else cache.select(prompts=[prompt]), site)
@@ -115,7 +116,7 @@ def _head_norms(cache: ActivationCache, site: str, prompt: int | None) -> "go.Fi
     return plots.heatmap(every, title=f"Mean norm of {site}, {where}", colorbar_title="norm")
 
 
-def _norms(cache: ActivationCache, site: str) -> "go.Figure":
+def _norms(cache: ActivationCache, site: str) -> "Figure":
     from fvlens import plots
 
     title = f"Mean norm of {site}, {len(cache)} prompts"
@@ -124,7 +125,7 @@ def _norms(cache: ActivationCache, site: str) -> "go.Figure":
     )
 
 
-def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "go.Figure":
+def _token_norms(cache: ActivationCache, site: str, prompt: int) -> "Figure":
     from fvlens import plots
 
     real = cache.mask[prompt]

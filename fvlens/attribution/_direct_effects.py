@@ -16,7 +16,8 @@ from fvlens.types import Head
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -147,7 +148,7 @@ class DirectEffects(Result):
             }
         )
 
-    def plot(self, *, n_top: int = 10, prompt: int | None = None) -> "go.Figure":
+    def plot(self, *, n_top: int = 10, prompt: int | None = None) -> "Figure":
         """Map of all heads and, beside them, the MLPs; the other parts stand under the title.
 
         Args:

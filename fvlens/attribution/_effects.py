@@ -24,7 +24,8 @@ from fvlens.types import Head, as_heads
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 Method = str
@@ -409,7 +410,7 @@ class IndirectEffects(Result):
             columns["exact_cie"] = exact.flatten().numpy()
         return marked(pd.DataFrame(columns), self.complete)
 
-    def plot(self, *, n_top: int = 10) -> "go.Figure":
+    def plot(self, *, n_top: int = 10) -> "Figure":
         """Heatmap of the AIE, layer by head, the ``n_top`` best heads outlined; of a screen, its mean scores by name.
 
         Outlined are the heads of :meth:`top`, but for those that are known not to help; the title says how many these

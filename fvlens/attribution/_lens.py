@@ -20,7 +20,8 @@ from fvlens.suffix import read_out_slices
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 _WIDTH = 1.96
 """Standard errors on either side that hold 95% of a normal distribution."""
@@ -133,7 +134,7 @@ class LogitLens(Result):
             }
         )
 
-    def plot(self, *, prompt: int | None = None) -> "go.Figure":
+    def plot(self, *, prompt: int | None = None) -> "Figure":
         """The answer's probability: by layer at the last token, or of one prompt by layer and token.
 
         Args:

@@ -21,7 +21,8 @@ from fvlens.types import Head, HeadLike, as_heads
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 _MOST = 2 * 1024**3
 """Bytes that whole patterns may take where no bound is given."""
@@ -164,7 +165,7 @@ class AttentionPatterns(Result):
         columns["attention"] = values[seen].numpy()
         return pd.DataFrame(columns)
 
-    def plot(self, *, prompt: int | None = None, head: HeadLike | None = None) -> "go.Figure":
+    def plot(self, *, prompt: int | None = None, head: HeadLike | None = None) -> "Figure":
         """Attention as a map.
 
         By default each head's mean attention from the last token to each kind of token, with what even attention would

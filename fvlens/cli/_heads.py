@@ -93,7 +93,7 @@ def universal(
 
     This is `fvlens study universal` with a file of heads: stopped, the same command goes on.
     """
-    from fvlens.pages import write_figure
+    from fvlens.plots import save as save_figure
     from fvlens.studies import STUDIES, heads_from
 
     if names and (category or family):
@@ -132,6 +132,6 @@ def universal(
         left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
         if left_out:
             say(f"left out, {options.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
-        written = [found.save(file), write_figure(figure, found.plot()), *outcome.save(folder)]
+        written = [found.save(file), save_figure(found.plot(), figure), *outcome.save(folder)]
     wrote(written)
     end(outcome, list)

@@ -66,7 +66,7 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
         quiet: QuietOption = False,
     ) -> None:
         from fvlens.files import write_text
-        from fvlens.pages import write_figure
+        from fvlens.plots import save as save_figure
         from fvlens.studies import root_for, write_measured
 
         root = root_for(study) if write else None  # before hours of work
@@ -78,7 +78,7 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
             text = study.markdown(outcome.tables())
             say_page(text)
             page = write_text(folder / f"{study.name}.md", f"{text}\n")
-            figures = [write_figure(folder / f"{name}.html", figure) for name, figure in outcome.figures().items()]
+            figures = [save_figure(figure, folder / f"{name}.html") for name, figure in outcome.figures().items()]
             wrote([*outcome.save(folder), page, *figures])
         end(outcome, lambda: [] if root is None else write_measured(outcome, root))
 

@@ -33,7 +33,8 @@ from fvlens.training import frozen
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 Unseen = Literal["pairs", "relations"]
 CONTROLS = ("uniform", "best single", "random", "own vector")
@@ -233,7 +234,7 @@ class AnalogyEvaluation(Result):
             rows.append(row)
         return pd.DataFrame(rows).sort_values("gain", ascending=False, kind="stable", ignore_index=True)
 
-    def plot(self, *, kind: str | None = None) -> "go.Figure":
+    def plot(self, *, kind: str | None = None) -> "Figure":
         """Top-1 of every way with its interval, as bars."""
         from fvlens import plots
 
@@ -242,6 +243,7 @@ class AnalogyEvaluation(Result):
         return plots.bars(
             names, [self.top1(name, kind=kind) for name in names], [e.low for e in ends], [e.high for e in ends],
             x_title="Top-1", x_range=(0, 1.15), highlighted=[name for name in names if name.startswith("composite")],
+            level=ends[0].level,
             title=f"{'' if kind is None else kind.capitalize() + ' a'}{'A' if kind is None else ''}nalogies",
         )  # fmt: skip
 

@@ -28,7 +28,8 @@ from fvlens.vectors import INTERRUPTED, FunctionVector, as_float32
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 Map = Literal["none", "diagonal", "full", "lowrank", "transfer"]
 ScoreKind = Literal["log_probability", "probability"]
@@ -104,14 +105,18 @@ class Explanation(Shown):
         columns = dict(weight=self.weights, score=self.scores, recognised=self.recognised)
         return pd.DataFrame({"relation": self.names, **{name: column.numpy() for name, column in columns.items()}})
 
-    def plot(self, n: int = 12) -> "go.Figure":
+    def plot(self, n: int = 12) -> "Figure":
         """The heaviest weights as bars."""
         from fvlens import plots
 
         chosen = self.top(n)
         shown = ", ".join(f"{pair.input} : {pair.output}" for pair in self.pairs)
         return plots.bars(
-            [name for name, _ in chosen], [weight for _, weight in chosen], x_title="Weight", title=f"Basis of {shown}"
+            [name for name, _ in chosen],
+            [weight for _, weight in chosen],
+            x_title="Weight",
+            signed=True,
+            title=f"Basis of {shown}",
         )
 
 
@@ -306,7 +311,7 @@ class CompositeMap(Shown):
             seed=None,
         )
 
-    def plot(self, model: Any, a: str | Sequence[str], b: str | Sequence[str], *, n: int = 12) -> "go.Figure":
+    def plot(self, model: Any, a: str | Sequence[str], b: str | Sequence[str], *, n: int = 12) -> "Figure":
         """The heaviest weights for the relation of a to b as bars: why an analogy is solved as it is."""
         return self.explain(model, a, b).plot(n)
 

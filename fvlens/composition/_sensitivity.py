@@ -19,14 +19,15 @@ from fvlens.models import Fingerprint
 from fvlens.progress import tqdm
 from fvlens.relations import Analogy, list_relations, load_relation
 from fvlens.results import Result
-from fvlens.showing import Shown, number, span
+from fvlens.showing import Shown, as_said, number, span
 from fvlens.suffix import Route
 from fvlens.training import VectorSet
 from fvlens.vectors import random_vector_like
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -110,7 +111,7 @@ class BasisStudy(Result):
             for one in self.changes
         )  # fmt: skip
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Top-1 under every change with its interval, beside the references."""
         from fvlens import plots
 
@@ -121,7 +122,8 @@ class BasisStudy(Result):
             [one.interval.high for one in self.changes],
             x_title="Top-1", x_range=(0, 1.15), references=self.references,
             highlighted=[f"{self.changes[0].name} ({self.changes[0].n_basis:.0f})"],
-            title=f"Changed basis (vectors left), {self.n_analogies} analogies, {self.setting.replace('_', '-')}",
+            level=self.changes[0].interval.level,
+            title=f"Changed basis (vectors left), {self.n_analogies} analogies, {as_said(self.setting)}",
         )  # fmt: skip
 
 

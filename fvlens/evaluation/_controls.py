@@ -18,13 +18,14 @@ from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts
 from fvlens.results import Result
 from fvlens.scoring import score
-from fvlens.showing import Shown, number, span
+from fvlens.showing import Shown, as_said, number, span
 from fvlens.types import Head, Steering
 from fvlens.vectors import FunctionVector, function_vector, random_vector_like
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 ControlKind = Literal["no_vector", "vector", "random_vector", "random_heads", "other_relation", "icl", "shuffled"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
@@ -162,7 +163,7 @@ class Controls(Result):
         )
         return marked(table, self.complete)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Top-1 of the vector and each control as bars with intervals."""
         from fvlens import plots
 
@@ -174,7 +175,10 @@ class Controls(Result):
             [row.interval.low for row in self.rows],
             [row.interval.high for row in self.rows],
             x_title="Top-1",
-            title=titled(f"The vector and its controls, {one.name} ({one.setting}, {one.n} queries)", self.complete),
+            title=titled(
+                f"The vector and its controls, {one.name} ({as_said(one.setting)}, {one.n} queries)", self.complete
+            ),
+            level=vector.interval.level,
             highlighted=[vector.name],
         )
 

@@ -15,13 +15,14 @@ from fvlens.metrics import Interval, bootstrap_interval, top_k_accuracy
 from fvlens.prompts import AnswerTokens, Prompts
 from fvlens.results import check_counts
 from fvlens.scoring import Scores, score
-from fvlens.showing import number, span
+from fvlens.showing import as_said, number, span
 from fvlens.suffix import Route, Weights, named_precision
 from fvlens.types import Steering
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 SHARE_AXIS = (0.0, 1.08)
 """Range of an axis that shows shares, with room for the markers at 1."""
@@ -149,7 +150,7 @@ class Evaluation(Answered):
             exact=self.whole.numpy(),
         )
 
-    def plot(self, *, k: int = 10) -> "go.Figure":
+    def plot(self, *, k: int = 10) -> "Figure":
         """Share of answers among the ``k`` most likely tokens, for 1 to ``k`` tokens."""
         from fvlens import plots
 
@@ -159,7 +160,7 @@ class Evaluation(Answered):
             [top_k_accuracy(self.ranks, count) for count in counts],
             x_title="Tokens counted",
             y_title="Share of answers among them",
-            title=f"Rank of the answer, {self.name} ({self.setting}, {self.n} queries)",
+            title=f"Rank of the answer, {self.name} ({as_said(self.setting)}, {self.n} queries)",
             marked=1,
             marked_label="top-1",
             y_range=SHARE_AXIS,

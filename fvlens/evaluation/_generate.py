@@ -14,13 +14,14 @@ from fvlens.evaluation._prompting import Asked, Prompting, asked_prompts, copied
 from fvlens.metrics import Interval, best_token, bootstrap_interval, exact_match, token_f1
 from fvlens.prompts import AnswerEnd, Prompts
 from fvlens.scoring import Batch, changed, context_batches, note_other_bos
-from fvlens.showing import span
+from fvlens.showing import as_said, span
 from fvlens.suffix import halving
 from fvlens.types import Steering
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 @dataclass(frozen=True, slots=True, repr=False, kw_only=True)
@@ -84,7 +85,7 @@ class GeneratedAnswers(Answered):
             f1=self.f1_scores.numpy(),
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Exact match and F1 as bars with their intervals."""
         from fvlens import plots
 
@@ -95,7 +96,8 @@ class GeneratedAnswers(Answered):
             [interval.low for interval in intervals],
             [interval.high for interval in intervals],
             x_title="Mean over queries",
-            title=f"Generated answers, {self.name} ({self.setting}, {self.n} queries)",
+            level=self.interval.level,
+            title=f"Generated answers, {self.name} ({as_said(self.setting)}, {self.n} queries)",
         )
 
 

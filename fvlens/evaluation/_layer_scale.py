@@ -17,13 +17,14 @@ from fvlens.interruption import titled
 from fvlens.metrics import Interval
 from fvlens.models import Fingerprint
 from fvlens.results import Result
-from fvlens.showing import number
+from fvlens.showing import as_said, number
 from fvlens.types import Steering
 from fvlens.vectors import FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 """Factors on the vector that :func:`layer_scale_sweep` visits by default."""
@@ -160,7 +161,7 @@ class LayerScaleSweep(Result):
             parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Top-1 over layers, a line a scale with its interval, and top-1 without a vector for comparison."""
         from fvlens import plots
 
@@ -176,10 +177,11 @@ class LayerScaleSweep(Result):
             x_title="Injected after layer",
             y_title="Top-1",
             title=titled(
-                f"Layer and scale, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)",
+                f"Layer and scale, {self.baseline.name} ({as_said(self.baseline.setting)}, {self.baseline.n} queries)",
                 self.complete,
             ),
-            note=f"Best: {scale:g} v after layer {layer}. Bands: 95% bootstrap over queries",
+            note=f"Best: {scale:g} v after layer {layer}. "
+            f"Bands: {self.baseline.interval.level:.0%} bootstrap over queries",
             references={"no vector": self.baseline.top1},
             y_range=SHARE_AXIS,
         )

@@ -18,13 +18,14 @@ from fvlens.models import Fingerprint
 from fvlens.prompts import Prompts
 from fvlens.results import Result
 from fvlens.scoring import score
-from fvlens.showing import number, span
+from fvlens.showing import as_said, number, span
 from fvlens.types import Head, HeadLike, Steering, as_heads
 from fvlens.vectors import FunctionVector, function_vector
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 50)
 """Head counts that :func:`head_count_sweep` visits by default, as far as the ranking goes."""
@@ -125,7 +126,7 @@ class _Sweep(Result):
         pairs = [("no vector", self.baseline), *zip(self._coordinates(), self.evaluations, strict=True)]
         return [(name, "top-1", "interval"), *((str(x), number(e.top1), span(*e.interval[:2])) for x, e in pairs)]
 
-    def _plot(self, coordinates: Sequence[int], marked: int, x_title: str, what: str) -> "go.Figure":
+    def _plot(self, coordinates: Sequence[int], marked: int, x_title: str, what: str) -> "Figure":
         """Top-1 over the values with its interval, one of them marked, and top-1 without a vector for comparison."""
         from fvlens import plots
 
@@ -137,8 +138,10 @@ class _Sweep(Result):
             x_title=x_title,
             y_title="Top-1",
             title=titled(
-                f"{what}, {self.baseline.name} ({self.baseline.setting}, {self.baseline.n} queries)", self.complete
+                f"{what}, {self.baseline.name} ({as_said(self.baseline.setting)}, {self.baseline.n} queries)",
+                self.complete,
             ),
+            level=self.baseline.interval.level,
             references={"no vector": self.baseline.top1},
             marked=marked,
             y_range=SHARE_AXIS,
@@ -182,7 +185,7 @@ class LayerSweep(_Sweep):
         exact``."""
         return sweep_dataframe("layer", self.layers, self.evaluations, self.complete)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Top-1 over layers with its interval, the best layer marked, and top-1 without a vector for comparison."""
         return self._plot(self.layers, self.best_layer, "Injected after layer", "Layer sweep")
 
@@ -311,7 +314,7 @@ class HeadCountSweep(_Sweep):
         exact``."""
         return sweep_dataframe("n_heads", self.counts, self.evaluations, self.complete)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Top-1 over the number of heads with its interval, the best marked, and top-1 without a vector."""
         return self._plot(self.counts, self.best_count, "Heads in the vector", "Head-count sweep")
 

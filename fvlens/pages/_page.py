@@ -12,9 +12,6 @@ from fvlens.files import write_text
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_QUIET = {"displayModeBar": False}
-"""Settings of plotly: no bar of buttons over a figure."""
-
 
 @dataclass(frozen=True, slots=True)
 class FigureBlock:
@@ -56,9 +53,11 @@ def render(template: str, **values: Any) -> str:
     drawn = 0
 
     def draw(figure: "go.Figure") -> str:
+        from fvlens.plots import block
+
         nonlocal drawn
         drawn += 1
-        return figure.to_html(full_html=False, include_plotlyjs=drawn == 1, config=_QUIET)
+        return block(figure, script=drawn == 1)
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source), autoescape=True, undefined=jinja2.StrictUndefined
@@ -91,16 +90,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
 
 
 def write_figure(path: str | Path, figure: "go.Figure") -> Path:
-    """Write one figure as an HTML page that works offline. Replaces an existing file at once.
+    """Write one figure as an HTML page, as :func:`fvlens.plots.save` does."""
+    from fvlens.plots import save
 
-    Args:
-        path: the file.
-        figure: the figure.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
-    return write_text(Path(path), figure.to_html(include_plotlyjs=True, config=_QUIET, div_id="figure"))
+    return save(figure, path)

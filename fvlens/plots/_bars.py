@@ -4,25 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import Number, Numbers, as_intervals, as_numbers, check_lengths, check_range, some
-from fvlens.plots._style import (
-    ACCENT,
-    CHARACTER,
-    GREY,
-    INK,
-    MUTED,
-    REFERENCE_DASHES,
-    REFERENCES,
-    WIDTH,
-    label_margin,
-    layout,
-    on_two_lines,
-    plain,
-    reach,
-    spread,
-)
+from fvlens.plots._style import REFERENCE_DASHES, label_margin, layout, look, on_lines, plain, reach, spread
 
 
+@drawn
 def bars(
     labels: Sequence[str],
     values: Numbers,
@@ -30,10 +17,13 @@ def bars(
     high: Numbers | None = None,
     *,
     x_title: str,
-    title: str = "",
+    title: str | None = "",
     highlighted: Sequence[str] = (),
     references: Mapping[str, Number] | None = None,
     x_range: tuple[Number, Number] | None = None,
+    level: float = 0.95,
+    signed: bool = False,
+    note: str | None = None,
 ) -> go.Figure:
     """Horizontal bars with intervals and their values in figures, the first label on top.
 
@@ -43,10 +33,13 @@ def bars(
         low: lower end of each interval; give ``low`` and ``high`` together.
         high: upper end of each interval.
         x_title: title of the value axis; also the name of the quantity in the hover text.
-        title: figure title.
+        title: figure title; None for none.
         highlighted: labels of the bars in the accent colour; the others are muted. None named: all accented.
         references: name and value of vertical lines to compare with.
         x_range: ends of the value axis; by default it holds 0 and everything drawn.
+        level: of the intervals, said under the title.
+        signed: numbers below 0 have a colour of their own, said under the title; for weights and effects.
+        note: more to say under the title.
 
     Returns:
         The figure. Bars sit at y = 0, 1, 2, ..., so equal labels do not merge.
@@ -72,13 +65,18 @@ def bars(
     lines = dict(references or {})
     as_numbers("bars", "references", list(lines.values()), may_be_empty=True)
 
-    figure = go.Figure(_bar_trace(labels, lengths, lows, highs, x_title=x_title, highlighted=highlighted))
+    size, colours = look().size, look().colours
+    figure = go.Figure(
+        _bar_trace(labels, lengths, lows, highs, x_title=x_title, highlighted=highlighted, signed=signed)
+    )
 
     # the axis holds everything drawn, with room for the figures beyond the bars
-    margin = max(label_margin(labels, 33), 40)
-    inside = WIDTH - margin - 30
-    drawn = [*lengths, *(lows or []), *(highs or []), *lines.values()]
-    left_end, right_end = x_range or reach(drawn, room=52 / inside)
+    names = [on_lines(label) for label in labels]
+    margin = max(label_margin([line for name in names for line in name.split("<br>")], size.label), 40)
+    right = round(size.right * 1.25)
+    inside = size.width - margin - right
+    reached = [*lengths, *(lows or []), *(highs or []), *lines.values()]
+    left_end, right_end = x_range or reach(reached, room=4.4 * size.text / inside)
 
     # each bar's value in figures, beyond its end or its whisker
     for row, value in enumerate(lengths):
@@ -88,35 +86,68 @@ def bars(
             end = min(value, lows[row]) if negative else highs[row]
         figure.add_annotation(
             x=end, y=row, text=f"{value:.3g}", showarrow=False, xanchor="right" if negative else "left",
-            xshift=-5 if negative else 5, font={"size": 12, "color": INK}, bgcolor="rgba(255, 255, 255, 0.75)",
+            xshift=-5 if negative else 5, font={"size": size.text, "color": colours.ink}, bgcolor=colours.veil(0.75),
         )  # fmt: skip
 
-    # reference lines, their names above the figure and moved apart
+    # reference lines, their names above the figure and moved apart; where they do not fit, one above the other
     levels = [(value - left_end) / (right_end - left_end) for value in lines.values()]
-    widest = max((len(f"{name} {value:.3g}") for name, value in lines.items()), default=0) * CHARACTER
-    places = spread(levels, (widest + 10) / inside)
-    for i, ((name, value), place) in enumerate(zip(lines.items(), places, strict=True)):
-        colour, dash = REFERENCES[i % len(REFERENCES)], REFERENCE_DASHES[i % len(REFERENCE_DASHES)]
+    texts = [f"{name} {value:.3g}" for name, value in lines.items()]
+    widest = max(map(len, texts), default=0) * size.character
+    stacked = (widest + 10) * len(lines) > inside + widest
+    places = levels if stacked else spread(levels, (widest + 10) / inside)
+    for i, (text, value, place) in enumerate(zip(texts, lines.values(), places, strict=True)):
+        colour, dash = colours.references[i % len(colours.references)], REFERENCE_DASHES[i % len(REFERENCE_DASHES)]
         figure.add_shape(
             type="line", yref="paper", y0=0, y1=1, x0=value, x1=value,
             line={"color": colour, "width": 1.5, "dash": dash},
         )  # fmt: skip
+        half = widest / 2 / inside
         figure.add_annotation(
-            xref="paper", yref="paper", x=place, y=1, yanchor="bottom", xanchor="center", showarrow=False,
-            text=f"{plain(name)} {value:.3g}", font={"size": 12, "color": colour},
+            xref="paper", yref="paper", x=min(max(place, half), 1 - half) if stacked else place, y=1, yanchor="bottom",
+            yshift=(size.line + 2) * i if stacked else 0, xanchor="center", showarrow=False, text=plain(text),
+            font={"size": size.text, "color": colour},
         )  # fmt: skip
+    above = (size.line + 2) * (len(lines) if stacked else min(1, len(lines)))
 
-    note = None if lows is None else "Whiskers: interval of the mean"
-    shared = layout(title, height=round(140 + 32 * len(lengths) + (18 if lines else 0)), note=note)
-    shared["margin"] |= {"l": margin, "r": 30}
-    shared["margin"]["t"] += 18 if lines else 0
+    row_height = max(32 * size.tall, max(name.count("<br>") + 1 for name in names) * size.line + 5, size.line + 8)
+    said = [] if lows is None else [f"Whiskers: {level:.0%} interval of the mean"]
+    said += ["blue: above 0, orange: below"] if signed and min(lengths) < 0 else []
+    said += [note] if note else []
+    shown = "; ".join(said)
+    above_all = (size.above_note if said else size.above) + above
+    shared = layout(
+        title, height=round(above_all + size.below + 24 * size.tall + row_height * len(lengths)),
+        note=shown[:1].upper() + shown[1:] or None, alt=_in_words(labels, lengths, lows, highs, x_title),
+    )  # fmt: skip
+    shared["margin"] |= {"l": margin, "r": right}
+    shared["margin"]["t"] += above
     figure.update_layout(**shared)
-    figure.update_xaxes(title=x_title, range=[left_end, right_end], zeroline=True, zerolinecolor=GREY)
+    figure.update_xaxes(
+        title=x_title, range=[left_end, right_end], zeroline=True, zerolinecolor=colours.grey,
+        nticks=max(3, inside // 60),
+    )  # fmt: skip
     figure.update_yaxes(
-        range=[len(lengths) - 0.5, -0.5], tickvals=list(range(len(lengths))),
-        ticktext=[on_two_lines(label) for label in labels], ticks="", showgrid=False, ticklabelstandoff=5,
+        range=[len(lengths) - 0.5, -0.5], tickvals=list(range(len(lengths))), ticktext=names, ticks="", showgrid=False,
+        ticklabelstandoff=5,
     )  # fmt: skip
     return figure
+
+
+def _in_words(
+    labels: Sequence[str],
+    lengths: Sequence[float],
+    lows: Sequence[float] | None,
+    highs: Sequence[float] | None,
+    x_title: str,
+) -> str:
+    """What the bars show: the first of them with their intervals."""
+    most = 12
+    said = []
+    for i, (label, value) in enumerate(zip(labels[:most], lengths, strict=False)):
+        ends = "" if lows is None or highs is None else f" ({lows[i]:.3g} to {highs[i]:.3g})"
+        said.append(f"{label} {value:.3g}{ends}")
+    more = f", and {len(labels) - most} more" if len(labels) > most else ""
+    return f"Bars of {x_title}: {', '.join(said)}{more}"
 
 
 def _bar_trace(
@@ -127,6 +158,7 @@ def _bar_trace(
     *,
     x_title: str,
     highlighted: Sequence[str],
+    signed: bool,
 ) -> go.Bar:
     """The bars with their whiskers and hover texts."""
     hover = [f"{plain(label)}<br>{x_title}: {value:.4g}" for label, value in zip(labels, lengths, strict=True)]
@@ -141,21 +173,25 @@ def _bar_trace(
             "type": "data", "symmetric": False,
             "array": [max(0.0, top - value) for top, value in zip(highs, lengths, strict=True)],
             "arrayminus": [max(0.0, value - bottom) for bottom, value in zip(lows, lengths, strict=True)],
-            "color": INK, "thickness": 1.3, "width": 4,
+            "color": look().colours.ink, "thickness": 1.3, "width": 4,
         }  # fmt: skip
-    bright = set(highlighted) or set(labels)
+    bright, colours = set(highlighted) or set(labels), look().colours
+    filled = [
+        colours.negative if signed and value < 0 else colours.accent if label in bright else colours.muted
+        for label, value in zip(labels, lengths, strict=True)
+    ]
     return go.Bar(
-        x=lengths, y=list(range(len(lengths))), orientation="h",
-        marker={"color": [ACCENT if label in bright else MUTED for label in labels]}, error_x=whiskers, hovertext=hover,
-        hoverinfo="text", showlegend=False, width=0.66,
+        x=lengths, y=list(range(len(lengths))), orientation="h", marker={"color": filled}, error_x=whiskers,
+        hovertext=hover, hoverinfo="text", showlegend=False, width=0.66,
     )  # fmt: skip
 
 
+@drawn
 def decoded(
     words: Sequence[str],
     scores: Numbers,
     *,
-    title: str = "Tokens the vector decodes to",
+    title: str | None = "Tokens the vector decodes to",
     x_title: str = "logit",
     highlighted: Sequence[str] = (),
 ) -> go.Figure:

@@ -7,12 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import Number, as_matrix, standard_errors
-from fvlens.plots._maps import grid, outline
-from fvlens.plots._style import around, layout, whole_ticks
+from fvlens.plots._maps import head_map, heads_in_words
+from fvlens.plots._scale import CLIP, joined, scale_reach
+from fvlens.plots._style import look, whole_ticks
 from fvlens.types import HeadLike, as_heads
 
 
+@drawn
 def direct_map(
     heads: Float[Tensor, "layer head"],
     mlps: Float[Tensor, " layer"],
@@ -21,8 +24,10 @@ def direct_map(
     total: Number,
     stderr: tuple[Float[Tensor, "layer head"], Float[Tensor, " layer"]] | None = None,
     outlined: Sequence[HeadLike] = (),
-    title: str = "Direct effects",
+    title: str | None = "Direct effects",
     colorbar_title: str = "logits",
+    zmax: Number | None = None,
+    clip: Number | None = CLIP,
 ) -> go.Figure:
     """Map of what each head and each MLP writes to a logit difference, layer 0 at the bottom; the rest is in words.
 
@@ -35,9 +40,10 @@ def direct_map(
         outlined: heads that get a black outline.
         title: figure title.
         colorbar_title: unit, beside the scale and in the hover text.
+        zmax, clip: where the scale ends, as in :func:`heatmap`.
 
     Returns:
-        The figure, on a diverging scale centred at 0 that reaches the largest absolute value.
+        The figure, on a diverging scale centred at 0.
 
     Raises:
         ValueError: a number is not finite; heads and MLPs have different layers; a standard error is negative or does
@@ -77,29 +83,22 @@ def direct_map(
             line += f" ± {errors[layer, column].item():.2g} (standard error)"
         return line
 
-    cell = max(9.0, min(44.0, 420 / n_layers))
-    figure = grid(
+    reach = scale_reach("direct_map", z, zmax=zmax, clip=clip)
+    parts = ", ".join(f"{name} {value:+.2f}" for name, value in others.items())
+    summed = f"Sum of all parts {total:+.2f}" + (f": {parts}" if parts else "")
+    named = as_heads(outlined, n_layers, n_heads)
+    figure = head_map(
         z,
         [[text(layer, column) for column in range(n_heads + 2)] for layer in range(n_layers)],
-        limit=z.nan_to_num().abs().max().item() or 1.0,
-        colorbar={"title": colorbar_title, "nticks": max(3, min(7, round(cell * n_layers / 30)))},
+        reach,
+        named,
+        title=title,
+        note=joined(summed, f"outlined: the largest of heads ({len(outlined)})" if outlined else "", reach.note),
+        colorbar_title=colorbar_title,
+        alt=f"{heads_in_words(z[:, :n_heads], named, colorbar_title)}, with {n_layers} MLPs beside them. {summed}",
     )
-    for head in as_heads(outlined, n_layers, n_heads):
-        outline(figure, head)
-    note = f"Sum of all parts {total:+.2f}"
-    if others:
-        note += ": " + ", ".join(f"{name} {value:+.2f}" for name, value in others.items())
-    if outlined:
-        note += f"; outlined: the largest of heads ({len(outlined)})"
-    figure.update_layout(**layout(title, height=round(150 + cell * n_layers), note=note))
-    ticks = whole_ticks(n_heads, 20)["dtick"]
+    ticks = whole_ticks(n_heads, 20 if look().width == "page" else 8)["dtick"]
     places = [*range(0, n_heads, ticks), n_heads + 1]
-    figure.update_xaxes(
-        title="Head", range=around(n_heads + 2, 550), showgrid=False, tickvals=places,
-        ticktext=[*map(str, places[:-1]), "MLP"],
+    return figure.update_xaxes(
+        tickmode="array", tickvals=places, ticktext=[*map(str, places[:-1]), "MLP"],
     )  # fmt: skip
-    figure.update_yaxes(
-        title="Layer", range=around(n_layers, cell * n_layers), showgrid=False,
-        **whole_ticks(n_layers, round(cell * n_layers / 18)),
-    )  # fmt: skip
-    return figure

@@ -5,32 +5,20 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import Number, Numbers, as_numbers, check_lengths
+from fvlens.plots._labels import with_room
 from fvlens.plots._lines import add_reference
-from fvlens.plots._style import (
-    GREY,
-    INK,
-    LINES,
-    PAPER,
-    WIDTH,
-    label_margin,
-    layout,
-    legend_above,
-    on_two_lines,
-    plain,
-    spread,
-)
+from fvlens.plots._style import faded, label_margin, layout, legend_above, look, on_lines, plain, spread
 
 _WRAP = 16
 """Characters of a reference's name in a line."""
-
-_FONT, _LETTER = 10, 5.6
-"""Size of the names beside dots, in pixels, and width of an average letter of theirs."""
 
 _SPAN = (-0.04, 1.04)
 """Both axes: shares, with room for whole dots at their ends."""
 
 
+@drawn
 def dots(
     x: Numbers,
     y: Numbers,
@@ -40,7 +28,7 @@ def dots(
     rings: tuple[str, Numbers] | None = None,
     x_title: str,
     y_title: str,
-    title: str = "",
+    title: str | None = "",
     note: str | None = None,
     references: Mapping[str, Number] | None = None,
 ) -> go.Figure:
@@ -78,15 +66,19 @@ def dots(
     compared = dict(references or {})
     as_numbers("dots", "references", list(compared.values()), may_be_empty=True)
 
+    size, colours = look().size, look().colours
     figure = go.Figure()
     figure.add_shape(
-        type="line", x0=0, y0=0, x1=1, y1=1, layer="below", line={"color": GREY, "width": 1.2},
+        type="line", x0=0, y0=0, x1=1, y1=1, layer="below", line={"color": colours.grey, "width": 1.2},
     )  # fmt: skip
     if rings is not None and above is not None:
         figure.add_trace(
             go.Scatter(
                 x=xs, y=above, mode="markers", name=plain(rings[0]),
-                marker={"size": 8, "symbol": "circle-open", "color": "#b5b5b5", "line": {"width": 1.2}},
+                marker={
+                    "size": size.mark + 1, "symbol": "circle-open", "color": faded(colours.grey, 0.5),
+                    "line": {"width": 1.2},
+                },
                 hovertext=[
                     f"{plain(name)}<br>{plain(rings[0])}: {z:.4g}" for name, z in zip(names, above, strict=True)
                 ],
@@ -95,75 +87,49 @@ def dots(
         )  # fmt: skip
     for i, kind in enumerate(dict.fromkeys(kinds)):
         own = [k for k, of in enumerate(kinds) if of == kind]
-        colour, _, symbol = LINES[i % len(LINES)]
+        colour, _, symbol = colours.lines[i % len(colours.lines)]
         figure.add_trace(
             go.Scatter(
                 x=[xs[k] for k in own], y=[ys[k] for k in own], mode="markers", name=plain(kind),
                 showlegend=groups is not None,
-                marker={"size": 9, "symbol": symbol, "color": colour, "opacity": 0.85,
-                        "line": {"color": PAPER, "width": 1}},
+                marker={"size": size.mark + 2, "symbol": symbol, "color": colour, "opacity": 0.85,
+                        "line": {"color": colours.paper, "width": 1}},
                 hovertext=[f"{plain(names[k])}<br>{x_title}: {xs[k]:.4g}<br>{y_title}: {ys[k]:.4g}" for k in own],
                 hoverinfo="text", cliponaxis=False,
             )
         )  # fmt: skip
 
     # as wide as high, below a legend of as many rows as its entries need
-    right = label_margin([line for name in compared for line in textwrap.wrap(name, _WRAP)], _WRAP) if compared else 24
-    wide = WIDTH - 64 - right
+    right = (
+        label_margin([line for name in compared for line in textwrap.wrap(name, _WRAP)], _WRAP)
+        if compared
+        else size.right
+    )
+    wide = size.width - size.left - right
     legend, n_rows = legend_above([*([] if rings is None else rings[:1]), *dict.fromkeys(kinds)], wide)
     rows = n_rows if groups is not None or rings is not None else 0
-    shared = layout(title, height=0, note=note)
-    shared["margin"] |= {"r": right, "t": shared["margin"]["t"] + 6 + 20 * rows}
+    shared = layout(title, height=0, note=note, alt=f"{len(xs)} dots of {y_title} over {x_title}")
+    shared["margin"] |= {"r": right, "t": shared["margin"]["t"] + 6 + (size.line + 4) * rows}
     shared["height"] = wide + shared["margin"]["t"] + shared["margin"]["b"]
     length = _SPAN[1] - _SPAN[0]
-    texts = [f"{on_two_lines(name, _WRAP)}<br>{value:.2f}" for name, value in compared.items()]
-    tallest = 16 * max((text.count("<br>") + 1 for text in texts), default=0)
+    texts = [f"{on_lines(name, _WRAP)}<br>{value:.2f}" for name, value in compared.items()]
+    tallest = size.line * max((text.count("<br>") + 1 for text in texts), default=0)
     levels = [(value - _SPAN[0]) / length for value in compared.values()]
     for value, text, place in zip(compared.values(), texts, spread(levels, tallest / wide), strict=True):
-        add_reference(figure, value, text, place, colour=GREY, dash="dot")
-    for k, dx, dy, side in _named(xs, ys, names, wide / length, rings=above):
+        add_reference(figure, value, text, place, colour=colours.grey, dash="dot")
+    small = max(10 if look().width == "page" else 0, size.least)
+    unit = wide / length
+    marks = [(x * unit, y * unit) for x, y in zip(xs, ys, strict=True)]
+    order = sorted(range(len(xs)), key=lambda i: -abs(ys[i] - xs[i]))  # furthest from the diagonal first
+    for k, dx, dy, side in with_room(
+        marks, names, order, letter=0.56 * small, ends=(_SPAN[0] * unit, _SPAN[1] * unit),
+        others=[(x * unit, y * unit) for x, y in zip(xs, above or [], strict=False)],
+    ):  # fmt: skip
         figure.add_annotation(
             x=xs[k], y=ys[k], xshift=dx, yshift=dy, xanchor=side, yanchor="middle", showarrow=False,
-            text=plain(names[k]), font={"size": _FONT, "color": INK}, bgcolor="rgba(255, 255, 255, 0.7)", borderpad=0,
+            text=plain(names[k]), font={"size": small, "color": colours.ink}, bgcolor=colours.veil(0.7), borderpad=0,
         )  # fmt: skip
     figure.update_layout(**shared, showlegend=rows > 0, legend=legend)
     figure.update_xaxes(title=x_title, range=list(_SPAN), dtick=0.2)
     figure.update_yaxes(title=y_title, range=list(_SPAN), dtick=0.2)
     return figure
-
-
-def _named(
-    xs: Sequence[float],
-    ys: Sequence[float],
-    names: Sequence[str],
-    unit: float,
-    *,
-    rings: Sequence[float] | None,
-) -> list[tuple[int, int, int, str]]:
-    """The dots whose name finds room, furthest from the diagonal first: index, shift in pixels, and anchored side.
-
-    Args:
-        xs, ys, names: of the dots.
-        unit: pixels of a unit of both axes.
-        rings: heights of further marks at the same ``xs``.
-    """
-    marks = [(x * unit, y * unit) for x, y in zip(xs, ys, strict=True)]
-    marks += [(x * unit, y * unit) for x, y in zip(xs, rings or [], strict=False)]
-    # what is taken: a square around each mark
-    taken = [(x - 5, x + 5, y - 5, y + 5) for x, y in marks]
-    left_end, right_end = _SPAN[0] * unit, _SPAN[1] * unit
-    found: list[tuple[int, int, int, str]] = []
-    for k in sorted(range(len(xs)), key=lambda i: -abs(ys[i] - xs[i])):
-        x, y = marks[k]
-        length = _LETTER * len(names[k])
-        for dx, dy, side in ((7, 0, "left"), (-7, 0, "right"), (0, 11, "center"), (0, -11, "center")):
-            start = x + dx - length * {"left": 0, "right": 1, "center": 0.5}[side]
-            box = (start, start + length, y + dy - 6, y + dy + 6)
-            if box[0] < left_end or box[1] > right_end:
-                continue
-            if any(box[0] < b and a < box[1] and box[2] < d and c < box[3] for a, b, c, d in taken):
-                continue
-            taken.append(box)
-            found.append((k, dx, dy, side))
-            break
-    return found

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import (
     Number,
     Numbers,
@@ -17,17 +18,13 @@ from fvlens.plots._input import (
     some,
 )
 from fvlens.plots._style import (
-    ACCENT,
-    GREY,
-    LINES,
-    PAPER,
     REFERENCE_DASHES,
-    REFERENCES,
-    WIDTH,
+    faded,
     label_margin,
     layout,
     legend_above,
-    on_two_lines,
+    look,
+    on_lines,
     plain,
     reach,
     spread,
@@ -35,6 +32,7 @@ from fvlens.plots._style import (
 )
 
 
+@drawn
 def line_sweep(
     x: Numbers,
     y: Numbers,
@@ -43,11 +41,12 @@ def line_sweep(
     *,
     x_title: str,
     y_title: str,
-    title: str = "",
+    title: str | None = "",
     references: Mapping[str, Number] | None = None,
     marked: Number | None = None,
     marked_label: str = "best",
-    note: str = "Band: interval of the mean",
+    level: float = 0.95,
+    note: str | None = None,
     y_range: tuple[Number, Number] | None = None,
 ) -> go.Figure:
     """A quantity over layers, scales or head counts, with its interval as a band and reference lines.
@@ -63,7 +62,8 @@ def line_sweep(
         references: name and value of horizontal lines to compare with, such as ``{"10-shot": 0.98}``.
         marked: one of the ``x``, drawn as a large point with its value.
         marked_label: what the marked point is.
-        note: what the band is, for the line under the title.
+        level: of the interval.
+        note: what the band is, for the line under the title; by default an interval of the mean of this level.
         y_range: ends of the y axis; by default it holds 0, all points and all references.
 
     Returns:
@@ -90,17 +90,20 @@ def line_sweep(
     compared = dict(references or {})
     as_numbers("line_sweep", "references", list(compared.values()), may_be_empty=True)
 
+    size, colours = look().size, look().colours
     # layers and counts are shown as whole numbers
     whole = all(value == int(value) for value in xs)
     shown_x = [int(value) for value in xs] if whole else xs
     figure = go.Figure()
     if lows is not None and highs is not None:
-        figure.add_trace(_band(shown_x, lows, highs, fillcolor="rgba(0, 114, 178, 0.16)", name="interval"))
-    sizes = [13 if value == marked else 7 for value in xs]
+        figure.add_trace(_band(shown_x, lows, highs, fillcolor=faded(colours.accent, 0.16), name="interval"))
+    sizes = [2 * size.mark - 1 if value == marked else size.mark for value in xs]
     figure.add_trace(
         go.Scatter(
-            x=shown_x, y=ys, mode="lines+markers", line={"color": ACCENT, "width": 2.5}, name=y_title,
-            marker={"size": sizes, "color": ACCENT, "opacity": 1, "line": {"color": PAPER, "width": 1.5}},
+            x=shown_x, y=ys, mode="lines+markers", name=y_title, line={"color": colours.accent, "width": size.stroke},
+            marker={
+                "size": sizes, "color": colours.accent, "opacity": 1, "line": {"color": colours.paper, "width": 1.5},
+            },
             hovertext=_hover(xs, ys, lows, highs, x_title=x_title, y_title=y_title), hoverinfo="text",
             showlegend=False, cliponaxis=False,
         )
@@ -108,14 +111,15 @@ def line_sweep(
 
     # reference lines, their names at the right edge and moved apart by the height of the tallest
     bottom, top = y_range or reach([*ys, *(lows or []), *(highs or []), *compared.values()], room=0.06)
-    height = 420
-    right = label_margin(list(compared), 33) if compared else 24
-    texts = [f"{on_two_lines(name)}<br>{value:.3g}" for name, value in compared.items()]
-    tallest = 16 * max((text.count("<br>") + 1 for text in texts), default=0)
+    height = size.high(420)
+    names = [on_lines(name) for name in compared]
+    right = label_margin([line for name in names for line in name.split("<br>")], size.label) if names else size.right
+    texts = [f"{name}<br>{value:.3g}" for name, value in zip(names, compared.values(), strict=True)]
+    tallest = size.line * max((text.count("<br>") + 1 for text in texts), default=0)
     levels = [(value - bottom) / (top - bottom) for value in compared.values()]
-    places = spread(levels, tallest / (height - 150))
+    places = spread(levels, tallest / (height - size.high(150)))
     for i, (value, text, place) in enumerate(zip(compared.values(), texts, places, strict=True)):
-        colour, dash = REFERENCES[i % len(REFERENCES)], REFERENCE_DASHES[i % len(REFERENCE_DASHES)]
+        colour, dash = colours.references[i % len(colours.references)], REFERENCE_DASHES[i % len(REFERENCE_DASHES)]
         add_reference(figure, value, text, place, colour=colour, dash=dash)
 
     # the marked point's value stands above it, at the figure's edge beside it
@@ -124,21 +128,30 @@ def line_sweep(
         figure.add_annotation(
             x=shown_x[i], y=ys[i] if highs is None else highs[i], yshift=7, yanchor="bottom",
             xanchor="center" if 0 < i < len(xs) - 1 else "right" if i else "left", showarrow=False,
-            text=f"<b>{plain(marked_label)}: {ys[i]:.3g}</b>", font={"size": 12, "color": ACCENT},
-            bgcolor="rgba(255, 255, 255, 0.8)", borderpad=1,
+            text=f"<b>{plain(marked_label)}: {ys[i]:.3g}</b>", font={"size": size.text, "color": colours.accent},
+            bgcolor=colours.veil(0.8), borderpad=1,
         )  # fmt: skip
 
-    shared = layout(title, height=height, note=None if lows is None else note)
+    if note is None and lows is not None:
+        note = f"Band: {level:.0%} interval of the mean"
+    said = _in_words(xs, ys, lows, highs)
+    shared = layout(
+        title, height=height, note=None if lows is None else note, alt=f"Line of {y_title} over {x_title}: {said}"
+    )
     shared["margin"] |= {"r": right}
     figure.update_layout(**shared)
     pad = 0.03 * (xs[-1] - xs[0]) or 0.5
     figure.update_xaxes(
-        title=x_title, range=[xs[0] - pad, xs[-1] + pad], tickvals=thinned(shown_x, WIDTH - 80 - right), showgrid=False
+        title=x_title,
+        range=[xs[0] - pad, xs[-1] + pad],
+        tickvals=thinned(shown_x, size.width - 1.25 * size.left - right),
+        showgrid=False,
     )
     figure.update_yaxes(title=y_title, range=[bottom, top])
     return figure
 
 
+@drawn
 def curves(
     x: Numbers,
     lines: Mapping[str, Numbers],
@@ -146,7 +159,7 @@ def curves(
     *,
     x_title: str,
     y_title: str,
-    title: str = "",
+    title: str | None = "",
     note: str | None = None,
     references: Mapping[str, Number] | None = None,
     log_x: bool = False,
@@ -196,48 +209,74 @@ def curves(
     drawn = as_numbers("curves", "references", list(compared.values()), may_be_empty=True)
 
     # each line over its band
-    figure = go.Figure()
+    size, colours = look().size, look().colours
+    figure, said = go.Figure(), []
     for i, (name, values) in enumerate(lines.items()):
         ys = as_numbers("curves", name, values)
         lows, highs = as_intervals("curves", *bands.get(name, (None, None)))
         check_lengths("curves", x=xs, **{name: ys}, low=lows, high=highs)
         drawn += [*ys, *(lows or []), *(highs or [])]
-        colour, dash, symbol = LINES[i % len(LINES)]
+        colour, dash, symbol = colours.lines[i % len(colours.lines)]
         if lows is not None and highs is not None:
             figure.add_trace(_band(xs, lows, highs, fillcolor=colour, opacity=0.16, name=f"interval of {name}"))
         hover = _hover(xs, ys, lows, highs, x_title=x_title, y_title=y_title)
+        said.append(f"{name}: {_in_words(xs, ys, lows, highs)}")
         figure.add_trace(
             go.Scatter(
-                x=xs, y=ys, mode="lines+markers", name=plain(name), line={"color": colour, "width": 2.5, "dash": dash},
-                marker={"size": 7, "symbol": symbol, "color": colour, "line": {"color": PAPER, "width": 1}},
+                x=xs, y=ys, mode="lines+markers", name=plain(name),
+                line={"color": colour, "width": size.stroke, "dash": dash},
+                marker={
+                    "size": size.mark, "symbol": symbol, "color": colour, "line": {"color": colours.paper, "width": 1},
+                },
                 hovertext=[f"{plain(name)}<br>{text}" for text in hover], hoverinfo="text", cliponaxis=False,
             )
         )  # fmt: skip
 
     # reference lines are grey, since the colours are taken; their names stand at the right edge, moved apart
     bottom, top = y_range or reach(drawn, room=0.06)
-    height = 440
-    right = label_margin(list(compared), 33) if compared else 24
-    places = spread([(value - bottom) / (top - bottom) for value in compared.values()], 34 / (height - 180))
-    for (name, value), place in zip(compared.items(), places, strict=True):
-        add_reference(figure, value, f"{on_two_lines(name)}<br>{value:.3g}", place, colour=GREY, dash="dot")
+    height = size.high(440)
+    names = [on_lines(name) for name in compared]
+    right = label_margin([line for name in names for line in name.split("<br>")], size.label) if names else size.right
+    tallest = size.line * max((name.count("<br>") + 2 for name in names), default=0) + 2
+    places = spread(
+        [(value - bottom) / (top - bottom) for value in compared.values()], tallest / (height - size.high(180))
+    )
+    for name, value, place in zip(names, compared.values(), places, strict=True):
+        add_reference(figure, value, f"{name}<br>{value:.3g}", place, colour=colours.grey, dash="dot")
 
     # the legend above takes as many rows as its entries need
-    legend, n_rows = legend_above(list(lines), WIDTH - 64 - right)
-    shared = layout(title, height=height + 20 * (n_rows - 1), note=note)
-    shared["margin"] |= {"r": right, "t": shared["margin"]["t"] + 6 + 20 * n_rows}
+    legend, n_rows = legend_above(list(lines), size.width - size.left - right)
+    row = size.line + 4
+    shared = layout(
+        title, height=height + row * (n_rows - 1), note=note,
+        alt=f"Lines of {y_title} over {x_title}. {'. '.join(said[:6])}",
+    )  # fmt: skip
+    shared["margin"] |= {"r": right, "t": shared["margin"]["t"] + 6 + row * n_rows}
     figure.update_layout(**shared, showlegend=True, legend=legend)
 
     # plotly wants the ends of a logarithmic axis as exponents, its ticks as values
     positions = [math.log10(value) for value in xs] if log_x else xs
     pad = 0.03 * (positions[-1] - positions[0]) or 0.5
-    ticks = [xs[positions.index(position)] for position in thinned(positions, WIDTH - 80 - right)]
+    ticks = [xs[positions.index(position)] for position in thinned(positions, size.width - 1.25 * size.left - right)]
     figure.update_xaxes(
         title=x_title, type="log" if log_x else "linear", range=[positions[0] - pad, positions[-1] + pad],
         showgrid=False, tickvals=ticks, ticktext=[short(value) for value in ticks],
     )  # fmt: skip
     figure.update_yaxes(title=y_title, range=[bottom, top])
     return figure
+
+
+def _in_words(
+    xs: Sequence[float], ys: Sequence[float], lows: Sequence[float] | None, highs: Sequence[float] | None
+) -> str:
+    """A line in words: its first and last value, its lowest and its highest, with their intervals."""
+
+    def said(i: int) -> str:
+        ends = "" if lows is None or highs is None else f" ({lows[i]:.3g} to {highs[i]:.3g})"
+        return f"{ys[i]:.3g}{ends} at {short(xs[i])}"
+
+    lowest, highest = min(range(len(ys)), key=ys.__getitem__), max(range(len(ys)), key=ys.__getitem__)
+    return f"from {said(0)} to {said(len(ys) - 1)}, lowest {said(lowest)}, highest {said(highest)}"
 
 
 def _band(x: Sequence[Number], lows: Sequence[float], highs: Sequence[float], **look: str | float) -> go.Scatter:
@@ -272,5 +311,5 @@ def add_reference(figure: go.Figure, value: Number, text: str, place: float, *, 
     )  # fmt: skip
     figure.add_annotation(
         xref="paper", yref="paper", x=1, y=place, xshift=8, xanchor="left", yanchor="middle", align="left",
-        showarrow=False, text=text, font={"size": 12, "color": colour},
+        showarrow=False, text=text, font={"size": look().size.text, "color": colour},
     )  # fmt: skip

@@ -8,32 +8,32 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import Number, as_matrix, standard_errors
+from fvlens.plots._labels import with_room
+from fvlens.plots._scale import CLIP, Reach, joined, mark_beyond, scale_reach
 from fvlens.plots._style import (
-    CHARACTER,
-    DIVERGING,
-    GREY,
-    WIDTH,
     around,
-    cut,
-    font_size,
-    label_margin,
     layout,
+    look,
     plain,
     whole_ticks,
 )
 from fvlens.types import Head, HeadLike, as_heads
 
 
+@drawn
 def heatmap(
     values: Float[Tensor, "layer head"],
     *,
     stderr: Float[Tensor, "layer head"] | None = None,
     outlined: Sequence[HeadLike] = (),
-    title: str = "Effect of each attention head",
+    title: str | None = "Effect of each attention head",
     colorbar_title: str = "AIE",
     outlined_label: str = "top heads",
     hover: Sequence[Sequence[str]] | None = None,
+    zmax: Number | None = None,
+    clip: Number | None = CLIP,
 ) -> go.Figure:
     """Map of one signed number for each head, layer 0 at the bottom, on a diverging scale centred at 0.
 
@@ -41,17 +41,22 @@ def heatmap(
         values: the number of each head, such as ``attr.aie``. NaN marks a head that was not measured and stays blank.
         stderr: standard error of each value, shown in the hover text.
         outlined: heads that get a black outline, best first, such as ``attr.top(10)``.
-        title: figure title.
+        title: figure title; None for none.
         colorbar_title: name of the quantity, beside the scale and in the hover text.
         outlined_label: what the outlined heads are, for the note under the title.
         hover: one more line of hover text for each head, layer by head.
+        zmax: where the scale ends, at ``-zmax`` and ``zmax``.
+        clip: without ``zmax``, the scale ends at the largest absolute value; but if that is at least twice what this
+            share of the heads stays within, it ends there. None for the largest in any case.
 
     Returns:
-        The figure. The scale runs from minus to plus the largest absolute value.
+        The figure. Heads beyond the scale carry a triangle, and the note says where it ends. Outlined heads are named
+        where there is room.
 
     Raises:
         ValueError: the map is empty or holds no finite value; a value or standard error is infinite; a standard error
-            is negative; ``stderr`` or ``hover`` has another shape; an outlined head does not exist or is listed twice.
+            is negative; ``stderr`` or ``hover`` has another shape; an outlined head does not exist or is listed twice;
+            ``zmax`` or ``clip`` out of range.
 
     Example:
         >>> import torch
@@ -90,256 +95,93 @@ def heatmap(
         more = "" if hover is None else f"<br>{plain(hover[layer][head])}"
         return f"{name}<br>{line}{more}"
 
-    # many layers make a taller figure rather than cells that cannot be told apart
-    cell = max(9.0, min(44.0, 420 / n_layers))
-    figure = grid(
+    reach = scale_reach("heatmap", z, zmax=zmax, clip=clip)
+    outline_note = f"{look().colours.outline} outline: {outlined_label} ({len(heads)})" if heads else ""
+    return head_map(
         z,
         [[text(layer, head) for head in range(n_heads)] for layer in range(n_layers)],
-        limit=z.nan_to_num().abs().max().item() or 1.0,
-        colorbar={"title": colorbar_title, "nticks": max(3, min(7, round(cell * n_layers / 30)))},
-    )
-    for head in heads:
-        outline(figure, head)
-
-    note = f"Black outline: {outlined_label} ({len(heads)})" if heads else None
-    figure.update_layout(**layout(title, height=round(150 + cell * n_layers), note=note))
-    figure.update_xaxes(title="Head", range=around(n_heads, 550), showgrid=False, **whole_ticks(n_heads, 24))
-    figure.update_yaxes(
-        title="Layer",
-        range=around(n_layers, cell * n_layers),
-        showgrid=False,
-        **whole_ticks(n_layers, round(cell * n_layers / 18)),
-    )
-    return figure
-
-
-def similarity(
-    matrix: Float[Tensor, "row column"],
-    labels: Sequence[str],
-    *,
-    columns: Sequence[str] | None = None,
-    title: str = "Similarity of the vectors",
-    colorbar_title: str = "cosine",
-    limit: Number = 1.0,
-) -> go.Figure:
-    """Matrix of similarities with its labels, the first row on top, on a diverging scale centred at 0.
-
-    Args:
-        matrix: the similarities.
-        labels: names of the rows, and of the columns unless ``columns`` is given.
-        columns: names of the columns, for a matrix that compares two different sets.
-        title: figure title.
-        colorbar_title: name of the quantity, beside the scale and in the hover text.
-        limit: the scale runs from ``-limit`` to ``limit``.
-
-    Returns:
-        The figure. Values are written in the cells if there are at most 12 columns.
-
-    Raises:
-        ValueError: the matrix is empty; the number of labels differs from the number of rows or columns; a value is not
-            finite; ``limit`` is not above 0.
-
-    Example:
-        >>> import torch
-        >>> from fvlens.plots import similarity
-        >>> figure = similarity(torch.tensor([[1.0, 0.3], [0.3, 1.0]]), ["antonym", "plural"])
-        >>> figure.data[0].hovertext[0][1]
-        'antonym, plural<br>cosine: +0.3'
-    """
-    return labelled(
-        "similarity",
-        matrix,
-        labels,
-        labels if columns is None else columns,
+        reach,
+        heads,
         title=title,
+        note=joined(outline_note, reach.note),
         colorbar_title=colorbar_title,
-        limit=limit,
+        alt=heads_in_words(z, heads, colorbar_title),
     )
 
 
-def labelled(
-    function: str,
-    matrix: Float[Tensor, "row column"],
-    labels: Sequence[str],
-    columns: Sequence[str],
+def head_map(
+    z: Float[Tensor, "layer column"],
+    hovertext: Sequence[Sequence[str]],
+    reach: Reach,
+    outlined: Sequence[Head],
     *,
-    title: str,
+    title: str | None,
+    note: str | None,
     colorbar_title: str,
-    limit: Number,
+    alt: str,
 ) -> go.Figure:
-    """A matrix with names of its rows and columns, the first row on top, for figures that messages call ``function``.
-
-    Raises:
-        ValueError: as :func:`similarity`.
-    """
-    z = as_matrix(matrix)
-    column_labels = list(columns)
-    if (len(labels), len(column_labels)) != tuple(z.shape):
-        raise ValueError(
-            f"{function}: expected one label a row and a column of the {z.shape[0]} by {z.shape[1]} matrix, "
-            f"got {len(labels)} and {len(column_labels)} labels."
-        )
-    if z.numel() == 0:
-        raise ValueError(f"{function}: expected at least one row and one column, got an empty matrix.")
-    if not bool(z.isfinite().all()):
-        raise ValueError(f"{function}: expected finite values, got {int((~z.isfinite()).sum())} NaN or infinite.")
-    if not limit > 0:
-        raise ValueError(f"{function}: expected limit above 0, got {limit}; cosines need 1.")
-
-    # cells are square where their number allows it; column names that are wider than a cell stand upright
-    n_rows, n_columns = z.shape
-    margin = label_margin(labels, 24)
-    cell_width = (WIDTH - margin - 90) / n_columns
-    cell_height = max(11.0, min(44.0, cell_width))
-    upright = _stand_upright(column_labels, cell_width)
-    below = label_margin(column_labels, 24) if upright else 40
-
-    hover = [
-        [
-            f"{plain(row)}, {plain(column)}<br>{colorbar_title}: {z[i, j].item():+.3g}"
-            for j, column in enumerate(column_labels)
-        ]
-        for i, row in enumerate(labels)
-    ]
+    """A map of layers by heads, layer 0 at the bottom: cells, outlines, names of the outlined heads, marks."""
+    size = look().size
+    n_layers, n_columns = z.shape
+    # many layers make a taller figure rather than cells that cannot be told apart
+    high = max(9.0 * size.tall**0.5, min(44.0, 420 / n_layers) * size.tall)
+    inside = size.width - size.left - (86 if look().width == "page" else 62)
     figure = grid(
         z,
-        hover,
-        limit=limit,
-        gap=1 if n_columns <= 32 else 0,
-        colorbar={"title": colorbar_title, "nticks": 5},
-        texttemplate="%{z:.2f}" if n_columns <= 12 else None,
-        textfont={"size": 11},
+        hovertext,
+        limit=reach.limit,
+        colorbar={"title": colorbar_title, "nticks": max(3, min(7, round(high * n_layers / 30)))},
     )
-
-    shared = layout(title, height=round(80 + cell_height * n_rows + below))
-    shared["margin"] |= {"l": margin, "b": below}
-    figure.update_layout(**shared)
+    cell = inside / n_columns, high
+    mark_beyond(figure, z, reach, cell)
+    for head in outlined:
+        outline(figure, head)
+    _name(figure, outlined, z.shape, cell)
+    height = (size.above_note if note else size.above) + size.below + high * n_layers
+    figure.update_layout(**layout(title, height=round(max(height, height + 22 * size.tall)), note=note, alt=alt))
     figure.update_xaxes(
-        range=[-0.5, n_columns - 0.5], tickvals=list(range(n_columns)), ticktext=[cut(name) for name in column_labels],
-        tickangle=-90 if upright else 0, ticklabelstandoff=3, ticks="", tickfont={"size": font_size(cell_width)},
-        showgrid=False,
+        title="Head", range=around(n_columns, inside), showgrid=False,
+        **whole_ticks(n_columns, round(inside / (1.9 * size.text))),
     )  # fmt: skip
     figure.update_yaxes(
-        range=[n_rows - 0.5, -0.5], tickvals=list(range(n_rows)), ticktext=[cut(name) for name in labels],
-        showgrid=False, ticks="", ticklabelstandoff=5, tickfont={"size": font_size(cell_height)},
+        title="Layer", range=around(n_layers, high * n_layers), showgrid=False,
+        **whole_ticks(n_layers, round(high * n_layers / (1.5 * size.text))),
     )  # fmt: skip
     return figure
 
 
-def relation_map(
-    values: Float[Tensor, "row column"],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    stderr: Float[Tensor, "row column"] | None = None,
-    excluded: Sequence[bool] | None = None,
-    notes: Sequence[str] | None = None,
-    n_chosen: int = 0,
-    title: str = "Effect of each head on each relation",
-    colorbar_title: str = "AIE",
-) -> go.Figure:
-    """One signed number for each relation and head, the first relation on top, on a diverging scale centred at 0.
+def heads_in_words(z: Float[Tensor, "layer column"], outlined: Sequence[Head], what: str) -> str:
+    """A map of heads in words: its size, its largest and its smallest, and the outlined heads."""
+    n_columns = z.shape[1]
+    flat = z.flatten()
+    top, bottom = int(flat.nan_to_num(-math.inf).argmax()), int(flat.nan_to_num(math.inf).argmin())
+    ends = [f"{flat[i]:+.3g} (L{i // n_columns}H{i % n_columns})" for i in (bottom, top)]
+    named = f". Outlined: {', '.join(map(str, outlined[:10]))}" if outlined else ""
+    return f"Map of {what}, {z.shape[0]} layers by {n_columns} heads, from {ends[0]} to {ends[1]}{named}"
 
-    Args:
-        values: the numbers.
-        rows: names of the relations, in the order in which they are to stand.
-        columns: names of the heads, in the order in which they are to stand.
-        stderr: standard error of each value, shown in the hover text.
-        excluded: for each row, whether it is left out of the average; its name is grey and crossed.
-        notes: one more line of hover text for each row.
-        n_chosen: a line is drawn behind this many columns, the chosen heads; 0 draws none.
-        title: figure title.
-        colorbar_title: name of the quantity, beside the scale and in the hover text.
 
-    Returns:
-        The figure. It grows in height with the number of rows, so that every name can be read.
-
-    Raises:
-        ValueError: the map is empty; a value is not finite; a standard error is negative or not finite; names, notes,
-            exclusions or standard errors do not fit the map; ``n_chosen`` is outside the columns.
-
-    Example:
-        >>> import torch
-        >>> from fvlens.plots import relation_map
-        >>> figure = relation_map(torch.tensor([[0.1, -0.2]]), ["antonym"], ["L1H0", "L0H3"])
-        >>> figure.data[0].hovertext[0][1]
-        'antonym, L0H3<br>AIE: -0.2'
-    """
-    z = as_matrix(values)
-    n_rows, n_columns = z.shape
-    if z.numel() == 0:
-        raise ValueError("relation_map: expected at least one row and one column, got an empty map.")
-    if not bool(z.isfinite().all()):
-        raise ValueError(f"relation_map: expected finite values, got {int((~z.isfinite()).sum())} NaN or infinite.")
-    left_out = [False] * n_rows if excluded is None else [bool(flag) for flag in excluded]
-    given = {"rows": (rows, n_rows), "columns": (columns, n_columns), "excluded": (left_out, n_rows)}
-    given |= {} if notes is None else {"notes": (notes, n_rows)}
-    for name, (items, wanted) in given.items():
-        if len(items) != wanted:
-            raise ValueError(
-                f"relation_map: expected {wanted} {name} for the {n_rows} by {n_columns} map, got {len(items)}."
-            )
-    errors = standard_errors("relation_map", stderr, z)
-    if not 0 <= n_chosen <= n_columns:
-        raise ValueError(f"relation_map: expected n_chosen in 0..{n_columns}, the number of columns, got {n_chosen}.")
-
-    def text(row: int, column: int) -> str:
-        line = f"{plain(rows[row])}, {plain(columns[column])}<br>{colorbar_title}: {z[row, column].item():+.3g}"
-        if errors is not None:
-            line += f" ± {errors[row, column].item():.2g} (standard error)"
-        if notes is not None:
-            line += f"<br>{plain(notes[row])}"
-        return line + ("<br>left out of the average" if left_out[row] else "")
-
-    # the figure grows with its rows; column names that are wider than a cell stand upright
-    margin = label_margin(rows, 28)
-    cell_width = (WIDTH - margin - 90) / n_columns
-    cell_height = max(13.0, min(26.0, 420 / n_rows))
-    upright = _stand_upright(columns, cell_width)
-    below = 26 + (label_margin(columns, 12) if upright else 30)
-
-    # the scale stays at the top, since a map of many rows is taller than the screen
-    figure = grid(
-        z,
-        [[text(row, column) for column in range(n_columns)] for row in range(n_rows)],
-        limit=z.abs().max().item() or 1.0,
-        colorbar={
-            "title": colorbar_title,
-            "nticks": 5,
-            "lenmode": "pixels",
-            "len": max(110, min(300, round(cell_height * n_rows))),
-            "y": 1,
-            "yanchor": "top",
-        },
-    )
-    if 0 < n_chosen < n_columns:
-        figure.add_shape(
-            type="line", yref="paper", x0=n_chosen - 0.5, x1=n_chosen - 0.5, y0=0, y1=1,
-            line={"color": "black", "width": 2},
+def _name(figure: go.Figure, heads: Sequence[Head], shape: tuple[int, ...], cell: tuple[float, float]) -> None:
+    """Names of the outlined heads: in their cells, or beside them where there is room."""
+    size, colours = look().size, look().colours
+    small = max(size.least, size.text - 2)
+    letter = 0.6 * small
+    wide, high = cell
+    names = [str(head) for head in heads]
+    if not names:
+        return
+    if max(map(len, names)) * letter + 2 <= wide and high >= small + 4:
+        found = [(k, 0, round(0.12 * high) if high >= 24 else 0, "center") for k in range(len(heads))]
+    else:
+        found = with_room(
+            [(head.head * wide, head.layer * high) for head in heads], names, range(len(heads)), letter=letter,
+            ends=(-wide / 2, (shape[1] - 0.5) * wide), levels=(-high / 2 - 2, (shape[0] - 0.5) * high + 2),
+            half=(wide / 2 + 1, high / 2 + 1), high=small + 2,
         )  # fmt: skip
-
-    explained = [f"Left of the line: the chosen heads ({n_chosen})"] if n_chosen else []
-    explained += [f"grey ×: left out of the average ({sum(left_out)} of {n_rows})"] if any(left_out) else []
-    note = "; ".join(explained)
-    height = round(72 + max(cell_height * n_rows, 110) + below)
-    shared = layout(title, height=height, note=note[:1].upper() + note[1:] or None)
-    shared["margin"] |= {"l": margin, "b": below}
-    figure.update_layout(**shared)
-    names = [
-        f'<span style="color:{GREY}">× {cut(name, 26)}</span>' if gone else cut(name, 28)
-        for name, gone in zip(rows, left_out, strict=True)
-    ]
-    figure.update_xaxes(
-        title="Head, by its average", range=[-0.5 - n_columns / 500, n_columns - 0.5 + n_columns / 500],
-        tickvals=list(range(n_columns)), ticktext=[cut(name, 12) for name in columns],
-        tickangle=-90 if upright else 0, ticklabelstandoff=3, ticks="", tickfont={"size": font_size(cell_width)},
-        showgrid=False,
-    )  # fmt: skip
-    figure.update_yaxes(
-        range=[n_rows - 0.5, -0.5], tickvals=list(range(n_rows)), ticktext=names, showgrid=False, ticks="",
-        ticklabelstandoff=5, tickfont={"size": font_size(cell_height)},
-    )  # fmt: skip
-    return figure
+    for k, dx, dy, side in found:
+        figure.add_annotation(
+            x=heads[k].head, y=heads[k].layer, xshift=dx, yshift=dy, xanchor=side, yanchor="middle", showarrow=False,
+            text=names[k], font={"size": small, "color": colours.ink}, bgcolor=colours.veil(0.78), borderpad=0,
+        )  # fmt: skip
 
 
 def grid(
@@ -353,7 +195,11 @@ def grid(
 ) -> go.Figure:
     """The cells with their scale from ``-limit`` to ``limit``; cell (row, column) is centred at whole numbers."""
     n_rows, n_columns = z.shape
-    shown = {"title": {"text": colorbar["title"], "side": "top"}, "thickness": 14, "outlinewidth": 0}
+    shown = {
+        "title": {"text": colorbar["title"], "side": "top", "font": {"size": look().size.axis}},
+        "thickness": 14 if look().width == "page" else 9,
+        "outlinewidth": 0,
+    }
     return go.Figure(
         go.Heatmap(
             z=z.numpy(),
@@ -361,7 +207,7 @@ def grid(
             y=list(range(n_rows)),
             hovertext=hovertext,
             hoverinfo="text",
-            colorscale=DIVERGING,
+            colorscale=look().colours.diverging,
             zmin=-limit,
             zmid=0,
             zmax=limit,
@@ -378,10 +224,5 @@ def outline(figure: go.Figure, head: Head) -> None:
     layer, column = head
     figure.add_shape(
         type="rect", x0=column - 0.5, x1=column + 0.5, y0=layer - 0.5, y1=layer + 0.5,
-        line={"color": "black", "width": 2},
+        line={"color": look().colours.outline, "width": 2 if look().width == "page" else 1.5},
     )  # fmt: skip
-
-
-def _stand_upright(labels: Sequence[str], cell: float) -> bool:
-    """Whether the longest name is wider than a cell of so many pixels."""
-    return max(len(label) for label in labels) * CHARACTER + 8 > cell

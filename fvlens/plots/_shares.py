@@ -8,23 +8,22 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import as_matrix, standard_errors
-from fvlens.plots._maps import labelled
-from fvlens.plots._style import WIDTH, plain
-
-SEQUENTIAL = ((0.0, "#F7F7F7"), (0.5, "#92C5DE"), (1.0, "#2166AC"))
-"""The upper half of the diverging scale, from near white to blue."""
+from fvlens.plots._matrices import BESIDE, labelled
+from fvlens.plots._style import cut, look, names_most, plain
 
 _LABEL = 10
 """Pixels that the name of a column takes where it stands upright."""
 
 
+@drawn
 def shares(
     values: Float[Tensor, "row column"],
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    title: str = "Attention",
+    title: str | None = "Attention",
     colorbar_title: str = "attention",
     stderr: Float[Tensor, "row column"] | None = None,
     hover: Sequence[Sequence[str]] | None = None,
@@ -77,14 +76,13 @@ def shares(
         return line if hover is None else f"{line}<br>{plain(hover[row][column])}"
 
     said = [[text(row, column) for column in range(len(names))] for row in range(len(kinds))]
-    figure.update_traces(zmin=0, zmid=None, colorscale=SEQUENTIAL, hovertext=said)
+    figure.update_traces(zmin=0, zmid=None, colorscale=look().colours.sequential, hovertext=said)
 
     # as many names below the map as have room
     layout: Any = figure.layout  # plotly's attributes are made at run time
-    gap = math.ceil(len(names) * _LABEL / (WIDTH - layout.margin.l - 90))
+    gap = math.ceil(len(names) * _LABEL / (look().size.width - layout.margin.l - BESIDE[look().width]))
     shown = _with_room(names, gap)
-    axis = layout.xaxis
-    return figure.update_xaxes(tickvals=shown, ticktext=[axis.ticktext[column] for column in shown])
+    return figure.update_xaxes(tickvals=shown, ticktext=[cut(names[column], names_most(24)) for column in shown])
 
 
 def _with_room(names: Sequence[str], gap: int) -> list[int]:

@@ -5,10 +5,12 @@ import math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from fvlens.plots._figure import drawn
 from fvlens.plots._input import Numbers, as_list, as_numbers, check_lengths
-from fvlens.plots._style import GREY, INK, LINES, layout, reach, whole_ticks
+from fvlens.plots._style import layout, look, reach, whole_ticks
 
 
+@drawn
 def training_curves(
     *,
     train_loss: Numbers,
@@ -17,7 +19,7 @@ def training_curves(
     norm: Numbers,
     cosine: Numbers,
     marked: int,
-    title: str = "Training",
+    title: str | None = "Training",
 ) -> go.Figure:
     """A training over its epochs: losses, validation top-1, norm and cosine to the start, the chosen epoch marked.
 
@@ -68,18 +70,20 @@ def training_curves(
     if not 0 <= marked < n_epochs:
         raise ValueError(f"training_curves: expected marked in 0..{n_epochs - 1}, got {marked}.")
 
-    n_rows = (len(panels) + 1) // 2
+    size, colours = look().size, look().colours
+    n_columns = min(2 if look().width == "page" else 1, len(panels))
+    n_rows = -(-len(panels) // n_columns)
     figure = make_subplots(
-        rows=n_rows, cols=min(2, len(panels)), subplot_titles=list(panels), horizontal_spacing=0.11,
-        vertical_spacing=0.2 if n_rows > 1 else 0,
+        rows=n_rows, cols=n_columns, subplot_titles=list(panels), horizontal_spacing=0.11,
+        vertical_spacing=(0.4 if n_columns > 1 else 0.36) / n_rows if n_rows > 1 else 0,
     )  # fmt: skip
-    figure.update_annotations(font={"size": 13, "color": INK}, yshift=2)
+    figure.update_annotations(font={"size": size.axis, "color": colours.ink}, yshift=2)
     # two lines in one panel need a legend; elsewhere the panel's title names the line
     in_legend = len(panels.get("Loss", ())) > 1
     for i, (panel, lines) in enumerate(panels.items()):
-        row, col = i // 2 + 1, i % 2 + 1
+        row, col = i // n_columns + 1, i % n_columns + 1
         for name, points in lines.items():
-            colour, dash, symbol = LINES[1 if name.startswith("validation") else 0]
+            colour, dash, symbol = colours.lines[1 if name.startswith("validation") else 0]
             figure.add_trace(
                 go.Scatter(
                     x=[epoch for epoch, _ in points], y=[value for _, value in points], name=name,
@@ -102,18 +106,30 @@ def training_curves(
         )
         figure.add_shape(
             type="line", x0=marked, x1=marked, y0=bottom, y1=top, layer="below", row=row, col=col,
-            line={"color": GREY, "width": 1.5, "dash": "dot"},
+            line={"color": colours.grey, "width": 1.5, "dash": "dot"},
         )  # fmt: skip
-        if i >= len(panels) - 2:
+        if i >= len(panels) - n_columns:
             figure.update_xaxes(title="Epoch", row=row, col=col)
 
-    shared = layout(title, height=170 + 190 * n_rows, note=f"Dotted line: the epoch chosen, {marked}")
-    shared["margin"] |= {"t": shared["margin"]["t"] + 34}
+    high = 190 if look().width == "page" else 150
+    said = [
+        f"{name}: from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+        for lines in panels.values()
+        for name, points in lines.items()
+    ]
+    shared = layout(
+        title, height=round(170 * size.tall) + high * n_rows, note=f"Dotted line: the epoch chosen, {marked}",
+        alt=f"A training over {n_epochs - 1} epochs. {'; '.join(said)}",
+    )  # fmt: skip
+    # between the note and the panels' titles: a row for the legend
+    above, row = shared["margin"]["t"], size.line + 6
+    shared["margin"] |= {"t": above + row + size.line}
+    shared["height"] += row
     figure.update_layout(
         **shared,
         legend={
-            "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top",
-            "font": {"size": 12},
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 1 - (above - 4) / shared["height"],
+            "yref": "container", "yanchor": "top", "font": {"size": size.text},
         },
     )  # fmt: skip
     return figure

@@ -22,7 +22,8 @@ from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 @runtime_checkable
@@ -140,7 +141,7 @@ class Baseline(Result):
         frame.insert(0, "method", self.method)
         return frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Losses, validation top-1 and norm over epochs, the best epoch marked.
 
         Raises:

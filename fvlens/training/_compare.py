@@ -28,7 +28,8 @@ from fvlens.training._settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 
 COMPARISON_FILE = "compare.safetensors"
@@ -225,7 +226,7 @@ class Comparison(Result):
         path = FilePath(path)
         return read_result(cls, path / COMPARISON_FILE if path.is_dir() else path, model)
 
-    def plot(self, quantity: Literal["top1", "collateral"] = "top1") -> "go.Figure":
+    def plot(self, quantity: Literal["top1", "collateral"] = "top1") -> "Figure":
         """Top-1, or the collateral change, of each method as bars with intervals.
 
         Raises:
@@ -250,6 +251,7 @@ class Comparison(Result):
             [interval.low for interval in intervals],
             [interval.high for interval in intervals],
             x_title=x_title,
+            level=intervals[0].level,
             title=titled(f"Methods of one budget, {self.relation} ({what})", self.complete),
             highlighted=[name for name in names if name.startswith("fine-tuned")],
         )

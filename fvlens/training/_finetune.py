@@ -32,7 +32,8 @@ from fvlens.vectors import DistributedVector, FunctionVector
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 Init = FunctionVector | DistributedVector | Literal["zero"]
 
@@ -125,7 +126,7 @@ class FineTuned(Result):
         frame.insert(0, "relation", self.relation)
         return frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Losses, validation top-1, norm and cosine over epochs, the best epoch marked."""
         from fvlens import plots
 

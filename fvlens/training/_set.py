@@ -21,7 +21,8 @@ from fvlens.vectors import INTERRUPTED, FunctionVector, vector_from, vector_head
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 SET_FORMAT = "fvlens-vector-set-1"
 
@@ -157,7 +158,7 @@ class VectorSet(Shown):
         rows = torch.nn.functional.normalize(self.matrix, dim=1)
         return rows @ rows.T
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> "Figure":
         """Similarity of every pair of vectors."""
         from fvlens import plots
 

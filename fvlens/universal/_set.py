@@ -22,7 +22,8 @@ from fvlens.types import Head, as_number, as_texts, as_whole
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
+
+    from fvlens.plots import Figure
 
 FORMAT = "fvlens-heads-1"
 WHAT = "file of heads"
@@ -185,7 +186,7 @@ class UniversalHeads(Shown):
         )
         return marked(table, self.complete)
 
-    def plot(self, *, n_columns: int | None = None) -> "go.Figure":
+    def plot(self, *, n_columns: int | None = None) -> "Figure":
         """Heatmap of the AIE, relations by heads.
 
         Heads stand in the order of :attr:`mean`, best first. Relations are clustered (average linkage of their rows

@@ -1,0 +1,153 @@
+"""Figures as files: one interactive page, or a picture drawn by kaleido in a Chromium."""
+
+import html
+import importlib.util
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from fvlens.files import as_path, check_destination, replacing
+
+PICTURES = ("png", "jpg", "jpeg", "svg", "pdf")
+"""Names of plotly's renderers that draw pictures."""
+
+FORMATS = (".html", ".svg", ".pdf", ".png")
+"""Ends of the names of files that figures are saved as."""
+
+_DOTS = 300
+"""Dots an inch of pixel pictures; a pixel of a figure is 1/96 inch."""
+
+_QUIET = {"displayModeBar": False}
+"""Settings of plotly: no bar of buttons over a figure."""
+
+_INSTALL = "pip install 'fvlens[figures]' and a Chromium or Chrome (`plotly_get_chrome` fetches one)"
+
+
+class NoPicture(ValueError):
+    """A picture cannot be drawn; a page can be written all the same."""
+
+    @staticmethod
+    def because(error: Exception | None) -> str:
+        """What is missing, and what to do."""
+        missing = missing_for_pictures()
+        if missing is not None:
+            return f"{missing} is missing; expected {_INSTALL}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def missing_for_pictures() -> str | None:
+    """What is not there of what draws pictures: ``"kaleido"``, ``"Chromium"``, or None if nothing is missing."""
+    if importlib.util.find_spec("kaleido") is None:
+        return "kaleido"
+    from choreographer.browsers import Chromium  # pyright: ignore[reportMissingImports]  # comes with kaleido
+
+    return None if Chromium.find_browser(skip_local=False) else "Chromium"
+
+
+def check_figure_file(given: str | Path, what: str = "--figure") -> Path:
+    """Where a figure will go, checked before the work that leads to it.
+
+    Raises:
+        ValueError: another format; a folder, or one that does not exist or takes no file; what draws pictures is
+            missing.
+    """
+    suffix = _format(given, what)
+    path = check_destination(given, what, suffix=suffix)
+    if suffix != ".html" and missing_for_pictures() is not None:
+        raise NoPicture(f"{what} {given}: {NoPicture.because(None)}. An .html file needs none of it.")
+    return path
+
+
+def save(figure: go.Figure, path: str | Path) -> Path:
+    """Write any figure of plotly, as :meth:`Figure.save` does.
+
+    Raises:
+        ValueError: as for :meth:`Figure.save`.
+    """
+    suffix, path = _format(path, "save:"), as_path(path)
+    data = page(figure).encode() if suffix == ".html" else picture(figure, suffix[1:])
+    with replacing(path) as file:
+        file.write(data)
+    return path
+
+
+def alt_text(figure: go.Figure) -> str:
+    """What a figure shows, in words; its title for one that is not of the house."""
+    parts: Any = figure.layout
+    meta = parts.meta if isinstance(parts.meta, dict) else {}
+    return str(meta.get("alt") or parts.title.text or "")
+
+
+def _format(path: str | Path, what: str) -> str:
+    suffix = as_path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{what} {path}: a figure is written as {', '.join(FORMATS)}; give a name with such an end.")
+    return suffix
+
+
+def page(figure: go.Figure) -> str:
+    """The figure as an HTML page that needs no network."""
+    parts: Any = figure.layout
+    paper = parts.paper_bgcolor or parts.template.layout.paper_bgcolor or "#ffffff"
+    title = html.escape(html.unescape(re.sub(r"<[^>]*>", " ", parts.title.text or "")), quote=False) or "Figure"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f"<style>body {{ margin: 8px; background: {paper}; }}</style>\n</head>\n<body>\n"
+        f"{block(figure, script=True, name='figure')}\n</body>\n</html>\n"
+    )
+
+
+def block(figure: go.Figure, *, script: bool, name: str | None = None) -> str:
+    """The figure as a block of a page, with its text for who sees no picture.
+
+    Args:
+        figure: the figure.
+        script: bring plotly's script along; a page needs it once.
+        name: id of the block; by default a new one each time.
+    """
+    inner = figure.to_html(full_html=False, include_plotlyjs=script, config=_QUIET, div_id=name)
+    return f'<div role="img" aria-label="{html.escape(alt_text(figure))}">{inner}</div>'
+
+
+def picture(figure: go.Figure, format: str) -> bytes:
+    """The figure as a picture, ``"svg"``, ``"pdf"`` or ``"png"``; the first and the last carry what it shows in words.
+
+    Raises:
+        NoPicture: kaleido or a Chromium is missing, or the browser fails.
+    """
+    if missing_for_pictures() is not None:
+        raise NoPicture(f"save: no .{format} can be drawn: {NoPicture.because(None)}. An .html file needs none of it.")
+    try:
+        data = figure.to_image(format=format, scale=_DOTS / 96 if format == "png" else 1)
+    except Exception as error:  # a browser can fail in many ways
+        raise NoPicture(
+            f"save: no .{format} could be drawn: {NoPicture.because(error)}. An .html file needs no browser."
+        ) from error
+    if format == "svg":
+        return _described(data.decode(), alt_text(figure)).encode()
+    return _with_text(data, alt_text(figure)) if format == "png" else data
+
+
+def _described(svg: str, alt: str) -> str:
+    """A drawing that says what it shows."""
+    opened = re.sub(r"^<svg ", '<svg role="img" aria-describedby="shows" ', svg, count=1)
+    text = html.escape(alt, quote=False)
+    return re.sub(r"(<svg [^>]*>)", lambda found: f'{found[1]}<desc id="shows">{text}</desc>', opened, count=1)
+
+
+def _with_text(png: bytes, alt: str) -> bytes:
+    """A picture with its description and its dots an inch behind its header."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = 8 + 12 + 13  # the signature, and the header's chunk
+    metre = round(_DOTS / 0.0254)
+    dots = chunk(b"pHYs", struct.pack(">IIB", metre, metre, 1))
+    text = chunk(b"iTXt", b"Description\0\0\0\0\0" + alt.encode())
+    return png[:header] + dots + text + png[header:]
