@@ -144,12 +144,13 @@ def test_compose_writes_what_analogy_reads(call, monkeypatch, model, tmp_path):
     assert code == 0 and "2 vectors after layer 2, map none" in text and f"wrote {file}" in text
     assert (
         asked["map"] == "none"
-        and asked["start"] == "zero"
+        and asked["start"] == "vector"
         and asked["n_analogies"] == 2430
         and asked["generator"].initial_seed() == 3
     )
     assert composition.CompositeMap.load(file, model=model).basis.names == ("animal-young", "animal-home")
-    call("compose", "--out", file, "--start", "vector", "--layer", "0", "--n-train", "2", "--quiet")
-    assert asked["start"] == "vector"
     err = call("compose", "--out", file, "--n-train", "2", "--quiet")[2]
-    assert err == "layer 1 was chosen, a third of the way up; --layer decides\n"
+    layer = composition.CompositeMap.load(file, model=model).basis.layer
+    assert err == f"layer {layer} was chosen, where function vectors do best together; --layer decides\n"
+    err = call("compose", "--out", file, "--start", "zero", "--n-train", "2", "--quiet")[2]
+    assert asked["start"] == "zero" and err == "layer 1 was chosen, a third of the way up; --layer decides\n"

@@ -48,12 +48,14 @@ def compose(
     n_analogies: Annotated[int, typer.Option("--n-analogies", min=4, help="Training analogies of the map.")] = 2430,
     layer: Annotated[
         int | None,
-        typer.Option("--layer", help="Inject after this layer [default: a third of the way up, or as --start says]."),
+        typer.Option("--layer", help="Inject after this layer [default: as --start says]."),
     ] = None,
     start: Annotated[
         Literal["zero", "vector"],
-        typer.Option("--start", help="The basis is trained from zero, or from function vectors at their best layer."),
-    ] = "zero",
+        typer.Option(
+            "--start", help="Train from function vectors at their best layer, or from zero a third of the way up."
+        ),
+    ] = "vector",
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over pairs and analogies.")] = 20,
     quiet: QuietOption = False,
 ) -> None:

@@ -40,6 +40,7 @@ from fvlens.composition._rules import (
     weights_by,
 )
 from fvlens.composition._sensitivity import BasisStudy, Change, basis_study
+from fvlens.composition._starts import basis_starts
 
 __all__ = [
     "ANALOGY_SETTINGS",
@@ -65,6 +66,7 @@ __all__ = [
     "Seen",
     "SourceScores",
     "answer_analogy",
+    "basis_starts",
     "basis_study",
     "best_single_weights",
     "default_rank",

@@ -1,7 +1,7 @@
 """A composite from the library alone: basis, map and gate over what the held-out division leaves."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, Literal, get_args
 
@@ -13,18 +13,15 @@ from fvlens.composition._fit_map import fit_composite
 from fvlens.composition._gate import GateKind
 from fvlens.composition._map import CompositeMap, Map
 from fvlens.composition._queries import AnalogySetting
-from fvlens.find import Found, find_vector, finished
-from fvlens.progress import tqdm
+from fvlens.composition._starts import basis_starts
+from fvlens.find import finished
 from fvlens.prompts import Template, template_for
-from fvlens.relations import Analogy, Relation, Split, as_relations, held_out, list_relations, make_analogies
+from fvlens.relations import Analogy, Relation, as_relations, held_out, list_relations, make_analogies
 from fvlens.training import finetune_many
-from fvlens.vectors import FunctionVector
 
 Start = Literal["zero", "vector"]
 """What the vectors of a basis are trained from."""
 STARTS: tuple[Start, ...] = get_args(Start)
-N_SHOTS = 10
-"""Demonstrations in the prompts behind the vectors that a basis starts from, where there are so many pairs."""
 
 Names = Sequence[str | FilePath | Relation] | str | FilePath
 """Relations, as :func:`fvlens.relations.as_relations` takes them."""
@@ -102,7 +99,7 @@ def library_composite(
     *,
     names: Names | None = None,
     layer: int | None = None,
-    start: Start = "zero",
+    start: Start = "vector",
     n_train: int = 20,
     map: Map = "none",
     setting: AnalogySetting = "zero_shot",
@@ -123,10 +120,11 @@ def library_composite(
     Args:
         model: any model that fvlens loads.
         names: relations of the basis, their names, files or a folder; by default those outside the held-out families.
-        layer: where vectors act; by default a third of the way up, or as ``start`` says.
-        start: ``"zero"``; or ``"vector"``, to train from what :func:`~fvlens.find_vector` gives of the same pairs, each
-            vector with its own best scale, at the layer at which these are best together in top-1 on their validation
-            pairs. ``fvlens study start`` measures what that brings and what it costs.
+        layer: where vectors act; by default as ``start`` says.
+        start: what the vectors of the basis are trained from. ``"vector"``: function vectors of the same pairs, all of
+            the same ten heads, each with its own best scale, at the layer at which these are best together in top-1 on
+            the validation pairs of eight relations. ``"zero"``: nothing, a third of the way up. ``fvlens study start``
+            measures what either brings and costs.
         n_train: training pairs of each basis vector.
         map: ``"none"`` needs no analogies; see :func:`fit_composite`.
         setting: the prompts that map and gate are trained on.
@@ -158,7 +156,7 @@ def library_composite(
     starts: Any = "zero"
     if start == "vector":
         parts = {name: dataclasses.replace(split, train=split.train[:n_train]) for name, split in splits.items()}
-        starts = _function_vectors(model, parts, layer, template, generator, progress)
+        starts = basis_starts(model, parts, layer=layer, template=template, generator=generator, progress=progress)
     elif layer is None:
         layer = model.cfg.n_layers // 3
     tuned = finetune_many(
@@ -184,29 +182,3 @@ def library_composite(
             model, composite, analogies, kind=gate, setting=setting, generator=generator, progress=progress
         )
     return finished(composite)
-
-
-def _function_vectors(
-    model: Any,
-    splits: Mapping[str, Split],
-    layer: int | None,
-    template: Template | str,
-    generator: torch.Generator,
-    progress: bool,
-) -> dict[str, FunctionVector]:
-    """The function vector of each relation with its best scale, all at one layer: that of the best mean top-1."""
-    found: dict[str, Found] = {}
-    for name, split in tqdm(splits.items(), desc="function vectors", disable=not progress, leave=False):
-        found[name] = find_vector(
-            model, split, relation=name, n_shots=min(N_SHOTS, len(split.train)), template=template,
-            layers=None if layer is None else [layer], generator=generator, progress=False,
-        )  # fmt: skip
-    sweeps = {name: own.sweep for name, own in found.items()}
-
-    def together(at: int) -> tuple[float, float]:
-        """Mean top-1 at a layer, and mean probability, each relation with its best scale there."""
-        best = [sweep.at(at, sweep.best_scale_at(at)) for sweep in sweeps.values()]
-        return sum(one.top1 for one in best) / len(best), sum(one.probability for one in best) / len(best)
-
-    chosen = max(next(iter(sweeps.values())).layers, key=together)  # of equals the lowest
-    return {name: own.unscaled.at_layer(chosen) * own.sweep.best_scale_at(chosen) for name, own in found.items()}

@@ -197,7 +197,7 @@ def nearest_vectors(basis: VectorSet) -> dict[str, dict[str, Value]]:
 ANALOGIES = Study(
     name="analogies",
     summary="composite vectors on near and far analogies that took no part in fitting, beside controls",
-    version=1,
+    version=2,
     cells=_cells,
     run=_run,
     tables=tables,

@@ -183,7 +183,7 @@ def _figures(rows: Sequence[Row]) -> "dict[str, go.Figure]":
 SENSITIVITY = Study(
     name="sensitivity",
     summary="analogies with parts of a composite's basis dropped, merged, drowned in noise or removed",
-    version=1,
+    version=2,
     cells=_cells,
     run=_run,
     tables=_tables,

@@ -112,11 +112,13 @@ def markdown(frame: "pd.DataFrame", labels: Mapping[str, str], columns: Columns)
 
 
 def means_grid(frame: "pd.DataFrame", labels: Mapping[str, str], columns: Columns) -> str:
-    """A table of such means as Markdown, each as ``mean [low, high]``."""
+    """A table of such means as Markdown, each as ``mean [low, high]`` where it has an interval."""
     lines = []
     for row in frame.to_dict("records"):
         means = (
             in_brackets(row[key], row[f"{key}_low"], row[f"{key}_high"], f".{digits}f")
+            if f"{key}_low" in row
+            else f"{row[key]:.{digits}f}"
             for key, (_, digits) in columns.items()
         )
         lines.append([*(str(row[key]) for key in labels), *means])

@@ -1,6 +1,7 @@
 """Analogies scored under composite vectors, with controls and leaks; composites of the library, and single answers."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,12 +10,15 @@ from conftest import seeded
 from torch.nn import functional as F
 
 from composition.whole_passes import NAMES, naive_log_prob
-from fvlens import VectorSet, fingerprint, inject
+from fvlens import VectorSet, evaluate, fingerprint, inject
+from fvlens.activations import mean_head_activations
+from fvlens.attribution import indirect_effects
 from fvlens.composition import (
     CONTROLS,
     AnalogyEvaluation,
     Scored,
     Seen,
+    _starts,
     answer_analogy,
     evaluate_analogies,
     fit_composite,
@@ -24,46 +28,67 @@ from fvlens.composition import (
     mcnemar,
     source_scores,
 )
-from fvlens.find import find_vector
-from fvlens.prompts import render_prompts
+from fvlens.evaluation import SCALES
+from fvlens.prompts import build_prompts, render_prompts
 from fvlens.relations import Analogy, Pair, held_out, load_relation, make_analogies
 from fvlens.training import finetune_many
-from fvlens.vectors import FunctionVector
+from fvlens.vectors import FunctionVector, function_vector
 
 
-def test_a_library_composite_acts_a_third_of_the_way_up(model):
+def test_a_library_composite_from_zero_acts_a_third_of_the_way_up(model):
     """On a model where a third is not a half."""
     assert model.cfg.n_layers == 4
-    how = dict(names=SMALL, map="none", n_train=2, epochs=1, generator=seeded(), progress=False)
+    how = dict(names=SMALL, map="none", start="zero", n_train=2, epochs=1, generator=seeded(), progress=False)
     assert library_composite(model, **how).basis.layer == 1
 
 
-def test_a_basis_can_start_from_function_vectors(model, unchecked):
-    """Of the same pairs, at the layer that is best for all together, each with its best scale there."""
+def test_a_basis_starts_from_function_vectors(model, unchecked, monkeypatch):
+    """Of the same pairs, heads ranked on some, at the layer that is best for these together, each with its best scale
+    there; every step by the façade."""
+    monkeypatch.setattr(_starts, "N_RANKED", 2)
     names, g = ["animal-home", "plural", "country-capital"], seeded(3)
     splits = {name: held_out().split(load_relation(name)) for name in names}
     short = {name: dataclasses.replace(split, train=split.train[:6]) for name, split in splits.items()}
-    found = {
-        name: find_vector(model, split, relation=name, n_shots=6, template="arrow", generator=g, progress=False)
-        for name, split in short.items()
-    }
-    top1 = {name: one.sweep.top1.double() for name, one in found.items()}  # [layer scale]
-    layer = int(torch.stack([one.amax(dim=1) for one in top1.values()]).mean(dim=0).argmax())
-    starts = {}
-    for name, one in found.items():
-        row = [
-            (float(top1[name][layer, i]), cell.probability, -abs(scale - 1), scale)
-            for i, (scale, cell) in enumerate(zip(one.sweep.scales, one.sweep.evaluations[layer], strict=True))
-        ]
-        starts[name] = max(row)[-1] * one.unscaled.at_layer(layer)
+
+    def prompts(name, n_prompts, labels="true"):
+        return build_prompts(
+            model, short[name].train, queries=short[name].valid, n_prompts=n_prompts, n_shots=6, labels=labels,
+            template="arrow", generator=g,
+        )  # fmt: skip
+
+    means, effects = {}, []
+    for name in (names[0], names[2]):
+        means[name] = mean_head_activations(model, prompts(name, 20), progress=False)
+        effects.append(indirect_effects(model, prompts(name, 10, "permuted"), means[name], progress=False).aie)
+    means[names[1]] = mean_head_activations(model, prompts(names[1], 20), progress=False)
+    best = torch.stack(effects).mean(dim=0).flatten().argsort(descending=True)[:10].tolist()
+    heads = [divmod(i, model.cfg.n_heads) for i in best]
+
+    scores = {}  # by relation, layer and scale
+    for name, layer, scale in itertools.product(names, range(model.cfg.n_layers), SCALES):
+        vector = function_vector(model, means[name], heads=heads, layer=layer) * scale
+        found = evaluate(model, short[name].valid, vector=vector, template="arrow", generator=seeded())
+        scores[name, layer, scale] = (found.top1, found.probability, -abs(scale - 1))
+
+    def at(name, layer):
+        return max(SCALES, key=lambda scale: scores[name, layer, scale])
+
+    def together(layer):
+        return sum(scores[name, layer, at(name, layer)][0] for name in (names[0], names[2]))
+
+    layer = max(range(model.cfg.n_layers), key=together)
+    starts = {name: function_vector(model, means[name], heads=heads, layer=layer) * at(name, layer) for name in names}
     how = dict(epochs=1, template="arrow", progress=False)
     expected = finetune_many(model, short, init=starts, generator=g, **how).vectors
-    made = library_composite(model, names=names, start="vector", n_train=6, generator=seeded(3), **how).basis
+    made = library_composite(model, names=names, n_train=6, generator=seeded(3), **how).basis
     assert made.layer == layer and len({float(one.norm()) for one in starts.values()}) == 3
     assert made.names == expected.names
-    torch.testing.assert_close(made.matrix, expected.matrix, rtol=0, atol=0)
-    again = library_composite(model, names=names[:1], start="vector", layer=0, n_train=6, generator=seeded(3), **how)
+    torch.testing.assert_close(made.matrix, expected.matrix, rtol=0, atol=1e-5)
+    again = library_composite(model, names=names[:1], layer=0, n_train=6, generator=seeded(3), **how)
     assert again.basis.layer == 0
+    zero = finetune_many(model, short, init="zero", layer=model.cfg.n_layers // 3, generator=seeded(3), **how).vectors
+    made = library_composite(model, names=names, start="zero", n_train=6, generator=seeded(3), **how).basis
+    torch.testing.assert_close(made.matrix, zero.matrix, rtol=0, atol=0)
     with pytest.raises(ValueError, match="library_composite: start='random'; expected one of zero, vector"):
         library_composite(model, names=names, start="random", generator=seeded())
 

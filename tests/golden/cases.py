@@ -76,8 +76,11 @@ CASES: dict[str, Case] = {
     "universal": Case(commands.UNIVERSAL, {"aie": commands.universal_effects, "heads": commands.universal_chosen}),
     "compose": Case(
         composites.COMPOSE | {"sources": composites.SOURCES, "composites": composites.COMPOSITES},
-        {"basis": composites.basis}
-        | {name: functools.partial(composites.composed, name) for name in composites.COMPOSITES},
+        {
+            "basis": functools.partial(composites.basis, "none"),
+            "basis from vectors": functools.partial(composites.basis, "vectors"),
+        }
+        | {name: functools.partial(composites.composed, name) for name in composites.COMPOSITES if name != "vectors"},
     ),
     "analogies": Case(
         composites.ANALOGIES | {"composites": {name: composites.COMPOSITES[name] for name in SCORED}},

@@ -15,9 +15,10 @@ BASIS = [
     "antonym", "emotion-opposite", "nature-opposite", "profession-opposite", "animal-kind", "food-kind", "plant-kind",
     "animal-french", "food-french", "verb-french", "animal-german", "food-german",
 ]  # fmt: skip
-COMPOSE = dict(names=BASIS, n_analogies=60, epochs=3, setting="zero_shot", seed=0)
+COMPOSE = dict(names=BASIS, start="zero", n_analogies=60, epochs=3, setting="zero_shot", seed=0)
 COMPOSITES = {
     "none": dict(map="none"),
+    "vectors": dict(map="none", start="vector"),
     "diagonal": dict(map="diagonal"),
     "full": dict(map="full"),
     "lowrank": dict(map="lowrank"),
@@ -38,10 +39,10 @@ def composite(name: str):
     return library_composite(embedded(), generator=generator, progress=False, **settings)
 
 
-def basis() -> Values:
+def basis(name: str) -> Values:
     from fvlens.composition import source_scores
 
-    vectors = composite("none").basis
+    vectors = composite(name).basis
     found = source_scores(embedded(), vectors, [fvlens.Analogy(a, b, a, b).source_pair for a, b in SOURCES])
     return {
         "layer": [vectors.layer],
