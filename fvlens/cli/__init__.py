@@ -1,5 +1,5 @@
 """Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
-``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``, ``explain``.
+``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``, ``explain``, ``doctor``.
 
 One file holds a group of commands. Options are made from the dataclasses of settings that they fill (``_options.py``);
 whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Words are explained in
@@ -12,6 +12,7 @@ import typer
 
 from fvlens.cli._analogies import analogies, analogy, compose
 from fvlens.cli._app import app, err, main, out
+from fvlens.cli._doctor import doctor
 from fvlens.cli._explain import explain
 from fvlens.cli._glossary import help_note
 from fvlens.cli._heads import heads, universal
@@ -29,7 +30,7 @@ compare, sensitivity = (study_command(STUDIES[name]) for name in ("compare", "se
 
 COMMANDS = (
     run, rerun, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies, sensitivity,
-    explain,
+    explain, doctor,
 )  # fmt: skip
 """In the order in which the help lists them."""
 

@@ -13,7 +13,7 @@ from fvlens.models._load import Backend, default_device, load_model, model_devic
 from fvlens.models._looks import is_kept, of_weights, refresh
 from fvlens.models._made_on import check_model, refuse_retrained, told_apart
 from fvlens.models._memory import free_memory
-from fvlens.models._packaged import PACKAGED_MODELS
+from fvlens.models._packaged import PACKAGED_MODELS, packaged_file
 from fvlens.models._tokenizer import BOS_POLICIES, DEFAULT_BOS, Bos, bos_differs, bos_token_id, check_bos, in_front
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "model_device",
     "of_weights",
     "official_names",
+    "packaged_file",
     "quiet_deprecation",
     "refresh",
     "refuse_retrained",

@@ -44,7 +44,7 @@ WAYS = (ZERO, ("zero", "chosen"), ("function vector", "chosen"), ("function vect
 
 
 def _cells(settings: Settings) -> list[Cell]:
-    only = {"basis": " ".join(settings.relations)} if settings.relations else {}
+    only: dict[str, Any] = {"basis": " ".join(settings.relations)} if settings.relations else {}
     return [settings.cell("", start=start, layer=layer, **only) for start, layer in WAYS]
 
 
