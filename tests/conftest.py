@@ -7,9 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
 os.environ.pop("COLUMNS", None)  # xdist sets it, and a console keeps for good the width it finds when it is made
 
-import jaxtyping
+import checked
 
-jaxtyping.install_import_hook("fvlens", "checked.check")
+checked.install("fvlens")
 
 import dataclasses
 import gc
@@ -17,6 +17,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
