@@ -160,6 +160,8 @@ def test_the_model_is_left_as_it_was(models, small, monkeypatch, end, path):
     parameters = dict(small.named_parameters())
     names = list(parameters)
     values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None  # the model is shared with tests that take gradients
     parameters[names[0]].requires_grad_(False)
     grad = torch.ones_like(parameters[names[1]])
     parameters[names[1]].grad = grad
