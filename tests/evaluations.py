@@ -61,7 +61,7 @@ def same(one, other):
 
 def interrupted_after(n, monkeypatch):
     """The n + 1st run of prompts is interrupted."""
-    real, calls = scoring.run_prefix, []
+    real, calls = scoring._suffix.run_prefix, []
 
     def counting(*args, **kwargs):
         calls.append(args)
@@ -69,7 +69,7 @@ def interrupted_after(n, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(scoring, "run_prefix", counting)
+    monkeypatch.setattr(scoring._suffix, "run_prefix", counting)
 
 
 def says_that_it_is_a_part(result):

@@ -39,12 +39,12 @@ def test_shapes_and_types_are_checked_also_of_functions_that_are_made_again():
 
 def test_axes_of_one_name_are_of_one_size_in_a_call_and_in_no_other():
     @jaxtyped
-    def outer(x: Float[Tensor, "a b"], *more: Float[Tensor, "a"], last: Float[Tensor, "b"]) -> Float[Tensor, "b a"]:
+    def outer(x: Float[Tensor, "a b"], *more: Float[Tensor, " a"], last: Float[Tensor, " b"]) -> Float[Tensor, "b a"]:
         inner(torch.ones(7))  # a scope of its own
         return x if last[0] else x.T
 
     @jaxtyped
-    def inner(x: Float[Tensor, "a"]) -> None:
+    def inner(x: Float[Tensor, " a"]) -> None:
         pass
 
     x = torch.ones(2, 3)
@@ -61,8 +61,8 @@ def test_methods_properties_and_dataclasses_are_checked():
     @jaxtyped
     @dataclass
     class Value:
-        x: Float[Tensor, "n"]
-        y: Float[Tensor, "n"]
+        x: Float[Tensor, " n"]
+        y: Float[Tensor, " n"]
         other: "Value | None" = None
 
         @jaxtyped

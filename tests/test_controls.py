@@ -188,9 +188,9 @@ def test_interrupted_controls_keep_what_is_finished(tiny, monkeypatch):
     assert not found.to_dataframe(single=True).complete.any()
     assert 0 < found.rows[0].evaluations[0].n < len(PAIRS)
     counted = []
-    real = scoring.run_prefix
+    real = scoring._suffix.run_prefix
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "run_prefix", lambda *a, **k: counted.append(1) or real(*a, **k))
+        patch.setattr(scoring._suffix, "run_prefix", lambda *a, **k: counted.append(1) or real(*a, **k))
         table()
     with monkeypatch.context() as patch:
         interrupted_after(len(counted) - 1, patch)  # in the last row, of corrupted demonstrations

@@ -78,7 +78,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
             write_tensors(path, {"x": wrong}, {}, FORM)
     with pytest.raises(ValueError, match=r"save: 'x' has dtype torch.complex64; expected one of torch.float64, torch"):
         write_tensors(path, {"x": torch.ones(2, dtype=torch.complex64)}, {}, FORM)
-    monkeypatch.setattr(files, "_MOST_HEADER", 500)
+    monkeypatch.setattr(files._tensors, "_MOST_HEADER", 500)
     with pytest.raises(ValueError, match=r"save: the header of x would take \d+ bytes; 500 are allowed"):
         write_tensors(path, {"x": torch.ones(2)}, {"long": "x" * 500}, FORM)
     missing = tmp_path / "no" / "x"
@@ -113,8 +113,8 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
         calls.append(("replace", part.stat().st_size))
         replace(part, target)
 
-    monkeypatch.setattr(files.os, "fsync", seen_sync)
-    monkeypatch.setattr(files.os, "replace", seen_replace)
+    monkeypatch.setattr(files._write.os, "fsync", seen_sync)
+    monkeypatch.setattr(files._write.os, "replace", seen_replace)
     write_tensors(path, {"x": torch.zeros(3)}, {}, FORM)
     size = path.stat().st_size
     assert calls == [("fsync", size), ("replace", size)]
@@ -139,7 +139,7 @@ def test_a_temporary_name_that_is_taken_is_not_followed(tmp_path, monkeypatch):
     """Somebody who guesses the name cannot make us write through a link of theirs."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "guessed")
+    monkeypatch.setattr(files._write.secrets, "token_hex", lambda n: "guessed")
     (tmp_path / ".x.guessed.part").symlink_to(victim)
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "x", {"x": torch.ones(2)}, {}, FORM)
@@ -225,7 +225,7 @@ def test_text_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     def denied(*args, **given):
         raise PermissionError(13, "Permission denied")
 
-    for place, name in ((files.os, "open"), (type(file), "stat")):
+    for place, name in ((files._write.os, "open"), (type(file), "stat")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, denied)
             with pytest.raises(ValueError, match=r"a.txt: cannot be read \(Permission denied\)\."):
@@ -296,14 +296,14 @@ def test_no_reader_waits_for_a_pipe_or_opens_a_device(tmp_path, reader, monkeypa
     file = tmp_path / "file"
     file.write_text("[]")
     own = os.open
-    monkeypatch.setattr(files.os, "open", lambda path, flags: own(tmp_path / "pipe", flags))
+    monkeypatch.setattr(files._write.os, "open", lambda path, flags: own(tmp_path / "pipe", flags))
     with pytest.raises(ValueError, match="file: expected a regular file, got a pipe"):
         reader(file, "list")
 
     def gone(path, flags):
         raise FileNotFoundError(2, "gone")
 
-    monkeypatch.setattr(files.os, "open", gone)
+    monkeypatch.setattr(files._write.os, "open", gone)
     with pytest.raises(ValueError, match="no list at"):
         reader(file, "list")
 
@@ -311,7 +311,7 @@ def test_no_reader_waits_for_a_pipe_or_opens_a_device(tmp_path, reader, monkeypa
 def test_a_disk_that_fails_while_it_is_read_is_told(tmp_path):
     (tmp_path / "a").write_text("a")
     with pytest.raises(ValueError, match=r"a: cannot be read \(Input/output error\)"):
-        with files._regular(tmp_path / "a", "list"):
+        with files._read.regular(tmp_path / "a", "list"):
             raise OSError(5, "Input/output error")
 
 
@@ -479,6 +479,6 @@ def test_a_folder_that_takes_no_file_is_told(tmp_path, monkeypatch):
     def denied(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files.os, "open", denied)
+    monkeypatch.setattr(files._write.os, "open", denied)
     with pytest.raises(ValueError, match=r"save: .*x cannot be written \(Permission denied\); choose another"):
         files.write_text(tmp_path / "x", "x")

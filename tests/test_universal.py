@@ -381,7 +381,7 @@ def test_saving_replaces_a_file_at_once(found, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", broken)
+        patch.setattr(files._write.os, "replace", broken)
         with pytest.raises(OSError, match="disk full"):
             found.save(path)
     assert path.read_text() == "old"

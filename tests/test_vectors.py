@@ -462,11 +462,11 @@ def test_a_failed_save_keeps_the_old_file(tiny, vector, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
+        patch.setattr(files._write.os, "fsync", full)
         with pytest.raises(OSError, match="no space left"):
             (2 * vector).save(path)
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files._write.os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             (2 * vector).save(path)
     assert path.read_bytes() == old

@@ -6,22 +6,7 @@ and then holds one ``input<TAB>output`` pair a line. Inputs are shared by many r
 not betray which relation is meant.
 """
 
-from fvlens.relations._analogies import (
-    READERS,
-    Analogy,
-    analogies_within,
-    as_analogies,
-    guess_format,
-    make_analogies,
-    read_analogies,
-    read_bats,
-    read_google,
-    read_sat,
-    read_scan,
-    read_semeval,
-    read_tsv,
-    read_vat,
-)
+from fvlens.relations._analogies import Analogy, analogies_within, as_analogies, make_analogies
 from fvlens.relations._given import (
     Pairs,
     as_pairs,
@@ -35,6 +20,18 @@ from fvlens.relations._given import (
 from fvlens.relations._held_out import HeldOut, draw_held_out, held_out, recurring_families
 from fvlens.relations._library import disjoint_relations, library_relation, library_words, list_relations, read_relation
 from fvlens.relations._pairs import FORMATS, Reading, from_recorded, read_folder, read_pairs
+from fvlens.relations._published import (
+    READERS,
+    guess_format,
+    read_analogies,
+    read_bats,
+    read_google,
+    read_sat,
+    read_scan,
+    read_semeval,
+    read_tsv,
+    read_vat,
+)
 from fvlens.relations._relation import CATEGORIES, Pair, Part, Relation, Split, as_pair
 from fvlens.relations._words import Dropped, plain_name, words_of
 

@@ -9,7 +9,8 @@ from fvlens.training._adapted import Adapted, Baseline
 from fvlens.training._change import Change, Readout, Wants, fill, filled
 from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
 from fvlens.training._compare import Comparison, compare
-from fvlens.training._finetune import FineTuned, FineTunedSet, finetune, finetune_many
+from fvlens.training._fine_tuned import FineTuned, FineTunedSet
+from fvlens.training._finetune import finetune, finetune_many
 from fvlens.training._loop import Outcome, Trained, Training, train
 from fvlens.training._lora import LoRA, lora
 from fvlens.training._methods import METHODS, Budget, Planned

@@ -21,7 +21,7 @@ from fvlens.showing import Shown
 from fvlens.training._adaptations import Steered
 from fvlens.training._adapted import Adapted, Baseline, kinds_of_changes
 from fvlens.training._collateral import Collateral, collateral_change, evaluate_adapted, unrelated_prompts
-from fvlens.training._finetune import FineTuned
+from fvlens.training._fine_tuned import FineTuned
 from fvlens.training._methods import METHODS, Budget, Planned
 from fvlens.training._options import TrainingOptions, settled
 from fvlens.training._settings import Settings
