@@ -178,7 +178,10 @@ def _fits_many(inner: tuple[Any, ...], value: Any) -> bool:
     return all(_fits(inner[0], one) for one in value)
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", NoneType: "None"}
+_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", NoneType: "None",
+    torch.dtype: "a precision of torch, such as torch.bfloat16",
+}  # fmt: skip
 
 
 def _said(hint: Any) -> str:

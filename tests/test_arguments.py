@@ -150,7 +150,7 @@ RIGHT = {
     ("finetune", "vector"), ("find_vector", "pairs"), ("FunctionVector", "kind"), ("DistributedVector", "kind"),
     ("Relation", "name"), ("activation_cache", "positions"), ("FunctionVector", "vector"),
     ("fit_composite", "epochs"),
-    ("fit_composite", "l2"), ("fit_composite", "lr"),
+    ("fit_composite", "l2"),
     ("Relation", "path"), ("TrainableVector", "layer"), ("TrainableVector", "device"),
     ("controls", "means"), ("find_vector", "means"),
 }  # fmt: skip

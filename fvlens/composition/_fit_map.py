@@ -228,7 +228,7 @@ def fit_composite(
     else:
         trainee = Affine(map, given[:n_train], rule, rank, learn_strength)
     l2 = (3e-3 if map == "transfer" else 1e-4) if how.l2 is None else how.l2
-    lr = how.lr or (0.05 if map == "diagonal" else 0.02)
+    lr = (0.05 if map == "diagonal" else 0.02) if how.lr is None else float(how.lr)
     change = MapChange(queries, trainee, given, basis.matrix, lr, scores)
     parts = tuple(targets[:n_train]), tuple(targets[n_train:])
     task = Task("the composite map", *parts, generator.initial_seed(), generator)

@@ -62,8 +62,11 @@ def fitting(function: str, options: FittingOptions) -> Fitting:
     if unknown is not None:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown!r}")
     how = {name: given.pop(name) for name in ExecutionOptions.__annotations__ if name in given}
-    for name, least in (("epochs", 0), ("batch_size", 1), ("l2", 0), ("lr", 0)):
+    for name, least in (("epochs", 0), ("batch_size", 1), ("l2", 0)):
         number = given.get(name)
         if number is not None and not (math.isfinite(number) and number >= least):
             raise ValueError(f"{function}: expected {name} of at least {least}, got {number}.")
+    lr = given.get("lr")
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"{function}: expected lr over 0, or None for the default, got {lr}.")
     return dataclasses.replace(Fitting(**given), execution=Execution(**how))

@@ -262,6 +262,8 @@ def test_bad_gates_are_refused(tiny, fitted, for_gate, unchecked):
         fit_gate(tiny, fitted, [], generator=seeded())
     with pytest.raises(ValueError, match="expected batch_size of at least 1, got 0"):
         fit_gate(tiny, fitted, for_gate, batch_size=0, generator=seeded())
+    with pytest.raises(ValueError, match=r"fit_gate: expected lr over 0, or None for the default, got 0\.0"):
+        fit_gate(tiny, fitted, for_gate, lr=0.0, generator=seeded())
     with pytest.raises(ValueError, match="gate_signals: setting='two_shot'; expected one of"):
         gate_signals(tiny, fitted, for_gate, setting="two_shot")
     with pytest.raises(ValueError, match="gate_signals: expected at least one analogy"):

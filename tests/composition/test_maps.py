@@ -318,6 +318,8 @@ def test_the_best_epoch_on_validation_analogies_is_kept(tiny, basis, train, test
         (dict(epochs=-1), "expected epochs of at least 0, got -1"),
         (dict(batch_size=0), "expected batch_size of at least 1, got 0"),
         (dict(l2=-1.0), "expected l2 of at least 0, got -1.0"),
+        (dict(lr=0.0), r"fit_composite: expected lr over 0, or None for the default, got 0\.0"),
+        (dict(lr=-0.1), r"fit_composite: expected lr over 0, or None for the default, got -0\.1"),
         (dict(rank=6), r"expected rank in 1..5 \(the size of the basis\), got 6"),
         (dict(analogies=[]), "expected at least one analogy, got none"),
     ],
