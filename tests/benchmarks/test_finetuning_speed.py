@@ -33,10 +33,10 @@ from fvlens.training import (
     frozen,
 )
 
-N_TURNS, N_STEPS, N_SECONDS = 6, 5, 15
+N_TURNS, N_STEPS, N_SECONDS = 4, 5, 6
 """Turns of each side at least, steps in a turn, and seconds that all turns take at least; the median step counts.
 
-Six turns of steps of 7 ms are over in a second, and on a shared machine the ratio of such a second lies anywhere from
+A few turns of steps of 7 ms are over in a second, and on a shared machine the ratio of such a second lies anywhere from
 4.3 to 5.7. So short steps get more turns.
 """
 
