@@ -33,8 +33,8 @@ TOLERANCE = 1e-4
 LAYER = 1
 """Vectors are added after this layer, but where every layer is tried."""
 
-BATCH_SIZES = (1, 3, 5)
-"""The last one holds all prompts."""
+BATCH_SIZES = (2, 5)
+"""The first leaves a batch of one prompt; the last holds all."""
 
 
 def _backends() -> tuple[str, ...]:

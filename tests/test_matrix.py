@@ -228,7 +228,7 @@ def test_evaluation(name, backend):
     above, near = (asked.logits > own + slack).sum(dim=1), (asked.logits > own - slack).sum(dim=1)
     assert (above < 30).any() and (above > 30).any()
     top1 = (asked.logits.argmax(dim=-1) == asked.first[:, 0]).double().mean().item()
-    for size in (1, 3, len(asked.pairs)):
+    for size in BATCH_SIZES:
         got = fvlens.evaluate(model, asked.pairs, vector=steering, batch_size=size, generator=seeded())
         agree(got.probabilities, asked.logits.softmax(dim=-1).gather(1, asked.first)[:, 0])
         agree(got.log_probabilities, asked.whole)
@@ -241,7 +241,7 @@ def test_generated_answers_in_every_batch_size(name, backend):
     """Left-padded prompts, greedily, the vector at the prompt's last token only."""
     model, asked = matrix.loaded(name, backend), zero_shot(name)
     steering = matrix.Trained(matrix.reference(name).direction, LAYER)
-    for size in (1, 3, len(asked.pairs)):
+    for size in BATCH_SIZES:
         got = fvlens.generate_answers(
             model, asked.pairs, vector=steering, batch_size=size, max_new_tokens=N_NEW, generator=seeded()
         )
