@@ -135,7 +135,7 @@ def analogies(
 ) -> None:
     """Evaluate the analogies of a file: unsteered, with the composite, with its controls."""
     from fvlens.composition import evaluate_analogies
-    from fvlens.pages import write_figure
+    from fvlens.plots import save as save_figure
     from fvlens.relations import guess_format, read_analogies
 
     folder = None if folder is None else result_folder(folder)
@@ -160,7 +160,7 @@ def analogies(
         folder.mkdir(parents=True, exist_ok=True)
         each = write_table(folder / "analogies.csv", found.to_dataframe())
         table_file = write_table(folder / "summary.csv", summary)
-        wrote([each, table_file, write_figure(folder / "analogies.html", found.plot())])
+        wrote([each, table_file, save_figure(found.plot(), folder / "analogies.html")])
 
 
 def _setting(name: str) -> str:

@@ -5,6 +5,6 @@ and is put together from the blocks of ``pages/blocks.html``: figures, tables of
 escaped, so words and names are shown as they are.
 """
 
-from fvlens.pages._page import FigureBlock, render, write_figure, write_page
+from fvlens.pages._page import FigureBlock, render, write_page
 
-__all__ = ["FigureBlock", "render", "write_figure", "write_page"]
+__all__ = ["FigureBlock", "render", "write_page"]

@@ -87,10 +87,3 @@ def write_page(path: str | Path, template: str, **values: Any) -> Path:
         ValueError: the folder does not exist.
     """
     return write_text(Path(path), render(template, **values))
-
-
-def write_figure(path: str | Path, figure: "go.Figure") -> Path:
-    """Write one figure as an HTML page, as :func:`fvlens.plots.save` does."""
-    from fvlens.plots import save
-
-    return save(figure, path)
