@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fvlens.attribution._effects import standard_error
+from fvlens.attribution._figures import Kind, check_kind, top_bars
 from fvlens.models import Fingerprint
 from fvlens.prompts import Template, get_template
 from fvlens.results import Result
@@ -148,18 +149,36 @@ class DirectEffects(Result):
             }
         )
 
-    def plot(self, *, n_top: int = 10, prompt: int | None = None) -> "Figure":
-        """Map of all heads and, beside them, the MLPs; the other parts stand under the title.
+    def plot(
+        self, *, kind: Kind = "map", n_top: int = 10, prompt: int | None = None, zmax: float | int | None = None
+    ) -> "Figure":
+        """A figure of the effects, ``n_top`` heads being those of the largest absolute mean.
 
         Args:
-            n_top: so many heads are outlined, of the largest absolute effects.
-            prompt: one prompt; by default the mean over all, whose standard errors are in the hover text.
+            kind: ``"map"``, all heads by layer, the largest outlined and named, the MLPs beside them and other parts
+                under the title; ``"top"``, the largest as bars with 95% intervals (1.96 standard errors over prompts);
+                ``"prompts"``, the effects of the largest on every prompt.
+            n_top: number of heads.
+            prompt: of the map: one prompt; by default the mean over all, whose standard errors are in the hover text.
+            zmax: of the map: where its scale ends, as of :meth:`IndirectEffects.plot`.
 
         Raises:
-            ValueError: there is no such prompt.
+            ValueError: an unknown kind; there is no such prompt; ``prompt`` or ``zmax`` of another kind than the map.
         """
         from fvlens import plots
 
+        check_kind(kind, zmax)
+        if kind != "map":
+            if prompt is not None:
+                raise ValueError(f"plot: prompt={prompt} is for a map, and kind={kind!r} shows all prompts.")
+            largest = self.mean.abs().flatten().argsort(descending=True, stable=True)[: max(1, n_top)].tolist()
+            n_heads = self.heads.shape[2]
+            shown = [Head(i // n_heads, i % n_heads) for i in largest]
+            title = f"Direct effects, {named(self.relation)} ({self.labels} labels, {len(self)} prompts)"
+            if kind == "top":
+                return top_bars(shown, self.mean, self.stderr, x_title="logits", title=title)
+            samples = [self.heads[:, head.layer, head.head] for head in shown]
+            return plots.distribution(list(map(str, shown)), samples, x_title="logits", title=title)
         if prompt is not None and not 0 <= prompt < len(self):
             raise ValueError(f"plot: expected a prompt in 0..{len(self) - 1}, got {prompt}.")
         shown = [self.heads, self.mlps, self.others, self.total[:, None]]
@@ -177,4 +196,5 @@ class DirectEffects(Result):
             stderr=(self.stderr, standard_error(self.mlps)) if prompt is None else None,
             outlined=[Head(i // heads.shape[1], i % heads.shape[1]) for i in order],
             title=f"Direct effects, {named(self.relation)} ({where})",
+            zmax=zmax,
         )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fvlens.activations import Positions
+from fvlens.attribution._figures import Kind, check_kind, top_bars
 from fvlens.interruption import marked, titled
 from fvlens.metrics import Interval, spearman, top_k_overlap
 from fvlens.models import Fingerprint
@@ -410,33 +411,53 @@ class IndirectEffects(Result):
             columns["exact_cie"] = exact.flatten().numpy()
         return marked(pd.DataFrame(columns), self.complete)
 
-    def plot(self, *, n_top: int = 10) -> "Figure":
-        """Heatmap of the AIE, layer by head, the ``n_top`` best heads outlined; of a screen, its mean scores by name.
+    def plot(self, *, kind: Kind = "map", n_top: int = 10, zmax: float | int | None = None) -> "Figure":
+        """A figure of the effects; the best heads are those of :meth:`top`, but for those known not to help.
 
-        Outlined are the heads of :meth:`top`, but for those that are known not to help; the title says how many these
-        are. After a recheck the hover text gives the exact AIE.
+        Args:
+            kind: ``"map"``, all heads by layer, the best outlined and named; ``"top"``, the best as bars with 95%
+                intervals (1.96 standard errors over prompts); ``"prompts"``, the effects of the best on every prompt.
+                Of a screen: its scores, in all three.
+            n_top: number of heads; the title says how many of them do not help.
+            zmax: of the map: where its scale ends; by default at the largest value, or, if one head is extreme, where
+                it holds 99% of the heads.
+
+        Raises:
+            ValueError: an unknown kind; ``zmax`` of another kind than the map.
         """
         from fvlens import plots
 
+        check_kind(kind, zmax)
         n_top = min(n_top, self.aie.numel())
+        left_out = self.hurting(n_top) if n_top else []
+        best = [head for head in self.ranking[:n_top] if head not in left_out]
         what = f"{self.labels} labels, {self.cie.shape[0]} prompts"
+        if left_out:
+            what += f"; {len(left_out)} of the {n_top} best do not help"
+        title = titled(f"{_names(self.method)[0]}, {named(self.relation)} ({what})", self.complete)
+        shown = best or self.ranking[: max(1, n_top)]
+        if kind == "prompts":
+            return plots.distribution(
+                list(map(str, shown)), [self.cie[:, head.layer, head.head] for head in shown], x_title=self.score,
+                title=title,
+            )  # fmt: skip
+        if kind == "top":
+            return top_bars(shown, self.aie, self.stderr, x_title=self.score, title=title)
         hover = None
         if self.recheck is not None:
             exact = dict(zip(self.recheck.heads, self.recheck.aie.tolist(), strict=True))
             n_layers, n_heads = self.aie.shape
             heads = [[Head(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
             hover = [[f"exact AIE: {exact[h]:+.4g}" if h in exact else "not rechecked" for h in row] for row in heads]
-        left_out = self.hurting(n_top)
-        if left_out:
-            what += f"; {len(left_out)} of the {n_top} best do not help"
         return plots.heatmap(
             self.aie,
             stderr=self.stderr,
-            outlined=[head for head in self.ranking[:n_top] if head not in left_out],
-            title=titled(f"{_names(self.method)[0]}, {self.relation or 'custom pairs'} ({what})", self.complete),
+            outlined=best,
+            title=title,
             colorbar_title=self.score,
             outlined_label="top heads" if self.recheck is None else "top heads (rechecked exactly first)",
             hover=hover,
+            zmax=zmax,
         )
 
 

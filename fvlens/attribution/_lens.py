@@ -11,6 +11,7 @@ from torch import Tensor
 from fvlens.activations import Positions, activation_cache
 from fvlens.arguments import check_arguments
 from fvlens.attribution._effects import standard_error
+from fvlens.attribution._figures import WIDTH_95
 from fvlens.metrics import best_tokens, probability, rank
 from fvlens.models import Fingerprint, fingerprint, model_device
 from fvlens.prompts import Prompts, Template, get_template
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fvlens.plots import Figure
-
-_WIDTH = 1.96
-"""Standard errors on either side that hold 95% of a normal distribution."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -134,17 +132,22 @@ class LogitLens(Result):
             }
         )
 
-    def plot(self, *, prompt: int | None = None) -> "Figure":
+    def plot(self, *, prompt: int | None = None, change: bool = False) -> "Figure":
         """The answer's probability: by layer at the last token, or of one prompt by layer and token.
 
         Args:
             prompt: index of a prompt, for the map of its tokens; its hover text names the best tokens. By default the
                 mean over prompts, with its 95% interval (1.96 standard errors).
+            change: of one prompt: what each layer adds to the probability that the layer before it gave, instead of
+                the probability; of the first layer, all of it.
 
         Raises:
-            ValueError: there is no such prompt.
+            ValueError: there is no such prompt; ``change`` without a prompt.
         """
         from fvlens import plots
+
+        if change and prompt is None:
+            raise ValueError("plot: change=True is for the map of one prompt; give prompt=, too.")
 
         what = f"{named(self.relation)} ({self.labels} labels, "
         if prompt is None:
@@ -152,8 +155,8 @@ class LogitLens(Result):
             return plots.line_sweep(
                 list(self.layers),
                 self.mean,
-                self.mean - _WIDTH * self.stderr if several else None,
-                self.mean + _WIDTH * self.stderr if several else None,
+                self.mean - WIDTH_95 * self.stderr if several else None,
+                self.mean + WIDTH_95 * self.stderr if several else None,
                 x_title="Layer",
                 y_title="Probability of the answer",
                 title=f"Logit lens at the last token, {what}{len(self)} prompts)",
@@ -163,14 +166,17 @@ class LogitLens(Result):
             raise ValueError(f"plot: expected a prompt in 0..{len(self) - 1}, got {prompt}.")
         kept = self.mask[prompt].nonzero().flatten().tolist()
         rows = range(len(self.layers) - 1, -1, -1)  # the last layer on top
-        return plots.shares(
-            self.probability[list(rows), prompt][:, kept],
-            [f"layer {self.layers[row]}" for row in rows],
-            [self.word(token) for token in self.tokens[prompt, kept].tolist()],
-            title=f"Logit lens, {what}prompt {prompt}, answer {self.word(int(self.answers[prompt]))!r})",
-            colorbar_title="probability",
-            hover=[[self._said(row, prompt, place) for place in kept] for row in rows],
-        )
+        names = [f"layer {self.layers[row]}" for row in rows]
+        words = [self.word(token) for token in self.tokens[prompt, kept].tolist()]
+        hover = [[self._said(row, prompt, place) for place in kept] for row in rows]
+        where = f"{what}prompt {prompt}, answer {self.word(int(self.answers[prompt]))!r})"
+        chance = self.probability[:, prompt][:, kept]
+        if change:
+            added = torch.cat([chance[:1], chance.diff(dim=0)]).flip(0)
+            title = f"What each layer adds to the answer's probability, {where}"
+            return plots.token_map(added, names, words, title=title, colorbar_title="change", hover=hover)
+        title = f"Logit lens, {where}"
+        return plots.shares(chance.flip(0), names, words, title=title, colorbar_title="probability", hover=hover)
 
     def _said(self, row: int, prompt: int, place: int) -> str:
         """The best tokens and the answer's rank, for hover texts."""

@@ -165,23 +165,27 @@ class AttentionPatterns(Result):
         columns["attention"] = values[seen].numpy()
         return pd.DataFrame(columns)
 
-    def plot(self, *, prompt: int | None = None, head: HeadLike | None = None) -> "Figure":
-        """Attention as a map.
+    def plot(self, *, prompt: int | None = None, head: HeadLike | None = None, full: bool = True) -> "Figure":
+        """Attention as a map, or of one head on one prompt as bars over its tokens.
 
         By default each head's mean attention from the last token to each kind of token, with what even attention would
         give. With ``prompt``, each head's attention from the last token to that prompt's tokens. With ``prompt`` and
-        ``head``, that head's attention from every token to every token.
+        ``head``, that head's attention from every token to every token; with ``full=False`` from the last one alone, a
+        bar a token, coloured by what the token is for.
 
         Args:
             prompt: index of a prompt.
-            head: one of :attr:`heads`, for patterns of all tokens.
+            head: one of :attr:`heads`.
+            full: of one head: from every token, or from the last one alone.
 
         Raises:
-            ValueError: there is no such prompt or head; a head without a prompt; only attention from the last token was
-                asked for.
+            ValueError: there is no such prompt or head; a head without a prompt; ``full=False`` without a head; only
+                attention from the last token was asked for, and ``full=False`` is not given.
         """
         from fvlens import plots
 
+        if not full and head is None:
+            raise ValueError("plot: full=False is for the pattern of one head; give prompt= and head=, too.")
         what = f"{named(self.relation)} ({self.labels} labels, "
         if prompt is None:
             if head is not None:
@@ -203,9 +207,20 @@ class AttentionPatterns(Result):
             values, rows, title = self.last[prompt][:, columns], list(map(str, self.heads)), "the last token"
         else:
             one = as_heads([head], self.fingerprint.n_layers, self.fingerprint.n_heads, "plot: head")[0]
-            if one not in self.heads or self.full is None:
-                why = "attention from all tokens was not asked for (full=True)" if self.full is None else "no such head"
-                raise ValueError(f"plot: head={one}: {why}; there are {', '.join(map(str, self.heads))}.")
+            if one not in self.heads:
+                raise ValueError(f"plot: head={one}: no such head; there are {', '.join(map(str, self.heads))}.")
+            if full and self.full is None:
+                raise ValueError(
+                    "plot: attention from all tokens was not asked for; give attention_patterns(..., full=True), or "
+                    "full=False for that of the last token."
+                )
+            if not full or self.full is None:
+                return plots.token_bars(
+                    self.last[prompt, self.heads.index(one), columns],
+                    words,
+                    kinds,
+                    title=f"Attention of {one} from the last token, {what}prompt {prompt})",
+                )
             values = self.full[prompt, self.heads.index(one)][columns][:, columns]
             rows, title = words, f"each token, {one}"
         return plots.shares(

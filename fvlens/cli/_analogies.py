@@ -9,6 +9,7 @@ import typer
 from rich.table import Column, Table
 
 from fvlens.cli._app import note, out, say, say_template, wrote
+from fvlens.cli._figures import Drawing
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, SeedOption, made, result_folder, spread
 from fvlens.cli._relations import relations_of
@@ -85,6 +86,7 @@ def analogy(
     b: Annotated[str, typer.Argument(metavar="B")],
     c: Annotated[str, typer.Argument(metavar="C", help="... as C is to what?")],
     loading: GivenLoading,
+    drawing: Drawing,
     choices: Annotated[
         str | None, typer.Option("--choices", help="Answers to choose among, with commas between them.")
     ] = None,
@@ -115,12 +117,14 @@ def analogy(
     out.print(weights)
     for setting, strength in found.gates.items():
         say(f"gate, {_setting(setting)}: {strength:.2f} of the composite is injected")
+    wrote(drawing.draw(lambda: found.explanation.plot(n_top)))
 
 
 @spread
 def analogies(
     file: Annotated[Path, typer.Argument(help="A file or BATS folder of analogies.")],
     loading: GivenLoading,
+    drawing: Drawing,
     composite: CompositeOption = None,
     format: Annotated[
         str | None, typer.Option("--format", help="How it is written [default: guessed]; see fvlens.relations.READERS.")
@@ -135,7 +139,6 @@ def analogies(
 ) -> None:
     """Evaluate the analogies of a file: unsteered, with the composite, with its controls."""
     from fvlens.composition import evaluate_analogies
-    from fvlens.plots import save as save_figure
     from fvlens.relations import guess_format, read_analogies
 
     folder = None if folder is None else result_folder(folder)
@@ -156,11 +159,13 @@ def analogies(
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         table.add_row(row["kind"] or "", row["way"], str(row["n"]), f"{row['top1']:.3f}", interval, choice)
     out.print(table)
+    written = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         each = write_table(folder / "analogies.csv", found.to_dataframe())
         table_file = write_table(folder / "summary.csv", summary)
-        wrote([each, table_file, save_figure(found.plot(), folder / "analogies.html")])
+        written = [each, table_file, found.plot().save(folder / "analogies.html")]
+    wrote([*written, *drawing.draw(found.plot)])
 
 
 def _setting(name: str) -> str:

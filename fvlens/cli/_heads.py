@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from fvlens.cli._app import out, say, say_template, wrote
+from fvlens.cli._figures import Drawing
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, SeedOption, spread
 from fvlens.cli._relations import relation_of
 from fvlens.cli._studies import JobsOption, Running, ThreadsOption, end, measured, study_settings
@@ -28,6 +29,7 @@ def heads(
     relation: RelationArgument,
     loading: Loading,
     settings: RankingOptions,
+    drawing: Drawing,
     method: Annotated[
         Literal["exact", "atp", "ig", "lrp"], typer.Option("--method", help="Exact effects, or a gradient screen.")
     ] = "exact",
@@ -65,6 +67,7 @@ def heads(
         say(chosen.note)
     if caution:
         say(caution)
+    wrote(drawing.draw(lambda: chosen.plot(n_top=settings.n_heads)))
 
 
 @spread
@@ -78,6 +81,7 @@ def universal(
     *,
     loading: Annotated[dict[str, Any], Fields(Loading)],
     given: Annotated[dict[str, Any], Fields(RecipeOptions)],
+    drawing: Drawing,
     file: Annotated[
         Path, typer.Option("--out", help="File for the heads; the figure and the study's folder go beside it.")
     ] = Path("heads.json"),
@@ -93,7 +97,6 @@ def universal(
 
     This is `fvlens study universal` with a file of heads: stopped, the same command goes on.
     """
-    from fvlens.plots import save as save_figure
     from fvlens.studies import STUDIES, heads_from
 
     if names and (category or family):
@@ -132,6 +135,7 @@ def universal(
         left_out = [name for name, kept in zip(found.relations, found.kept.tolist(), strict=True) if not kept]
         if left_out:
             say(f"left out, {options.n_shots} demonstrations do not beat the majority label: {', '.join(left_out)}")
-        written = [found.save(file), save_figure(found.plot(), figure), *outcome.save(folder)]
+        shown = found.plot()
+        written = [found.save(file), shown.save(figure), *drawing.draw(lambda: shown), *outcome.save(folder)]
     wrote(written)
     end(outcome, list)

@@ -2,17 +2,23 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from jaxtyping import Float
 from rich.table import Table
 
-from fvlens.cli._app import note, out, say
+from fvlens.cli._app import note, out, say, wrote
+from fvlens.cli._figures import Drawing
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import BosOption, spread
 from fvlens.cli._options import template as read_template
 from fvlens.prompts import AnswerEnd, template_for, template_or, warn_of_bos
+from fvlens.showing import shortened
+
+if TYPE_CHECKING:
+    from fvlens.plots import Figure
 
 
 @spread
@@ -22,6 +28,7 @@ def inject(
         str, typer.Argument(help="Text, or a word to ask; by default a single word is asked, and more is text.")
     ],
     loading: GivenLoading,
+    drawing: Drawing,
     scale: Annotated[float, typer.Option("--scale", help="Factor on the vector.")] = 1.0,
     top: Annotated[int, typer.Option("--top", min=1, help="Tokens to show.")] = 5,
     generate: Annotated[int, typer.Option("--generate", min=0, help="Also generate, up to so many tokens.")] = 0,
@@ -75,7 +82,7 @@ def inject(
             f"holds {network.cfg.n_ctx}."
         )
 
-    def answer() -> tuple[list[str], str]:
+    def answer() -> tuple[Float[torch.Tensor, " d_vocab"], list[int], str]:
         with torch.inference_mode():
             logits = network(tokens)[0, -1].float()
             text = ""
@@ -83,24 +90,35 @@ def inject(
                 longer = network.generate(tokens, max_new_tokens=generate, do_sample=False, verbose=False)
                 new = end.until(longer[0, tokens.shape[1] :].tolist())
                 text = end.answer(new) if asked else end.written(new)
-        best = best_tokens(logits, min(top, len(logits)))
-        chances = logits.softmax(dim=-1)[best].tolist()
-        words = [
-            f"{network.tokenizer.decode([token])!r} {chance:.3f}"
-            for token, chance in zip(best.tolist(), chances, strict=True)
-        ]
-        return words, text
+        return logits.softmax(dim=-1).cpu(), best_tokens(logits, min(top, len(logits))).tolist(), text
 
     if guessed:
         note(guessed)
-    plain, plain_text = answer()
+    plain, plain_best, plain_text = answer()
     with injecting(network, loaded, scale=scale, check=not no_check):
-        steered, steered_text = answer()
+        steered, steered_best, steered_text = answer()
+    words = {token: repr(network.tokenizer.decode([token])) for token in [*plain_best, *steered_best]}
+    said = f"with {loaded.relation or 'vector'} after layer {loaded.layer}"
     say(f"prompt {prompt!r}")
-    table = Table("rank", "plain", f"with {loaded.relation or 'vector'} after layer {loaded.layer}", box=None)
-    for i, (before, after) in enumerate(zip(plain, steered, strict=True), start=1):
-        table.add_row(str(i), before, after)
+    table = Table("rank", "plain", said, box=None)
+    for i, (before, after) in enumerate(zip(plain_best, steered_best, strict=True), start=1):
+        table.add_row(str(i), f"{words[before]} {plain[before]:.3f}", f"{words[after]} {steered[after]:.3f}")
     out.print(table)
     if generate:
         say(f"plain   {plain_text!r}")
         say(f"steered {steered_text!r}")
+
+    def figure() -> "Figure":
+        from fvlens.plots import paired_bars
+
+        shown = sorted(words, key=lambda token: -max(float(plain[token]), float(steered[token])))
+        return paired_bars(
+            [words[token] for token in shown],
+            plain[shown],
+            steered[shown],
+            names=("plain", said),
+            x_title="Probability of the next token",
+            title=f"What follows {shortened(prompt)!r}",
+        )
+
+    wrote(drawing.draw(figure))

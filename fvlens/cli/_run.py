@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from fvlens.cli._app import command_line, note, out, say, say_template, wrote
+from fvlens.cli._figures import Drawing
 from fvlens.cli._loading import GivenLoading, load_recorded
 from fvlens.cli._options import Fields, QuietOption, RelationArgument, made, option_name, result_folder, spread
 from fvlens.cli._relations import relation_of
@@ -24,6 +25,7 @@ def run(
     relation: RelationArgument,
     loading: GivenLoading,
     settings: Annotated[dict[str, Any], Fields(RunOptions)],
+    drawing: Drawing,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for the results [default: fvlens-RELATION].")
     ] = None,
@@ -75,7 +77,7 @@ def run(
     out.print(_summary(result))
     for caution in result.cautions:
         say(caution)
-    wrote(files)
+    wrote([*files, *drawing.draw(result.controls.plot)])
 
 
 @spread

@@ -3,6 +3,7 @@
 Two groups. Per-prompt scores read next-token logits: :func:`probability`, :func:`log_probability`, :func:`rank`,
 :func:`best_token`, :func:`is_best`, :func:`kl_divergence`.
 Summaries turn many scores into one number: accuracy, bootstrap intervals, rank correlation, overlap of two rankings.
+:func:`mds` places things in the plane by their distances.
 Whole-answer scores of generated text: :func:`exact_match`, :func:`token_f1`.
 
 One definition of right: tokens are ordered by their logit, largest first, and equal logits by their id, smallest first.
@@ -26,6 +27,7 @@ from fvlens.metrics._logits import (
     rank,
     top_k_accuracy,
 )
+from fvlens.metrics._mds import mds
 from fvlens.metrics._words import exact_match, token_f1
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "is_best",
     "kl_divergence",
     "log_probability",
+    "mds",
     "paired_difference",
     "probability",
     "rank",

@@ -17,7 +17,10 @@ from fvlens.plots._input import Number, Numbers
 from fvlens.plots._lines import curves, line_sweep
 from fvlens.plots._maps import heatmap
 from fvlens.plots._matrices import relation_map, similarity
-from fvlens.plots._save import FORMATS, NoPicture, block, check_figure_file, missing_for_pictures, save
+from fvlens.plots._paired import paired_bars
+from fvlens.plots._places import place_map
+from fvlens.plots._prompts import distribution
+from fvlens.plots._save import FORMATS, NoPicture, block, check_figure_file, missing_for_pictures, one_browser, save
 from fvlens.plots._shares import shares
 from fvlens.plots._style import (
     ACCENT,
@@ -36,6 +39,7 @@ from fvlens.plots._style import (
     Width,
     looking,
 )
+from fvlens.plots._tokens import token_bars, token_map
 from fvlens.plots._training import training_curves
 
 __all__ = [
@@ -64,14 +68,20 @@ __all__ = [
     "curves",
     "decoded",
     "direct_map",
+    "distribution",
     "dots",
     "heatmap",
     "line_sweep",
     "looking",
     "missing_for_pictures",
+    "one_browser",
+    "paired_bars",
+    "place_map",
     "relation_map",
     "save",
     "shares",
     "similarity",
+    "token_bars",
+    "token_map",
     "training_curves",
 ]

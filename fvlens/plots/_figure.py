@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 import plotly.graph_objects as go
 import plotly.io
 
-from fvlens.plots._save import PICTURES, NoPicture, alt_text, save
+from fvlens.plots._save import DOTS, PICTURES, NoPicture, alt_text, save
 from fvlens.plots._style import Look, ThemeName, Width, as_look, look
 
 P = ParamSpec("P")
@@ -72,13 +72,15 @@ class Figure(go.Figure):
         width: Width | None = None,
         theme: ThemeName | None = None,
         title: str | EllipsisType | None = ...,
+        dots: int = DOTS,
     ) -> Path:
         """Write the figure: ``.html`` interactive in one file that works offline, or a picture, ``.svg``, ``.pdf`` or
-        ``.png`` (300 dots an inch). Replaces an existing file at once.
+        ``.png``. Replaces an existing file at once.
 
         Args:
             path: the file; the end of its name says the format.
             width, theme, title: of what is written, as in :meth:`styled`; by default the figure as it is.
+            dots: of ``.png``, dots an inch.
 
         Returns:
             The file.
@@ -88,8 +90,8 @@ class Figure(go.Figure):
                 what to install, and HTML needs none of it.
         """
         if width is None and theme is None and isinstance(title, EllipsisType):
-            return save(self, path)
-        return save(self.styled(width=width, theme=theme, title=title), path)
+            return save(self, path, dots=dots)
+        return save(self.styled(width=width, theme=theme, title=title), path, dots=dots)
 
     def show(self, *args: Any, **how: Any) -> None:
         """Show the figure by plotly's renderers; where those make pictures and none can be drawn, interactively."""

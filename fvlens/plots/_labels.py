@@ -1,6 +1,9 @@
 """Names beside marks, where they have room."""
 
+import math
 from collections.abc import Sequence
+
+from fvlens.plots._input import Number
 
 Box = tuple[float, float, float, float]
 """Left, right, lower and upper end."""
@@ -16,7 +19,7 @@ def with_room(
     levels: tuple[float, float] = (float("-inf"), float("inf")),
     others: Sequence[tuple[float, float]] = (),
     half: tuple[float, float] = (5.0, 5.0),
-    high: float = 12.0,
+    high: Number = 12,
 ) -> list[tuple[int, int, int, str]]:
     """Which marks are named, and where: on the right, left, above or below, touching no mark and no other name.
 
@@ -36,7 +39,7 @@ def with_room(
     """
     across, up = half
     taken: list[Box] = [(x - across, x + across, y - up, y + up) for x, y in [*marks, *others]]
-    right, above = round(across) + 2, round(up + high / 2)
+    right, above = round(across) + 2, math.ceil(up + high / 2)
     found: list[tuple[int, int, int, str]] = []
     for k in order:
         x, y = marks[k]

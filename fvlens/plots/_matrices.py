@@ -71,6 +71,7 @@ def labelled(
     title: str | None,
     colorbar_title: str,
     limit: Number,
+    note: str | None = None,
 ) -> go.Figure:
     """A matrix with names of its rows and columns, the first row on top, for figures that messages call ``function``.
 
@@ -125,7 +126,8 @@ def labelled(
         f"Map of {colorbar_title}, {n_rows} rows by {n_columns} columns, from {float(z.min()):.3g} to "
         f"{float(z.max()):.3g} ({labels[largest // n_columns]}, {column_labels[largest % n_columns]})"
     )
-    shared = layout(title, height=round(size.above + 32 * size.tall + cell_height * n_rows + below), alt=alt)
+    above = size.above_note if note else size.above
+    shared = layout(title, height=round(above + 32 * size.tall + cell_height * n_rows + below), note=note, alt=alt)
     shared["margin"] |= {"l": margin, "b": below}
     figure.update_layout(**shared)
     figure.update_xaxes(

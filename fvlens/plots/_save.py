@@ -1,10 +1,13 @@
 """Figures as files: one interactive page, or a picture drawn by kaleido in a Chromium."""
 
+import contextlib
 import html
 import importlib.util
 import re
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ PICTURES = ("png", "jpg", "jpeg", "svg", "pdf")
 FORMATS = (".html", ".svg", ".pdf", ".png")
 """Ends of the names of files that figures are saved as."""
 
-_DOTS = 300
-"""Dots an inch of pixel pictures; a pixel of a figure is 1/96 inch."""
+DOTS = 300
+"""Dots an inch of ``.png`` pictures; a pixel of a figure is 1/96 inch."""
 
 _QUIET = {"displayModeBar": False}
 """Settings of plotly: no bar of buttons over a figure."""
@@ -62,14 +65,16 @@ def check_figure_file(given: str | Path, what: str = "--figure") -> Path:
     return path
 
 
-def save(figure: go.Figure, path: str | Path) -> Path:
+def save(figure: go.Figure, path: str | Path, *, dots: int = DOTS) -> Path:
     """Write any figure of plotly, as :meth:`Figure.save` does.
 
     Raises:
         ValueError: as for :meth:`Figure.save`.
     """
     suffix, path = _format(path, "save:"), as_path(path)
-    data = page(figure).encode() if suffix == ".html" else picture(figure, suffix[1:])
+    if not dots >= 1:
+        raise ValueError(f"save: expected dots of at least 1 an inch, got {dots}.")
+    data = page(figure).encode() if suffix == ".html" else picture(figure, suffix[1:], dots)
     with replacing(path) as file:
         file.write(data)
     return path
@@ -87,6 +92,27 @@ def _format(path: str | Path, what: str) -> str:
     if suffix not in FORMATS:
         raise ValueError(f"{what} {path}: a figure is written as {', '.join(FORMATS)}; give a name with such an end.")
     return suffix
+
+
+@contextlib.contextmanager
+def one_browser() -> Iterator[None]:
+    """Pictures that are saved in this block are drawn by one browser, which takes a tenth of the time.
+
+    Raises:
+        NoPicture: kaleido or a Chromium is missing.
+    """
+    if missing_for_pictures() is not None:
+        raise NoPicture(f"one_browser: {NoPicture.because(None)}.")
+    import kaleido  # pyright: ignore[reportMissingImports]
+
+    kaleido.start_sync_server(silence_warnings=True)
+    try:
+        with warnings.catch_warnings():
+            # plotly hands every call settings of the browser, which is open already
+            warnings.filterwarnings("ignore", "The kopts argument is ignored", UserWarning)
+            yield
+    finally:
+        kaleido.stop_sync_server(silence_warnings=True)
 
 
 def page(figure: go.Figure) -> str:
@@ -114,7 +140,7 @@ def block(figure: go.Figure, *, script: bool, name: str | None = None) -> str:
     return f'<div role="img" aria-label="{html.escape(alt_text(figure))}">{inner}</div>'
 
 
-def picture(figure: go.Figure, format: str) -> bytes:
+def picture(figure: go.Figure, format: str, dots: int = DOTS) -> bytes:
     """The figure as a picture, ``"svg"``, ``"pdf"`` or ``"png"``; the first and the last carry what it shows in words.
 
     Raises:
@@ -123,14 +149,14 @@ def picture(figure: go.Figure, format: str) -> bytes:
     if missing_for_pictures() is not None:
         raise NoPicture(f"save: no .{format} can be drawn: {NoPicture.because(None)}. An .html file needs none of it.")
     try:
-        data = figure.to_image(format=format, scale=_DOTS / 96 if format == "png" else 1)
+        data = figure.to_image(format=format, scale=dots / 96 if format == "png" else 1)
     except Exception as error:  # a browser can fail in many ways
         raise NoPicture(
             f"save: no .{format} could be drawn: {NoPicture.because(error)}. An .html file needs no browser."
         ) from error
     if format == "svg":
         return _described(data.decode(), alt_text(figure)).encode()
-    return _with_text(data, alt_text(figure)) if format == "png" else data
+    return _with_text(data, alt_text(figure), dots) if format == "png" else data
 
 
 def _described(svg: str, alt: str) -> str:
@@ -140,14 +166,14 @@ def _described(svg: str, alt: str) -> str:
     return re.sub(r"(<svg [^>]*>)", lambda found: f'{found[1]}<desc id="shows">{text}</desc>', opened, count=1)
 
 
-def _with_text(png: bytes, alt: str) -> bytes:
+def _with_text(png: bytes, alt: str, dots: int) -> bytes:
     """A picture with its description and its dots an inch behind its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = 8 + 12 + 13  # the signature, and the header's chunk
-    metre = round(_DOTS / 0.0254)
-    dots = chunk(b"pHYs", struct.pack(">IIB", metre, metre, 1))
+    metre = round(dots / 0.0254)
+    density = chunk(b"pHYs", struct.pack(">IIB", metre, metre, 1))
     text = chunk(b"iTXt", b"Description\0\0\0\0\0" + alt.encode())
-    return png[:header] + dots + text + png[header:]
+    return png[:header] + density + text + png[header:]

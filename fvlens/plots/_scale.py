@@ -70,13 +70,28 @@ def scale_reach(
     return Reach(limit or 1.0, beyond, note)
 
 
-def mark_beyond(figure: go.Figure, z: Float[Tensor, "row column"], reach: Reach, cell: tuple[float, float]) -> None:
-    """Triangles on the cells that the scale does not hold: up above it, down below; ``cell`` is in pixels."""
+def mark_beyond(
+    figure: go.Figure,
+    z: Float[Tensor, "row column"],
+    reach: Reach,
+    cell: tuple[float, float],
+    *,
+    upright: bool = True,
+) -> None:
+    """Triangles on the cells that the scale does not hold: up above it, down below.
+
+    Args:
+        figure: the map.
+        z: its numbers.
+        reach: its scale.
+        cell: width and height of a cell, in pixels.
+        upright: whether the first row is at the bottom.
+    """
     rows, columns = reach.beyond.nonzero(as_tuple=True)
     if not len(rows):
         return
     up = (z[rows, columns] > 0).tolist()
-    below = 0.24 if cell[1] >= 24 else 0.0  # the head's name stands in the upper part of a large cell
+    below = 0.24 if cell[1] >= 24 and upright else 0.0  # the head's name stands in the upper part of a large cell
     figure.add_trace(
         go.Scatter(
             x=columns.tolist(),

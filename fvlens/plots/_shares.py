@@ -56,8 +56,8 @@ def shares(
         'L1H0, label<br>attention: 0.75'
     """
     z = as_matrix(values)
-    names = [column.replace("\n", "↵") for column in columns]
-    kinds = [row.replace("\n", "↵") for row in rows]
+    names = [visible(column) for column in columns]
+    kinds = [visible(row) for row in rows]
     if bool((z < 0).any()):
         raise ValueError(f"shares: expected values of at least 0, got {float(z.min()):.4g}.")
     errors = standard_errors("shares", stderr, z, may_be_nan=True)
@@ -78,15 +78,19 @@ def shares(
     said = [[text(row, column) for column in range(len(names))] for row in range(len(kinds))]
     figure.update_traces(zmin=0, zmid=None, colorscale=look().colours.sequential, hovertext=said)
 
-    # as many names below the map as have room
     layout: Any = figure.layout  # plotly's attributes are made at run time
-    gap = math.ceil(len(names) * _LABEL / (look().size.width - layout.margin.l - BESIDE[look().width]))
-    shown = _with_room(names, gap)
+    shown = named_columns(names, (look().size.width - layout.margin.l - BESIDE[look().width]) / len(names))
     return figure.update_xaxes(tickvals=shown, ticktext=[cut(names[column], names_most(24)) for column in shown])
 
 
-def _with_room(names: Sequence[str], gap: int) -> list[int]:
-    """Which names are shown, at least ``gap`` apart: the last, then words, then what else has room."""
+def visible(token: str) -> str:
+    """A token with its line breaks made visible."""
+    return token.replace("\n", "↵")
+
+
+def named_columns(names: Sequence[str], wide: float) -> list[int]:
+    """Which tokens are named below columns of so many pixels: the last, then words, then what else has room."""
+    gap = math.ceil(_LABEL / wide)
     from_the_right = range(len(names) - 1, -1, -1)
     words = [column for column in from_the_right if sum(map(str.isalnum, names[column])) > 1]
     shown: list[int] = []

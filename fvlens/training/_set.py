@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fvlens.arguments import check_kinds
 from fvlens.files import read_tensors, write_tensors
+from fvlens.metrics import mds
 from fvlens.models import Fingerprint, check_model
 from fvlens.prompts import Template
 from fvlens.relations import list_relations, load_relation
@@ -158,11 +159,33 @@ class VectorSet(Shown):
         rows = torch.nn.functional.normalize(self.matrix, dim=1)
         return rows @ rows.T
 
-    def plot(self) -> "Figure":
-        """Similarity of every pair of vectors."""
+    def plot(self, *, kind: Literal["similarity", "map"] = "similarity") -> "Figure":
+        """Similarity of every pair of vectors, or a map of all.
+
+        Args:
+            kind: ``"similarity"``, a matrix of cosines; ``"map"``, the vectors in the plane, near where they point the
+                same way: multidimensional scaling (:func:`fvlens.metrics.mds`) of the distances between the vectors at
+                length 1, ``sqrt(2 - 2 cosine)``, coloured by category. The note gives the stress.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
         from fvlens import plots
 
-        return plots.similarity(self.similarity(), list(self.names), title=f"Cosine similarity of {len(self)} vectors")
+        if kind == "similarity":
+            title = f"Cosine similarity of {len(self)} vectors"
+            return plots.similarity(self.similarity(), list(self.names), title=title)
+        if kind != "map":
+            raise ValueError(f"plot: kind={kind!r}; expected 'similarity' or 'map'.")
+        distances = (2 - 2 * self.similarity().double()).clamp(min=0).sqrt()
+        places, stress = mds(distances.fill_diagonal_(0).float())
+        return plots.place_map(
+            places,
+            list(self.names),
+            groups=self.categories if any(self.categories) else None,
+            title=f"Map of {len(self)} vectors after layer {self.layer}",
+            note=f"Near: alike in direction (multidimensional scaling of cosine distances, stress {stress:.2f})",
+        )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a vector and dimension: ``relation, category, kind, layer, dimension, value``."""

@@ -30,6 +30,13 @@ FIGURES = {
         NUMBERS, HIGH, ["a", "b", "c"], groups=["x", "y", "x"], rings=("ring", LOW), x_title="One", y_title="Other",
         title=title,
     ),
+    "distribution": lambda title: plots.distribution(["L0H1", "L1H0"], [NUMBERS, LOW], x_title="CIE", title=title),
+    "token_bars": lambda title: plots.token_bars(NUMBERS, ["big", ":", "\n"], ["input", "mark", "mark"], title=title),
+    "token_map": lambda title: plots.token_map(AIE, ["layer 1", "layer 0"], ["big", ":", "\n"], title=title),
+    "place_map": lambda title: plots.place_map(
+        torch.tensor([[0.0, 1.0], [2.0, 0.5], [1.0, 0.0]]), ["a", "b", "c"], groups=["x", "y", "x"], title=title
+    ),
+    "paired_bars": lambda title: plots.paired_bars([" a", "\n", " b"], NUMBERS, LOW, title=title),
     "training_curves": lambda title: plots.training_curves(
         **SERIES, norm=[1.0, 2.0, 3.0], cosine=[1.0, 0.9, 0.8], marked=1, title=title
     ),
