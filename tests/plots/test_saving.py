@@ -13,7 +13,7 @@ import pytest
 
 from fvlens.plots import _figure as figures
 from fvlens.plots import _save as saving
-from fvlens.plots import bars, block, check_figure_file, save
+from fvlens.plots import bars, block, check_figure_file, one_browser, save
 
 needs_chromium = pytest.mark.skipif(
     saving.missing_for_pictures() is not None, reason="pictures need kaleido and a Chromium"
@@ -86,12 +86,23 @@ def test_pictures_have_their_size_and_their_words(tmp_path):
     assert box is not None and float(box[1]) / 72 == pytest.approx(3.3, abs=0.03)
 
 
+@needs_chromium
+def test_many_pictures_are_drawn_by_one_browser(tmp_path):
+    alone = figure().save(tmp_path / "a.png", dots=96).read_bytes()
+    with one_browser():
+        together = [figure().save(tmp_path / f"{i}.png", dots=96).read_bytes() for i in range(2)]
+    assert together == [alone, alone]
+    assert int.from_bytes(alone[16:20]) == 700
+
+
 def test_another_format_is_refused(tmp_path):
     for name in ("a.eps", "a", "html"):
         with pytest.raises(ValueError, match=r"a figure is written as \.html, \.svg, \.pdf, \.png; give a name with"):
             figure().save(tmp_path / name)
     with pytest.raises(ValueError, match=r"--figure a\.eps: a figure is written as \.html"):
         check_figure_file("a.eps")
+    with pytest.raises(ValueError, match="save: expected dots of at least 1 an inch, got 0"):
+        figure().save(tmp_path / "a.png", dots=0)
     with pytest.raises(ValueError, match="create it first"):
         figure().save(tmp_path / "none" / "a.html")
     with pytest.raises(ValueError, match=r"--figure .*none.* does not exist; create it first"):
@@ -110,6 +121,8 @@ def test_what_is_missing_is_said_before_and_after_the_work(tmp_path, nothing_dra
             check_figure_file(tmp_path / name)
     assert old.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     assert figure().save(tmp_path / "a.html").exists()
+    with pytest.raises(ValueError, match="one_browser: Chromium is missing"), one_browser():
+        pass
 
 
 def test_a_browser_that_fails_is_said_in_words(tmp_path, nothing_draws, monkeypatch):
