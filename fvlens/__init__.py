@@ -5,6 +5,8 @@ fine-tuned vector, composite vector, figures. Everything a notebook needs is in 
 lines that use it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fvlens.activations import ActivationCache, activation_cache, mean_head_activations
 from fvlens.attribution import indirect_effects
 from fvlens.composition import evaluate_analogies, fit_composite
@@ -32,6 +34,9 @@ from fvlens.vectors import (
     random_vector_like,
 )
 
+if TYPE_CHECKING:
+    from fvlens.explorer import explore
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -50,6 +55,7 @@ __all__ = [
     "distributed_vector",
     "evaluate",
     "evaluate_analogies",
+    "explore",
     "filter_correct",
     "find_vector",
     "finetune",
@@ -69,3 +75,12 @@ __all__ = [
     "random_vector_like",
     "universal_heads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The explorer, which stands above what the front is made of, and is not imported before it is wanted."""
+    if name == "explore":
+        from fvlens.explorer import explore
+
+        return explore
+    raise AttributeError(f"module 'fvlens' has no attribute {name!r}")

@@ -33,6 +33,7 @@ CALLS = {
     "distributed_vector": dict(model=MODEL, means=MEANS, heads=[(0, 1)]),
     "evaluate": dict(**ASKED, vector=VECTOR),
     "evaluate_analogies": dict(model=MODEL, analogies=ANALOGIES, generator=seeded()),
+    "explore": dict(model=MODEL),
     "filter_correct": dict(**ASKED, n_shots=1),
     "find_vector": dict(**ASKED, n_shots=1),
     "finetune": dict(**ASKED, init=VECTOR),
@@ -149,7 +150,7 @@ RIGHT = {
     # what is wrong for one function and right for another
     ("finetune", "vector"), ("find_vector", "pairs"), ("FunctionVector", "kind"), ("DistributedVector", "kind"),
     ("Relation", "name"), ("activation_cache", "positions"), ("FunctionVector", "vector"),
-    ("fit_composite", "epochs"),
+    ("fit_composite", "epochs"), ("explore", "relation"),
     ("fit_composite", "l2"),
     ("Relation", "path"), ("TrainableVector", "layer"), ("TrainableVector", "device"),
     ("controls", "means"), ("find_vector", "means"),

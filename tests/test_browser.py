@@ -1,10 +1,10 @@
 """The report page in a real browser without a network: it draws, answers to the mouse, and asks for nothing."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
+from chromium import opened_browser
 from runs import small_run
 
 from fvlens.plots import DIVERGING
@@ -12,25 +12,13 @@ from fvlens.report import write_report
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 N_FIGURES = 7
 
 
 @pytest.fixture(scope="module")
 def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    with api.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program, headless=True, args=ARGUMENTS)
-        try:
-            yield opened
-        finally:
-            opened.close()
+    with opened_browser() as opened:
+        yield opened
 
 
 @dataclasses.dataclass

@@ -75,6 +75,7 @@ def calls(made):
             model, analogies, CompositeMap.plain(basis), settings=["zero_shot"], controls=[], generator=seeded(),
             **QUIET,
         ).weights,
+        "explore": lambda: len(fvlens.explore(model).children),
         "filter_correct": lambda: fvlens.filter_correct(model, PAIRS, n_shots=0, generator=seeded()),
         "find_vector": lambda: fvlens.find_vector(model, split, generator=seeded(), **find).vector.vector,
         "finetune": lambda: fvlens.finetune(model, PAIRS, init=vector, generator=seeded(), **how).vector.vector,
