@@ -116,7 +116,7 @@ def labelled(
         hover,
         limit=limit,
         gap=1 if n_columns <= 32 else 0,
-        colorbar={"title": colorbar_title, "nticks": 5},
+        colorbar={"title": colorbar_title, "nticks": max(2, min(5, round(cell_height * n_rows / 30)))},
         texttemplate="%{z:.2f}" if written else None,
         textfont={"size": size.text - 1},
     )

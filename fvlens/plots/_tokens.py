@@ -10,7 +10,7 @@ from torch import Tensor
 from fvlens.plots._figure import drawn
 from fvlens.plots._input import Number, Numbers, as_matrix, as_numbers, check_lengths
 from fvlens.plots._matrices import BESIDE, labelled
-from fvlens.plots._scale import CLIP, joined, mark_beyond, scale_reach
+from fvlens.plots._scale import joined, mark_beyond, scale_reach
 from fvlens.plots._shares import named_columns, visible
 from fvlens.plots._style import cut, label_margin, layout, legend_above, look, names_most, plain
 
@@ -93,7 +93,7 @@ def token_map(
     colorbar_title: str = "effect",
     hover: Sequence[Sequence[str]] | None = None,
     zmax: Number | None = None,
-    clip: Number | None = CLIP,
+    clip: Number | None = None,
 ) -> go.Figure:
     """Map of a signed number at each layer and token of a prompt, the first row on top, centred at 0.
 
@@ -104,7 +104,8 @@ def token_map(
         title: figure title; None for none.
         colorbar_title: name of the quantity, beside the scale and in the hover text.
         hover: one more line of hover text for each cell.
-        zmax, clip: where the scale ends, as in :func:`heatmap`.
+        zmax, clip: where the scale ends, as in :func:`heatmap`; by default at the largest absolute value, since at
+            most tokens there is often nothing.
 
     Returns:
         The figure, on a diverging scale centred at 0; cells beyond it carry a triangle.

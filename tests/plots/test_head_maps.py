@@ -69,7 +69,7 @@ def test_every_map_of_heads_has_the_same_scale():
     names = [f"L0H{i}" for i in range(10)]
     for figure in (
         relation_map(z, list("abcdefghij"), names),
-        token_map(z, list("abcdefghij"), names),
+        token_map(z, list("abcdefghij"), names, clip=0.99),
         direct_map(z, SMALL[:, 0], {}, total=0.0),
     ):
         assert figure.data[0].zmax == pytest.approx(0.05) and triangles(figure) == [(3, 4, "triangle-up")]
