@@ -119,8 +119,12 @@ class Page(HTMLParser):
             self._rows = self.tables.setdefault(attrs.get("id"), [])
         elif tag == "tr":
             self._rows.append([])
-        if tag in ("title", "h1", "h2", "p", "td", "th", "script", "style"):
+        if tag in ("title", "h1", "h2", "p", "td", "th", "code", "script", "style"):
             self._open.append((tag, []))
+
+    def attributes(self, tag, name):
+        """One attribute of every element of a kind, None where it is not given."""
+        return [attrs.get(name) for found, attrs in self.tags if found == tag]
 
     def handle_data(self, data):
         for _, parts in self._open:

@@ -20,7 +20,17 @@ from fvlens.plots._matrices import relation_map, similarity
 from fvlens.plots._paired import paired_bars
 from fvlens.plots._places import place_map
 from fvlens.plots._prompts import distribution
-from fvlens.plots._save import FORMATS, NoPicture, block, check_figure_file, missing_for_pictures, one_browser, save
+from fvlens.plots._save import (
+    FORMATS,
+    NoPicture,
+    alt_text,
+    check_figure_file,
+    looks,
+    missing_for_pictures,
+    one_browser,
+    save,
+)
+from fvlens.plots._script import script_for
 from fvlens.plots._shares import shares
 from fvlens.plots._style import (
     ACCENT,
@@ -62,8 +72,8 @@ __all__ = [
     "Theme",
     "ThemeName",
     "Width",
+    "alt_text",
     "bars",
-    "block",
     "check_figure_file",
     "curves",
     "decoded",
@@ -73,12 +83,14 @@ __all__ = [
     "heatmap",
     "line_sweep",
     "looking",
+    "looks",
     "missing_for_pictures",
     "one_browser",
     "paired_bars",
     "place_map",
     "relation_map",
     "save",
+    "script_for",
     "shares",
     "similarity",
     "token_bars",

@@ -3,17 +3,20 @@
 import contextlib
 import html
 import importlib.util
+import itertools
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import plotly.graph_objects as go
 
 from fvlens.files import as_path, check_destination, replacing
+from fvlens.plots._script import script_for
+from fvlens.plots._style import ThemeName, Width
 
 PICTURES = ("png", "jpg", "jpeg", "svg", "pdf")
 """Names of plotly's renderers that draw pictures."""
@@ -124,20 +127,26 @@ def page(figure: go.Figure) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         f"<style>body {{ margin: 8px; background: {paper}; }}</style>\n</head>\n<body>\n"
-        f"{block(figure, script=True, name='figure')}\n</body>\n</html>\n"
+        f"<script>{script_for(figure)}</script>\n{block(figure, name='figure')}\n</body>\n</html>\n"
     )
 
 
-def block(figure: go.Figure, *, script: bool, name: str | None = None) -> str:
-    """The figure as a block of a page, with its text for who sees no picture.
-
-    Args:
-        figure: the figure.
-        script: bring plotly's script along; a page needs it once.
-        name: id of the block; by default a new one each time.
-    """
-    inner = figure.to_html(full_html=False, include_plotlyjs=script, config=_QUIET, div_id=name)
+def block(figure: go.Figure, *, name: str) -> str:
+    """The figure as a block of a page that has plotly's script, with its text for who sees no picture."""
+    inner = figure.to_html(full_html=False, include_plotlyjs=False, config=_QUIET, div_id=name)
     return f'<div role="img" aria-label="{html.escape(alt_text(figure))}">{inner}</div>'
+
+
+def looks(figure: go.Figure) -> dict[str, str]:
+    """The figure as JSON in every look that a page may ask for: ``"page-light"``, ``"column-dark"`` and so on.
+
+    A figure that is not of the house, or was copied, has one look.
+    """
+    styled = getattr(figure, "styled", None)
+    if styled is None or figure._drawn is None:
+        return {"any": str(figure.to_json())}
+    ways = itertools.product(get_args(Width), get_args(ThemeName))
+    return {f"{width}-{theme}": str(styled(width=width, theme=theme).to_json()) for width, theme in ways}
 
 
 def picture(figure: go.Figure, format: str, dots: int = DOTS) -> bytes:

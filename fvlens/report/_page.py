@@ -5,11 +5,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fvlens.evaluation import Evaluation
 from fvlens.pages import FigureBlock, write_page
 from fvlens.report._numbers import is_of_library, options_json
 from fvlens.report._result import Row, RunResult, Tuned
 from fvlens.report._run_tables import table_files
+
+if TYPE_CHECKING:
+    from fvlens import plots
 
 
 def write_report(path: str | Path, result: RunResult) -> Path:
@@ -36,6 +41,8 @@ def write_report(path: str | Path, result: RunResult) -> Path:
         tuned_rows=[] if tuned is None else [row[:3] for row in _tuned_rows(result, tuned)],
         tuned_exact=None if tuned is None else _differing(_tuned_rows(result, tuned)),
         decoded=list(decoded),
+        command=_command(result),
+        failures=_failures(result),
         samples=_samples(result),
         tables=_tables(result),
         provenance=_provenance(result, Path(path).parent),
@@ -46,12 +53,14 @@ def _figures(result: RunResult) -> list[FigureBlock]:
     """The figures in the order of the chain: heads, place, controls, decoded words."""
     from fvlens import plots
 
+    command = _command(result)
     figures = [
         FigureBlock(
             f"Which heads carry the task ({ranking} labels)",
             "Each cell is one head: how much the answer's probability rises on a corrupted prompt when the head's "
             "output is replaced by its mean over clean prompts. Hover for the value and its standard error.",
             effects.plot(n_top=result.options.n_heads),
+            command,
         )
         for ranking, effects in result.effects.items()
     ]
@@ -60,13 +69,15 @@ def _figures(result: RunResult) -> list[FigureBlock]:
             f"Where the vector works ({result.described(source)})",
             "Zero-shot top-1 on the validation pairs with the vector, times each scale, added after each layer.",
             sweep.plot(),
+            command,
         )
         for source, sweep in result.sweeps.items()
     ]
     controls = FigureBlock(
         "The vector against its controls",
         "Top-1 on the test pairs with 95% bootstrap intervals.",
-        result.controls.plot(),
+        _controls(result),
+        command,
     )
     words, scores = zip(*result.decoded, strict=True)
     decoded = FigureBlock(
@@ -74,8 +85,31 @@ def _figures(result: RunResult) -> list[FigureBlock]:
         "Tokens whose unembedding the vector points to most. Descriptive only: a vector can steer without decoding "
         "to readable words.",
         plots.decoded(list(words), list(scores)),
+        command,
     )
     return [*figures, controls, decoded]
+
+
+def _controls(result: RunResult) -> "plots.Figure":
+    """Top-1 of the vectors and of each control, the fine-tuned vector among them, as bars with intervals."""
+    from fvlens import plots
+
+    bars = [(row.name, row.top1, row.interval, row.kind == "vector") for row in result.controls.rows]
+    if result.tuned is not None:
+        tuned = result.tuned.evaluation
+        place = next(i for i, bar in enumerate(bars) if bar[3])
+        bars.insert(place + 1, (f"fine-tuned vector, layer {tuned.vector_layer}", tuned.top1, tuned.interval, True))
+    names, values, intervals, own = zip(*bars, strict=True)
+    return plots.bars(
+        names,
+        values,
+        [one.low for one in intervals],
+        [one.high for one in intervals],
+        x_title="Top-1",
+        title=f"{result.relation}: vectors and controls ({result.n_test} bare queries)",
+        level=intervals[0].level,
+        highlighted=[name for name, shown in zip(names, own, strict=True) if shown],
+    )
 
 
 def _training(result: RunResult, tuned: Tuned) -> str:
@@ -118,22 +152,53 @@ class _Sample:
         query, expected: the pair.
         answers: predicted word and whether it is right: bare, with the function vector, fine-tuned if there is one, and
             after demonstrations.
+        missed: whether the best vector, fine-tuned if there is one, misses it.
     """
 
     query: str
     expected: str
     answers: tuple[tuple[str, bool], ...]
+    missed: bool
 
 
-def _samples(result: RunResult, n: int = 15) -> list[_Sample]:
-    """The first test queries."""
+def _steered(result: RunResult) -> tuple[str, Evaluation]:
+    """The vector that the page is about last, by its name, and its answers."""
+    if result.tuned is not None:
+        return "fine-tuned vector", result.tuned.evaluation
+    return "function vector", result.steered[result.source]
+
+
+def _failures(result: RunResult) -> str:
+    """How many test queries are missed, and by which other way they are answered."""
+    name, steered = _steered(result)
+    wrong = ~steered.correct
+    if not wrong.any():
+        return f"The {name} misses none of the {result.n_test} test queries."
+    shots = int((wrong & result.icl.correct).sum())
+    return (
+        f"The {name} misses {int(wrong.sum())} of the {result.n_test} test queries; {shots} of these are answered "
+        f"after {result.options.n_shots} demonstrations."
+    )
+
+
+def _samples(result: RunResult) -> list[_Sample]:
+    """All test queries, those that are missed first, else in their order."""
     tuned = () if result.tuned is None else (result.tuned.evaluation,)
     evaluations = (result.zero_shot, result.steered[result.source], *tuned, result.icl)
     columns = [list(zip(shown.predictions, shown.correct.tolist(), strict=True)) for shown in evaluations]
-    return [
-        _Sample(pair.input, pair.output, tuple((column[i][0].strip(), column[i][1]) for column in columns))
-        for i, pair in enumerate(result.split.test[:n])
+    right = _steered(result)[1].correct.tolist()
+    samples = [
+        _Sample(
+            pair.input, pair.output, tuple((column[i][0].strip(), column[i][1]) for column in columns), not right[i]
+        )
+        for i, pair in enumerate(result.split.test)
     ]
+    return sorted(samples, key=lambda one: not one.missed)
+
+
+def _command(result: RunResult) -> str:
+    """The command that makes this page and its figures; empty if it was made in Python."""
+    return "" if result.command is None else shlex.join(result.command)
 
 
 _HELD = {

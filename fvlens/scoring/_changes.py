@@ -33,7 +33,6 @@ def ablation(
 
     Example:
         >>> import torch, fvlens
-        >>> from fvlens.scoring import ablation, score
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> pairs = fvlens.load_relation("antonym").pairs[:8]
         >>> g = torch.Generator().manual_seed(0)

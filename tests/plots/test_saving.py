@@ -13,7 +13,8 @@ import pytest
 
 from fvlens.plots import _figure as figures
 from fvlens.plots import _save as saving
-from fvlens.plots import bars, block, check_figure_file, one_browser, save
+from fvlens.plots import bars, check_figure_file, one_browser, save
+from fvlens.plots._save import block
 
 needs_chromium = pytest.mark.skipif(
     saving.missing_for_pictures() is not None, reason="pictures need kaleido and a Chromium"
@@ -44,7 +45,7 @@ def test_a_page_is_one_file_that_works_offline(tmp_path):
     path = figure().save(tmp_path / "scores.html")
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "scores.html" and text.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert text.count("plotly.js v") == 1 and '"displayModeBar": false' in text
+    assert text.count("plotly.js (cartesian - minified) v") == 1 and '"displayModeBar": false' in text
     assert "<title>Scores of &lt;b&gt;two&lt;/b&gt; vectors</title>" in text
     assert 'role="img" aria-label="Scores of &lt;b&gt;two&lt;/b&gt; vectors. Bars of Top-1' in text
     assert not re.search(r'<(script|link|img)[^>]* (src|href)="http', text)
@@ -54,7 +55,7 @@ def test_a_page_is_one_file_that_works_offline(tmp_path):
 def test_figures_of_plotly_are_saved_too(tmp_path):
     text = save(go.Figure(layout={"title": "plain"}), str(tmp_path / "a.HTML")).read_text(encoding="utf-8")
     assert 'aria-label="plain"' in text and "<title>plain</title>" in text
-    assert block(figure(), script=False, name="one").count('id="one"') == 1
+    assert block(figure(), name="one").count('id="one"') == 1
 
 
 @needs_chromium
