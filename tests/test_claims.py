@@ -345,7 +345,11 @@ def test_write_keeps_tables_and_picture_and_fills_the_first_page(small, tmp_path
     assert (root / "assets" / "claims.png").read_bytes() == b"['format', 'scale']"
     text = page.read_text()
     assert "](assets/claims.png)\n" in text and STUDY.excerpts["evidence"](read_measured(root, STUDY)) in text
-    assert "| random vectors over bare query, paired | " in text and "2 of 2 cells." in text
+    assert "| random vectors of the norm | " in text and "2 of 2 cells." in text
+    frame = read_measured(root, STUDY)["bars"]
+    broken = frame[frame.holds == "no"]
+    assert f"Of the 6 bars that were set beforehand {6 - len(broken)} hold" in text
+    assert all(claim in text for claim in broken.claim) and "fine-tuned from zero" not in text
 
 
 def test_what_draws_pictures_is_asked_for_before_the_work(monkeypatch):

@@ -21,7 +21,8 @@ from fvlens.showing import MOST_CELLS, MOST_ROWS, Shown, map_html, number, table
 PLAIN = {
     # settings, and what a file, a model or a template is: their fields are what there is to say
     "AnswerTokens", "Analogy", "Dropped", "Edit", "Execution", "Fingerprint", "Fitting", "GivenHeads", "LoadReport",
-    "Loading", "Pieces", "Provenance", "RecipeOptions", "RunOptions", "Settings", "Task", "Template", "TensorFile", "Theme",
+    "Loading", "Pieces", "Provenance", "RecipeOptions", "RunOptions", "Settings", "Task", "Template", "TensorFile",
+    "Theme",
     # parts of engines and of plans, which nobody is handed
     "AnswerEnd", "Batch", "Budget", "Cell", "FigureBlock", "Loaded", "Planned", "Readout", "Request", "Rules", "Screen",
     "Screening", "Slices", "Study", "SuffixRun", "Wants",

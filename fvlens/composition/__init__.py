@@ -6,7 +6,7 @@ v_i`` is injected on c. A gate (:func:`fit_gate`) says how strongly, or not at a
 """
 
 from fvlens.composition._answer import Answered, answer_analogy
-from fvlens.composition._build import library_analogies, library_composite, library_parts
+from fvlens.composition._build import STARTS, Start, library_analogies, library_composite, library_parts
 from fvlens.composition._evaluate import (
     CONTROLS,
     AnalogyEvaluation,
@@ -50,6 +50,7 @@ __all__ = [
     "RULES",
     "SCORES",
     "SIGNALS",
+    "STARTS",
     "AnalogyEvaluation",
     "Answered",
     "BasisStudy",
@@ -65,6 +66,7 @@ __all__ = [
     "Scored",
     "Seen",
     "SourceScores",
+    "Start",
     "answer_analogy",
     "basis_starts",
     "basis_study",

@@ -143,7 +143,7 @@ def looks(figure: go.Figure) -> dict[str, str]:
     A figure that is not of the house, or was copied, has one look.
     """
     styled = getattr(figure, "styled", None)
-    if styled is None or figure._drawn is None:
+    if styled is None or getattr(figure, "_drawn", None) is None:
         return {"any": str(figure.to_json())}
     ways = itertools.product(get_args(Width), get_args(ThemeName))
     return {f"{width}-{theme}": str(styled(width=width, theme=theme).to_json()) for width, theme in ways}

@@ -29,5 +29,5 @@ def script_for(*figures: go.Figure) -> str:
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     same = bundle_version().partition(".")[0] == get_plotlyjs_version().partition(".")[0]
-    traces = {str(trace.type) for figure in figures for trace in figure.data}
+    traces = {str(trace["type"]) for figure in figures for trace in figure.to_dict()["data"]}
     return bundle() if same and traces <= DRAWN else get_plotlyjs()

@@ -25,9 +25,11 @@ import torch
 from fvlens.composition import (
     ANALOGY_SETTINGS,
     MAPS,
+    STARTS,
     AnalogyEvaluation,
     CompositeMap,
     SourceScores,
+    Start,
     evaluate_analogies,
     fit_composite,
     fit_gate,
@@ -53,15 +55,19 @@ class AnalogiesOptions:
         n_test: test analogies of each level at most.
         n_fit: training analogies of each map; the gate and the validation take a share of as many.
         epochs: passes over them.
+        start: what the vectors of the basis are trained from, function vectors or zero.
     """
 
     n_seeds: int = 3
     n_test: int = 400
     n_fit: int = 2430
     epochs: int = 20
+    start: Start = "vector"
 
     def __post_init__(self) -> None:
         at_least(self, n_seeds=1, n_test=2, n_fit=4, epochs=1)
+        if self.start not in STARTS:
+            raise ValueError(f"start={self.start!r}; expected one of {', '.join(STARTS)}.")
 
 
 def _cells(settings: Settings) -> list[Cell]:
@@ -100,14 +106,14 @@ def drawn_tests(n: int, seed: int) -> dict[str, list[Analogy]]:
     }
 
 
-def _basis(cell: Cell, model: Any, shelf: Shelf, names: list[str] | None) -> CompositeMap:
+def _basis(cell: Cell, model: Any, shelf: Shelf, names: list[str] | None, start: Start) -> CompositeMap:
     """The seed's basis with no map, trained if no cell has kept it yet."""
 
     def make() -> dict[str, CompositeMap]:
         generator = torch.Generator().manual_seed(cell.seed)
-        return {"basis": library_composite(model, names=names, generator=generator, progress=False)}
+        return {"basis": library_composite(model, names=names, start=start, generator=generator, progress=False)}
 
-    varies = tuple(value for value in cell.varies if value[0] != "prompt")
+    varies = (*(value for value in cell.varies if value[0] != "prompt"), ("start", start))
     whose = dataclasses.replace(cell, varies=(*varies, ("part", "basis")), options=())
     return shelf.get(whose, ("basis",), functools.partial(CompositeMap.load, model=model), make)["basis"]
 
@@ -118,7 +124,7 @@ def _run(cell: Cell, model: Any, shelf: Shelf) -> list[dict[str, Value]]:
     setting: Any = cell["prompt"]
     shot = setting == "one_shot"
     names = str(dict(cell.varies)["basis"]).split() if "basis" in dict(cell.varies) else None
-    start = _basis(cell, model, shelf, names)
+    start = _basis(cell, model, shelf, names, options.start)
     generator = torch.Generator().manual_seed(cell.seed)
     drawn: dict[str, Any] = dict(generator=generator, names=names, n_foils=0)
     for_gate = library_analogies("valid", n=max(4, options.n_fit // 5), **drawn)

@@ -1,6 +1,6 @@
 """What pages quote of the study ``claims``, and its figure."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fvlens.studies._claims_tables import CATEGORY_ROWS, FIRST, ROWS, tables
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 PICTURE = "assets/claims.png"
 """Where ``--write`` keeps the figure, as the first page sees it."""
+
+FRONT = ("bare", "icl", "permuted", "fv", "tuned", "random", "random_heads", "other")
+"""Rows of the first page; the others are beside the study."""
 
 _CATEGORY_HEADS = {
     "bare": "bare", "icl": "10 demonstrations", "fv": "function vector", "tuned": "fine-tuned",
@@ -35,24 +38,36 @@ def _n(found: "Mapping[str, pd.DataFrame]", name: str) -> int:
     return int(found[name]["n_relations"].iloc[0])
 
 
-def main_table(found: "Mapping[str, pd.DataFrame]") -> str:
-    """Every row, first token and whole answer."""
+def main_table(found: "Mapping[str, pd.DataFrame]", rows: Collection[str] = tuple(ROWS)) -> str:
+    """Every row, or those of these keys, first token and whole answer."""
     lines = [
         [ROWS[line["row"]], _score(line, "top1", ".2f"), _score(line, "exact", ".2f")]
         for line in _lines(found, "means")
+        if line["row"] in rows
     ]
     return grid(["", "first token, top-1 [95%]", "whole answer, exact [95%]"], lines)
 
 
 def bars(found: "Mapping[str, pd.DataFrame]") -> str:
     """What was claimed, what was measured, and whether it holds."""
-    lines = []
-    for line in _lines(found, "bars"):
-        form = ".2f" if line["ratio"] else "+.3f"
-        value, low, high = line["value"], line["low"], line["high"]
-        measured = in_brackets(value, low, high, form) if value == value else ""
-        lines.append([line["claim"], measured, line["bar"], line["holds"]])
+    lines = [[line["claim"], measured, line["bar"], line["holds"]] for line, measured in _bars(found)]
     return grid(["claim", "measured [95%]", "bar", "holds"], lines)
+
+
+def _bars(found: "Mapping[str, pd.DataFrame]") -> Iterator[tuple[dict[Any, Any], str]]:
+    """The lines of the bars, each with what was measured in words; empty if nothing was."""
+    for line in _lines(found, "bars"):
+        value = line["value"]
+        form = ".2f" if line["ratio"] else "+.3f"
+        yield line, in_brackets(value, line["low"], line["high"], form) if value == value else ""
+
+
+def verdict(found: "Mapping[str, pd.DataFrame]") -> str:
+    """How many of the bars hold, and what was measured where one does not."""
+    judged = [(line, measured) for line, measured in _bars(found) if line["holds"] in ("yes", "no")]
+    broken = [f"{line['claim']}, {measured}, {line['bar']}" for line, measured in judged if line["holds"] == "no"]
+    text = f"Of the {len(judged)} bars that were set beforehand {len(judged) - len(broken)} hold"
+    return f"{text}. Not: {'; '.join(broken)}." if broken else f"{text}."
 
 
 def differences(found: "Mapping[str, pd.DataFrame]") -> str:
@@ -107,11 +122,11 @@ def whole(found: "Mapping[str, pd.DataFrame]") -> str:
 
 
 def evidence(found: "Mapping[str, pd.DataFrame]") -> str:
-    """The first page's: figure, main table, bars."""
+    """The first page's: figure, the rows that it needs, and which bars hold."""
     alt = "Every relation a dot: top-1 of its function vector against that of its fine-tuned vector"
     return "\n\n".join(
         [
-            f"![{alt}]({PICTURE})", _over(found, _n(found, "means")), main_table(found), bars(found),
+            f"![{alt}]({PICTURE})", f"{_over(found, _n(found, 'means'))} {verdict(found)}", main_table(found, FRONT),
             standing(found["relations"]),
         ]
     )  # fmt: skip
