@@ -40,7 +40,7 @@ def test_every_study_has_a_command_with_its_own_options(call):
         assert (code, err) == (0, "")
         options = set(re.findall(r"^  --([\w-]+)", out, re.MULTILINE))
         own = () if study.options is None else dataclasses.fields(study.options)
-        names = {"relations", "out", "seed", "jobs", "threads", "write", "quiet", "help", "model", *study.takes}
+        names = {"relations", "out", "seed", "jobs", "threads", "write", "kept", "quiet", "help", "model", *study.takes}
         assert options == names | {field.name.replace("_", "-") for field in own}, name
         assert study.summary[1:] in re.sub(r"\s+", " ", out)
 
@@ -92,6 +92,23 @@ def test_write_keeps_the_tables_with_the_project(call, tmp_path, monkeypatch):
     code, out, _ = call("study", "fake", "--out", tmp_path / "out", "--write")
     assert code == 0 and "6 of 6 cells." in (root / "README.md").read_text()
     assert f"wrote {root / 'assets' / 'measured' / 'fake' / 'means.csv'}" in out
+
+
+def test_a_study_goes_on_from_the_cells_that_the_project_keeps(call, mood, refused, tmp_path, monkeypatch):
+    root = tmp_path / "project"
+    cells = root / "assets" / "measured" / "fake" / "cells"
+    monkeypatch.setattr(fvlens.studies._measured, "project_root", lambda: root)
+    err = refused("study", "fake", "--out", tmp_path / "out", "--kept")
+    assert err == "fvlens: --kept: the project keeps no cells of the study fake; leave --kept out."
+    call("study", "fake", "--out", tmp_path / "first")
+    cells.mkdir(parents=True)
+    for file in sorted((tmp_path / "first" / "cells").iterdir())[:4]:
+        (cells / file.name).write_bytes(file.read_bytes())
+    (mood / "runs").unlink()
+    code, out, err = call("study", "fake", "--out", tmp_path / "second", "--kept")
+    assert code == 0 and "4 finished cells were taken from the project" in err and "6 of 6 cells." in out
+    assert len((mood / "runs").read_text().splitlines()) == 2
+    assert (tmp_path / "second" / "means.csv").read_bytes() == (tmp_path / "first" / "means.csv").read_bytes()
 
 
 def test_relations_can_be_named_in_one_go(call, mood, tmp_path):

@@ -63,16 +63,21 @@ def study_command(study: "Study", name: str = "") -> Callable[..., None]:
         write: Annotated[
             bool, typer.Option("--write", help="Keep the tables in assets/measured, and put them into pages.")
         ] = False,
+        kept: Annotated[
+            bool, typer.Option("--kept", help="Go on from the finished cells that the project keeps.")
+        ] = False,
         quiet: QuietOption = False,
     ) -> None:
         from fvlens.files import write_text
         from fvlens.plots import save as save_figure
-        from fvlens.studies import root_for, write_measured
+        from fvlens.studies import root_for, take_kept_cells, write_measured
 
         root = root_for(study) if write else None  # before hours of work
         folder = result_folder(folder, f"study-{study.name}")
         chosen = (*(names or ()), *(relations or ()))
         settings = study_settings(study, loading, given, relations=chosen or None, seed=seed, threads=threads)
+        if kept:
+            note(f"{take_kept_cells(study, folder)} finished cells were taken from the project")
         outcome = measured(study, settings, folder, Running(jobs, quiet))
         if outcome.kept:
             text = study.markdown(outcome.tables())

@@ -18,6 +18,7 @@ from fvlens.studies._measured import (
     project_root,
     read_measured,
     root_for,
+    take_kept_cells,
     write_measured,
 )
 from fvlens.studies._precision import PRECISION
@@ -52,6 +53,7 @@ __all__ = [
     "read_measured",
     "root_for",
     "run_study",
+    "take_kept_cells",
     "write_measured",
 ]
 

@@ -49,6 +49,28 @@ def measured_folder(root: Path, study: Study) -> Path:
     return root / "assets" / "measured" / study.name
 
 
+def take_kept_cells(study: Study, folder: Path) -> int:
+    """Put the finished cells that the project keeps into a study's folder, for a long study that is measured in pieces.
+
+    What is in the folder stays as it is. A cell that is not one of the study's, or of another version, is not read.
+
+    Returns:
+        How many cells were put there.
+
+    Raises:
+        ValueError: this is an installed package, or the project keeps no cells of this study.
+    """
+    kept = sorted((measured_folder(project_root(), study) / "cells").glob("*.json"))
+    if not kept:
+        raise ValueError(f"--kept: the project keeps no cells of the study {study.name}; leave --kept out.")
+    cells = folder / "cells"
+    cells.mkdir(parents=True, exist_ok=True)
+    missing = [file for file in kept if not (cells / file.name).exists()]
+    for file in missing:
+        write_text(cells / file.name, read_text(file, "cell"))
+    return len(missing)
+
+
 def read_measured(root: Path, study: Study) -> "dict[str, pd.DataFrame]":
     """The study's kept tables by name; none if it has not been measured."""
     import pandas as pd
