@@ -1,5 +1,5 @@
-"""Commands: ``fvlens run``, ``rerun``, ``universal``, ``compare``, ``study``, ``relations``, ``models``, ``heads``,
-``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``, ``explain``, ``doctor``.
+"""Commands: ``fvlens run``, ``rerun``, ``diff``, ``universal``, ``compare``, ``study``, ``relations``, ``models``,
+``heads``, ``inject``, ``compose``, ``analogy``, ``analogies``, ``sensitivity``, ``explain``, ``doctor``.
 
 One file holds a group of commands. Options are made from the dataclasses of settings that they fill (``_options.py``);
 whoever reads a file of vectors or heads loads the model that the file names (``_loading.py``). Words are explained in
@@ -12,6 +12,7 @@ import typer
 
 from fvlens.cli._analogies import analogies, analogy, compose
 from fvlens.cli._app import app, err, main, out
+from fvlens.cli._diff import diff
 from fvlens.cli._doctor import doctor
 from fvlens.cli._explain import explain
 from fvlens.cli._glossary import help_note
@@ -29,8 +30,8 @@ __all__ = ["app", "err", "main", "out"]
 compare, sensitivity = (study_command(STUDIES[name]) for name in ("compare", "sensitivity"))
 
 COMMANDS = (
-    run, rerun, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies, sensitivity,
-    explain, doctor,
+    run, rerun, diff, universal, compare, study, relations, models, heads, inject, compose, analogy, analogies,
+    sensitivity, explain, doctor,
 )  # fmt: skip
 """In the order in which the help lists them."""
 

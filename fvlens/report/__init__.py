@@ -3,9 +3,10 @@
 :func:`run_relation` goes from word pairs to a controlled function vector, :func:`write_run` writes
 ``vector.safetensors``, ``vector-finetuned.safetensors``, ``results.json``, ``report.html`` and, as tables, every head,
 every effect and every answer. ``results.json`` names everything that the numbers depend on, so that :func:`rerun` can
-repeat the run from it and say what differs.
+repeat the run from it and say what differs. :func:`compare_runs` puts two runs side by side.
 """
 
+from fvlens.report._diff import HeadDifference, RunComparison, ScoreDifference, compare_runs
 from fvlens.report._differences import RunDifference
 from fvlens.report._files import RESULTS_FILE, TUNED_FILE, VECTOR_FILE, write_run
 from fvlens.report._numbers import SCHEMA, results_json
@@ -27,18 +28,22 @@ __all__ = [
     "SCHEMA",
     "TUNED_FILE",
     "VECTOR_FILE",
+    "HeadDifference",
     "Loading",
     "Precision",
     "Provenance",
     "RecipeOptions",
     "RecordedRun",
     "Rerun",
+    "RunComparison",
     "RunDifference",
     "RunOptions",
     "RunResult",
+    "ScoreDifference",
     "Source",
     "Tuned",
     "at_least_one",
+    "compare_runs",
     "other_relations",
     "read_run",
     "rerun",
