@@ -193,7 +193,7 @@ def test_figures_of_direct_effects_show_the_numbers():
         total = float(found.total.mean() if prompt is None else found.total[prompt])
         others = found.others.mean(dim=0) if prompt is None else found.others[prompt]
         embedding, positions, biases = float(others[0]), float(others[1]), float(others[2:].sum())
-        assert figure.layout.title.subtitle.text == (
+        assert figure.layout.title.subtitle.text.replace("<br>", " ") == (
             f"Sum of all parts {total:+.2f}: embedding {embedding:+.2f}, positions {positions:+.2f}, biases "
             f"{biases:+.2f}; outlined: the largest of heads (2)"
         )

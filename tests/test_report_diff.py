@@ -103,9 +103,13 @@ def test_queries_that_only_one_run_has_are_left_out(folders, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected the table of answers that `fvlens run` writes"),
+        ("", "got no column what, query, answer, right"),
         ("what,query,answer\n", "got no column right"),
-        ("what,query,answer,right\nicl,a,b,maybe\n", "got something but True and False under right"),
+        (
+            'what,query,answer,right\nicl,"a,b',
+            r"expected the table of answers that `fvlens run` writes \(unexpected end",
+        ),
+        ("what,query,answer,right\nicl,a,b,maybe\n", "got 'maybe' under right in line 2"),
     ],
 )
 def test_answers_that_are_none_are_refused(folders, tmp_path, text, message):

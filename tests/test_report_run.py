@@ -376,7 +376,7 @@ def test_without_training_all_other_numbers_are_the_same(model, result, numbers,
     assert not (tmp_path / "vector-finetuned.safetensors").exists()  # it was of another run
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Fine-tuned vector" not in page.texts["h2"]
-    assert "Sample predictions" in page.texts["h2"]
+    assert "Where it fails" in page.texts["h2"]
     assert not {"tuned", "decoded"} & page.tables.keys()
     assert "fine-tuned vector" not in dict(page.tables["provenance"])
     assert {len(row) for row in page.tables["samples"]} == {5}

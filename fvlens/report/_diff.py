@@ -1,5 +1,6 @@
 """Two runs side by side: what they were made of, their heads, and their scores, query by query."""
 
+import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,33 +158,35 @@ _Shares = dict[tuple[str, str], float]
 
 def _answers(run: RecordedRun) -> dict[str, _Shares]:
     """The shares of each way to ask, from a run's table of answers."""
-    import pandas as pd
-
     path = run.folder / ANSWERS_FILE
-    text = read_text(path, "answers of a run")
+    rows = csv.DictReader(io.StringIO(read_text(path, "answers of a run"), newline=""), strict=True)
+    expected = f"{path}: expected the table of answers that `fvlens run` writes"
+    found: dict[str, dict[tuple[str, str], list[bool]]] = {}
     try:
-        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    except ValueError as error:  # what pandas cannot read, a table of nothing among it
-        raise ValueError(f"{path}: expected the table of answers that `fvlens run` writes ({error}).") from error
-    missing = [name for name in _COLUMNS if name not in frame]
-    if missing or not frame["right"].isin(["True", "False"]).all():
-        wrong = f"no column {', '.join(missing)}" if missing else "something but True and False under right"
-        raise ValueError(f"{path}: expected the table of answers that `fvlens run` writes, got {wrong}.")
-    shares = (frame["right"] == "True").groupby([frame[name] for name in _COLUMNS[:3]], sort=False).mean()
-    found: dict[str, _Shares] = {}
-    for (what, query, answer), share in shares.items():  # pyright: ignore[reportGeneralTypeIssues]
-        found.setdefault(str(what), {})[str(query), str(answer)] = float(share)
-    return found
+        missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{expected}, got no column {', '.join(missing)}.")
+        for row in rows:
+            if row["right"] not in ("True", "False"):
+                raise ValueError(f"{expected}, got {row['right']!r} under right in line {rows.line_num}.")
+            found.setdefault(row["what"], {}).setdefault((row["query"], row["answer"]), []).append(
+                row["right"] == "True"
+            )
+    except csv.Error as error:
+        raise ValueError(f"{expected} ({error}).") from error
+    return {
+        what: {asked: sum(right) / len(right) for asked, right in queries.items()} for what, queries in found.items()
+    }
 
 
 def _score(way: str, first: _Shares, second: _Shares, generator: torch.Generator) -> ScoreDifference:
     shared = [asked for asked in first if asked in second]
     difference = None
     if shared:
-        before, after = (torch.tensor([run[asked] for asked in shared]) for run in (first, second))
-        difference = paired_difference(after, before, generator=generator)
-    means = (sum(run.values()) / len(run) for run in (first, second))
-    return ScoreDifference(way, *means, len(shared), difference)
+        old, new = (torch.tensor([run[asked] for asked in shared]) for run in (first, second))
+        difference = paired_difference(new, old, generator=generator)
+    before, after = (sum(run.values()) / len(run) for run in (first, second))
+    return ScoreDifference(way, before, after, len(shared), difference)
 
 
 def _heads(first: Sequence[Sequence[Any]], second: Sequence[Sequence[Any]]) -> list[HeadDifference]:

@@ -33,6 +33,7 @@ def ablation(
 
     Example:
         >>> import torch, fvlens
+        >>> from fvlens.scoring import ablation, score
         >>> model = fvlens.load_model("rel-small", device="cpu")
         >>> pairs = fvlens.load_relation("antonym").pairs[:8]
         >>> g = torch.Generator().manual_seed(0)
