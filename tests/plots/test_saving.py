@@ -17,7 +17,7 @@ from fvlens.plots import bars, check_figure_file, one_browser, save
 from fvlens.plots._save import block
 
 needs_chromium = pytest.mark.skipif(
-    saving.missing_for_pictures() is not None, reason="pictures need kaleido and a Chromium"
+    saving.missing_for_pictures() is not None, reason=f"pictures need {saving.missing_for_pictures()}"
 )
 
 
