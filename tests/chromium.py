@@ -24,3 +24,19 @@ def opened_browser():
             yield opened
         finally:
             opened.close()
+
+
+def cut_off(inside="body"):
+    """Script that tells the texts of figures inside an element that reach beyond their figure."""
+    return _CUT_OFF.replace("INSIDE", inside)
+
+
+_CUT_OFF = """() => [...document.querySelectorAll('INSIDE .js-plotly-plot')].flatMap(plot => {
+    const frame = plot.getBoundingClientRect();
+    return [...plot.querySelectorAll('svg text')]
+        .filter(text => text.textContent.trim() && text.getClientRects().length)
+        .map(text => [text.textContent, text.getBoundingClientRect()])
+        .filter(([_, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
+                           || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+        .map(([text, _]) => text);
+})"""

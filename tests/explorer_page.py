@@ -1,5 +1,7 @@
 """The explorer as somebody sees it in a browser: what is shown, and where to click."""
 
+from chromium import cut_off
+
 N_FIGURES = 3
 
 FIND = """kind => [...document.querySelectorAll('.fvlens-explorer .js-plotly-plot')].find(
@@ -21,15 +23,7 @@ SHOWN = f"""() => {{
 }}"""
 """Next-token probabilities by word, of each visible trace of the bars."""
 
-CUT_OFF = """() => [...document.querySelectorAll('.fvlens-explorer .js-plotly-plot')].flatMap(plot => {
-    const frame = plot.getBoundingClientRect();
-    return [...plot.querySelectorAll('svg text')]
-        .filter(text => text.textContent.trim() && text.getClientRects().length)
-        .map(text => [text.textContent, text.getBoundingClientRect()])
-        .filter(([_, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
-                           || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
-        .map(([text, _]) => text);
-})"""
+CUT_OFF = cut_off(".fvlens-explorer")
 
 
 class Seen:

@@ -1,13 +1,15 @@
 """The report page in a real browser without a network: it draws, answers to the mouse, and asks for nothing."""
 
+import csv
 import dataclasses
+import time
 
 import numpy as np
 import pytest
-from chromium import opened_browser
+from chromium import cut_off, opened_browser
 from runs import small_run
 
-from fvlens.plots import DIVERGING
+from fvlens.plots import DIVERGING, THEMES
 from fvlens.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -30,14 +32,22 @@ class Visit:
     complaints: list
 
 
+def until(page, said, seconds=60):
+    """Wait until a script says yes; playwright's own way evaluates text in the page, which its policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(said):
+        assert time.monotonic() < end, said
+        page.wait_for_timeout(50)
+
+
 @pytest.fixture
 def visit(browser, tmp_path):
     """Open the report of a run in a window of its own, with the network off."""
     contexts = []
 
-    def open_report(result, width=1000):
+    def open_report(result, width=1000, **how):
         path = write_report(tmp_path / "report.html", result)
-        context = browser.new_context(viewport={"width": width, "height": 900})
+        context = browser.new_context(viewport={"width": width, "height": 900}, **how)
         contexts.append(context)
         requests, complaints = [], []
         context.route(lambda url: url.startswith(("http", "ws")), lambda route: route.abort())
@@ -51,10 +61,7 @@ def visit(browser, tmp_path):
         )
         page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.goto(path.as_uri(), wait_until="load")
-        page.wait_for_function(
-            f"[...document.querySelectorAll('.js-plotly-plot')].filter(p => p._fullLayout).length == {N_FIGURES}",
-            timeout=60_000,
-        )
+        until(page, f"[...document.querySelectorAll('.drawn')].filter(p => p._fullLayout).length == {N_FIGURES}")
         return Visit(page, requests, complaints)
 
     yield open_report
@@ -97,17 +104,6 @@ CELL = """([layer, head]) => {
     return [box.left + xaxis._offset + xaxis.l2p(head), box.top + yaxis._offset + yaxis.l2p(layer)];
 }"""
 """Where in the window the middle of a cell is."""
-
-CUT_OFF = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
-    const frame = plot.getBoundingClientRect();
-    return [...plot.querySelectorAll('svg text')]
-        .filter(text => text.textContent.trim() && text.getClientRects().length)
-        .map(text => [text.textContent, text.getBoundingClientRect()])
-        .filter(([_, box]) => box.left < frame.left - 1 || box.right > frame.right + 1
-                           || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
-        .map(([text, _]) => text);
-})"""
-"""Texts of figures that reach beyond their figure."""
 
 
 def test_page_opens_without_a_network_and_without_errors(visit, result):
@@ -155,11 +151,81 @@ def test_hovering_over_a_cell_shows_its_value_and_standard_error(visit, result):
     assert seen.complaints == []
 
 
-@pytest.mark.parametrize("width", [1000, 700, 400])
+def shown_rows(page):
+    """Texts of the rows of the table of queries that are not filtered out."""
+    rows = page.locator("#samples tbody tr:visible")
+    return [[cell.strip() for cell in row.locator("td").all_text_contents()] for row in rows.all()]
+
+
+def test_queries_sort_and_filter_and_are_saved(visit, result, tmp_path):
+    seen = visit(result)
+    page, first = seen.page, shown_rows(seen.page)
+    assert len(first) == result.n_test
+    assert page.locator(".tools[data-table=samples] output").text_content() == f"{len(first)} of {len(first)}"
+    button = page.locator("#samples thead th button").nth(1)
+    button.click()
+    assert [row[1] for row in shown_rows(page)] == sorted((row[1] for row in first), key=str.lower)
+    button.click()
+    assert [row[1] for row in shown_rows(page)] == sorted((row[1] for row in first), key=str.lower, reverse=True)
+    button.click()
+    assert shown_rows(page) == first
+    word = first[-1][0]
+    page.locator("input[type=search]").fill(word.upper())
+    found = [row for row in first if any(word in cell for cell in row)]
+    assert shown_rows(page) == found and 0 < len(found) < len(first)
+    page.locator("input[type=search]").fill("")
+    page.locator("input[type=checkbox]").check()
+    missed = [row for row in first if "\N{CHECK MARK}" not in row[4]]
+    assert shown_rows(page) == missed
+    with page.expect_download() as saved:
+        page.locator(".tools[data-table=samples] button").click()
+    saved.value.save_as(tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        heading, *rows = csv.reader(file)
+    assert heading[:2] == ["query", "answer"] and rows == missed
+    assert seen.complaints == []
+
+
+def test_figures_are_saved_and_heads_copied(visit, result, tmp_path):
+    seen = visit(result, permissions=["clipboard-read", "clipboard-write"])
+    page = seen.page
+    tools = page.locator(".figure .tools").first
+    for format, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        with page.expect_download() as saved:
+            tools.locator(f"[data-save={format}]").click()
+        saved.value.save_as(tmp_path / f"figure.{format}")
+        assert (tmp_path / f"figure.{format}").read_bytes().startswith(start)
+    with page.expect_download() as saved:
+        tools.locator("[data-save=csv]").click()
+    saved.value.save_as(tmp_path / "figure.csv")
+    with (tmp_path / "figure.csv").open(encoding="utf-8", newline="") as file:
+        points = {(int(row["y"]), int(row["x"])): float(row["value"]) for row in csv.DictReader(file) if row["value"]}
+    aie = result.effects["permuted"].aie
+    assert len(points) == aie.numel()
+    assert all(value == pytest.approx(float(aie[place]), abs=1e-6) for place, value in points.items())
+    page.locator("button[data-copy=heads]").click()
+    until(page, "document.querySelector('[data-copy=heads]').textContent == 'copied'", 5)
+    assert page.evaluate("navigator.clipboard.readText()") == ",".join(map(str, result.vector.heads))
+    assert seen.complaints == []
+
+
+def test_figures_follow_the_colours_and_the_width_of_the_window(visit, result):
+    seen = visit(result, color_scheme="dark")
+    look = "() => [...document.querySelectorAll('.drawn')].map(p => [p._fullLayout.paper_bgcolor, p._fullLayout.width])"
+    paper = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(27, 27, 27)"
+    assert seen.page.evaluate(look) == [[THEMES["dark"].paper, 700]] * N_FIGURES
+    seen.page.set_viewport_size({"width": 390, "height": 800})
+    seen.page.emulate_media(color_scheme="light")
+    until(seen.page, f"({look})().every(one => one[0] == '{THEMES['light'].paper}' && one[1] == 317)")
+    assert seen.complaints == []
+
+
+@pytest.mark.parametrize("width", [1000, 700, 390])
 def test_nothing_is_cut_off(visit, result, width):
-    """Figures keep their width; on a narrow screen each scrolls in its own frame, and the page does not."""
+    """On a narrow screen figures are those of a column, and the page does not scroll sideways."""
     seen = visit(result, width)
-    assert seen.page.evaluate(CUT_OFF) == []
+    assert seen.page.evaluate(cut_off()) == []
     assert seen.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
 
 

@@ -57,14 +57,14 @@ def basis_starts(
         KeyboardInterrupt: interrupted; there is no start of a part.
     """
     ranked = list(splits)[:: -(-len(splits) // N_RANKED)]
+    n_shots = {name: min(N_SHOTS, len(split.train)) for name, split in splits.items()}
     drawn: dict[str, Any] = dict(n_prompts=N_PROMPTS, template=template, generator=generator, progress=False)
     means: dict[str, HeadMeans] = {}
     effects = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
     with tqdm(total=len(splits) + len(ranked), desc="function vectors", disable=not progress, leave=False) as bar:
         for name in ranked:
-            n_shots = min(N_SHOTS, len(splits[name].train))
             means[name], found = relation_effects(
-                model, splits[name], relation=name, n_shots=n_shots, n_corrupted=N_CORRUPTED, **drawn
+                model, splits[name], relation=name, n_shots=n_shots[name], n_corrupted=N_CORRUPTED, **drawn
             )
             effects += found.aie
             bar.update()
@@ -77,15 +77,16 @@ def basis_starts(
                 generator=copied(generator), progress=False,
             )  # fmt: skip
 
+        tried = {name: placed(name, None if layer is None else [layer]) for name in ranked}
         if layer is None:
-            layer = _best_together([placed(name, None)[1] for name in ranked])
+            layer = _best_together([sweep for _, sweep in tried.values()])
         starts = {}
         for name, split in splits.items():
-            if name not in means:
-                n_shots = min(N_SHOTS, len(split.train))
-                means[name] = task_means(model, split, relation=name, n_shots=n_shots, **drawn)
-            vector, sweep = placed(name, [layer])
-            starts[name] = vector * sweep.best_scale
+            if name not in tried:
+                means[name] = task_means(model, split, relation=name, n_shots=n_shots[name], **drawn)
+                tried[name] = placed(name, [layer])
+            vector, sweep = tried[name]
+            starts[name] = vector.at_layer(layer) * sweep.best_scale_at(layer)
             bar.update()
     return starts
 

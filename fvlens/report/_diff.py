@@ -11,7 +11,7 @@ import torch
 
 from fvlens.files import read_text
 from fvlens.metrics import Difference, paired_difference
-from fvlens.report._differences import PROVENANCE, RunDifference, differences
+from fvlens.report._differences import PROVENANCE, SETTINGS, RunDifference, differences
 from fvlens.report._recorded import RecordedRun, read_run
 from fvlens.report._run_tables import ANSWERS_FILE
 from fvlens.showing import Shown, number, span
@@ -35,7 +35,6 @@ WAYS = {
 }
 """What ``answers.csv`` calls a way to ask -> in words, in the order of the table."""
 
-_SETTINGS = ("relation", "model", "seed", "options", "loading", "heads_source", "heads_note")
 _COLUMNS = ("what", "query", "answer", "right")
 
 
@@ -140,7 +139,9 @@ def compare_runs(first: str | Path, second: str | Path, *, generator: torch.Gene
             written.
     """
     runs = [read_run(folder) for folder in (first, second)]
-    old, new = ({name: run.content[name] for name in (*_SETTINGS, *PROVENANCE)} for run in runs)
+    # of one's own pairs the data's hash tells enough
+    asked = [name for name in (*SETTINGS, *PROVENANCE) if name != "pairs"]
+    old, new = ({name: run.content.get(name) for name in asked} for run in runs)
     answers = [_answers(run) for run in runs]
     ways = [way for way in WAYS if all(way in one for one in answers)]
     return RunComparison(

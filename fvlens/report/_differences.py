@@ -20,7 +20,8 @@ PROVENANCE = {
 ABSENT = "(absent)"
 """Stands for the value of a field that one of two files does not have."""
 
-_SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note", "pairs")
+SETTINGS = ("schema", "relation", "model", "seed", "options", "loading", "heads_source", "heads_note", "pairs")
+"""Fields that say what was asked for."""
 _NOT_COMPARED = ("seconds", "ffv_seconds", "command", "cautions", "loaded", "tables")
 """Times, what follows from the numbers (files of fvlens 0.1 have no ``cautions``), what loading found, other files."""
 _LATER = ("exact", "n_first_tokens")
@@ -48,7 +49,7 @@ class RunDifference(NamedTuple):
 
 def outcomes(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``results.json`` that a run finds out, without what goes into it."""
-    left_out = (*PROVENANCE, *_SETTINGS, *_NOT_COMPARED)
+    left_out = (*PROVENANCE, *SETTINGS, *_NOT_COMPARED)
     return {name: value for name, value in content.items() if name not in left_out}
 
 

@@ -9,7 +9,7 @@ import plotly.io
 import pytest
 import torch
 
-from fvlens.plots import THEMES, Figure, bars, curves, dots, heatmap, looking, similarity
+from fvlens.plots import THEMES, WIDTH, Figure, bars, curves, dots, heatmap, looking, similarity
 from fvlens.plots._style import SIZES, layout
 from plots.every_figure import FIGURES
 
@@ -28,6 +28,26 @@ def type_sizes(plain):
         for value in plain:
             found += type_sizes(value)
     return found
+
+
+@EVERY
+def test_figures_share_size_and_template_and_are_the_same_each_time(make):
+    figure = make("A title")
+    assert isinstance(figure, go.Figure)
+    assert figure.layout.width == WIDTH
+    assert figure.layout.title.text == "A title"
+    assert figure.layout.template == heatmap(torch.eye(2)).layout.template
+    assert figure.to_json() == make("A title").to_json()
+
+
+@EVERY
+def test_long_titles_are_wrapped_and_get_room(make):
+    short, long = make("A title"), make("A long title " * 12)
+    lines = long.layout.title.text.split("<br>")
+    assert len(lines) > 1
+    assert max(len(line) for line in lines) <= 76
+    room = long.layout.margin.t - short.layout.margin.t
+    assert room == long.layout.height - short.layout.height >= 18 * (len(lines) - 1)
 
 
 @EVERY
